@@ -1,0 +1,121 @@
+"""The data that moves through a training step: problem -> generation -> trajectory -> group.
+
+Token ids are plain Python ints here; tensors appear only where a pass over the model is packed
+(``megatron_rlsd.actor.packing``). Log-probabilities are natural logarithms taken at the sampling
+temperature, log_softmax(logits / temperature).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with what its verifier and its privileged teacher need."""
+
+    id: str
+    """Stable and unique within its source, e.g. ``gsm_symbolic/41`` or ``train.jsonl:17``."""
+    messages: tuple[dict[str, str], ...]
+    """Chat messages, each with ``role`` and ``content``; the last one is the user's question."""
+    answer: str
+    """The final answer that the verifier compares with."""
+    reference_solution: str | None = None
+    """A worked solution: privileged information, never part of the student's prompt."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Free JSON data of the source (a reasoning-gym scorer reads its entry from here)."""
+    source: str = ""
+    """Name of the source, used to group evaluation results."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one response is sampled. ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Nucleus mass in (0, 1]; 1 keeps the whole vocabulary."""
+    top_k: int = 0
+    """Candidates kept; 0 keeps the whole vocabulary."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends after any of these; the stop token is part of the response."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One response wanted for one tokenised prompt."""
+
+    prompt_ids: list[int]
+    """[P] token ids, P >= 1."""
+    params: SamplingParams
+    seed: int
+    """Fixes the sampled tokens given the weights, whatever else is in the batch."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What an engine returns for one request."""
+
+    token_ids: list[int]
+    """[T] sampled tokens, the stop token included when finish_reason is ``stop``."""
+    log_probs: list[float]
+    """[T] log_softmax(logits / temperature) of each sampled token over the *whole* vocabulary
+    (top-p and top-k do not renormalise it; greedy decoding reports it at temperature 1)."""
+    finish_reason: FinishReason
+    weight_version: int
+    """Version of the weights that sampled the tokens (0: the initial weights)."""
+
+
+@dataclass(frozen=True)
+class RewardInput:
+    """What a reward function sees of one response."""
+
+    problem: Problem
+    response: str
+    """The decoded response, special tokens left out."""
+    num_tokens: int
+    max_tokens: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """Weighted sum of the reward functions for one response."""
+
+    value: float
+    parts: dict[str, float]
+    """Each function's own value before its weight."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Function name -> why it counted 0: an exception, a time-out, a value that is no number."""
+
+
+@dataclass
+class Trajectory:
+    """One sampled response on its way through reward, advantage and update."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    """[P] the student's prompt."""
+    teacher_prompt_ids: list[int]
+    """[P'] the privileged prompt; P' differs from P."""
+    generation: Generation
+    """The response and the engine's log-probabilities."""
+    response_text: str = ""
+    reward: RewardResult | None = None
+    advantage: float = 0.0
+
+
+@dataclass
+class Group:
+    """All responses to one question: the unit over which advantages are formed."""
+
+    problem: Problem
+    trajectories: list[Trajectory]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [t.reward.value for t in self.trajectories if t.reward is not None]
