@@ -284,7 +284,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a mapping of config sections, got {type(raw).__name__}")
+        raise ConfigError(
+            f"{path} must hold a mapping of config sections, got {type(raw).__name__}"
+        )
     for override in overrides or []:
         _apply_override(raw, override)
     return parse_config(raw, origin=str(path))
@@ -317,7 +319,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
-        node = node[int(part)] if isinstance(node, list) and part.isdigit() else node.setdefault(part, {})
+        node = (
+            node[int(part)]
+            if isinstance(node, list) and part.isdigit()
+            else node.setdefault(part, {})
+        )
         if not isinstance(node, dict | list):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
     parsed = yaml.safe_load(value)

@@ -119,3 +119,21 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         return [t.reward.value for t in self.trajectories if t.reward is not None]
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """The trajectories of one step as every rank gets them: what the update needs and no more.
+
+    All lists have one entry per trajectory; trajectories without any response token are left out.
+    """
+
+    prompt_ids: list[list[int]]
+    teacher_prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    rollout_log_probs: list[list[float]]
+    """Aligned with response_ids; float32 once sent."""
+    advantages: list[float]
+
+    def __len__(self) -> int:
+        return len(self.advantages)

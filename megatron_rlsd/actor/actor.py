@@ -1,0 +1,297 @@
+"""The actor: passes over packed sequences with the model of this rank's layout.
+
+Every method is collective: all ranks call it with the same sequences, sharded by data-parallel
+rank. R is the number of response tokens of this data-parallel rank, in the order of its sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rlsd.actor.model import (
+    Head,
+    HeadGPTModel,
+    build_model,
+    transformer_config,
+)
+from megatron_rlsd.actor.optimizer import (
+    build_optimizer,
+    learning_rate,
+    named_parameters,
+    wrap_data_parallel,
+)
+from megatron_rlsd.actor.packing import (
+    MicroBatch,
+    Sequence,
+    build_micro_batch,
+    plan_micro_batches,
+    response_offsets,
+)
+from megatron_rlsd.config import Config
+from megatron_rlsd.hf_bridge import Family, export_hf_tensors, load_hf_weights
+from megatron_rlsd.ops import PolicyLossConfig, PolicyLossStats, policy_loss, token_log_probs
+from megatron_rlsd.ops.stats import MAXIMA, SUMMED
+from megatron_rlsd.parallel.exchange import all_reduce_metrics
+from megatron_rlsd.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """What the loss needs of each response token of this data-parallel rank, each [R] float32."""
+
+    advantages: Tensor
+    loss_weights: Tensor
+    """Mask and normaliser: they sum to the rank's share of the global batch."""
+    rollout_log_probs: Tensor | None = None
+    old_log_probs: Tensor | None = None
+    """None: those of the current weights, which makes every ratio 1."""
+    teacher_log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step, summed over all ranks and equal on all of them."""
+
+    sums: dict[str, float]
+    """Sums over the global batch by the names of ``ops.stats.SUMMED``."""
+    maxima: dict[str, float]
+    """By the names of ``ops.stats.MAXIMA``."""
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    """Megatron's optimizer found a gradient that is no finite number and left the weights alone."""
+    tokens: int
+    """Tokens that entered the model on all data-parallel ranks, padding included."""
+    padding: int
+
+
+class Actor:
+    """Model, optimizer and schedule of one rank.
+
+    ``total_updates`` fixes the length of the learning-rate schedule; None builds no optimizer.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        hf_config: dict[str, Any],
+        groups: ParallelGroups,
+        total_updates: int | None,
+    ) -> None:
+        self.family, self.hf_config, self.groups = family, hf_config, groups
+        self.vocab_size: int = hf_config["vocab_size"]
+        self._max_tokens = config.train.max_tokens_per_microbatch
+        self._config = transformer_config(config.model, config.parallel, family, hf_config)
+        self.chunks: list[HeadGPTModel] = build_model(self._config, family, hf_config, groups)
+        # Before the optimizer, whose float32 master copy of 16-bit weights is made from them.
+        self.load_hf(Path(config.model.hf_path))
+        self._model: list[Any] = list(self.chunks)
+        if total_updates is not None:
+            self._model = wrap_data_parallel(self.chunks, self._config, config.optimizer, groups)
+            self._optimizer, self._scheduler = build_optimizer(
+                self._model, self._config, config.optimizer, total_updates
+            )
+
+    def load_hf(self, hf_path: Path) -> None:
+        """Fill every parameter from HF safetensors; raises when a weight is missing or left over."""
+        load_hf_weights(
+            self.chunks,
+            hf_path,
+            self.family,
+            self.hf_config,
+            tp_rank=self.groups.tp.rank(),
+            tp_size=self.groups.tp.size(),
+        )
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The current weights as full HF-named tensors, on every rank, in one fixed order."""
+        return export_hf_tensors(
+            self.chunks,
+            self.family,
+            self.hf_config,
+            tp_group=self.groups.tp,
+            pp_group=self.groups.pp,
+        )
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's parameters by name: what teacher snapshots are made of."""
+        return named_parameters(self.chunks)
+
+    def token_log_probs(
+        self, sequences_by_rank: list[list[Sequence]], temperature: float
+    ) -> Tensor | None:
+        """Log-probabilities [R] of every response token; None on ranks before the last stage."""
+
+        def head_for(micro_batch: MicroBatch) -> Head:
+            def head(hidden: Tensor, weight: Tensor) -> Tensor:
+                rows = self._full_rows(hidden)[micro_batch.response_positions]
+                log_probs, _ = token_log_probs(
+                    rows,
+                    weight,
+                    micro_batch.targets[micro_batch.response_positions],
+                    temperature=temperature,
+                    tp_group=self.groups.tp,
+                    vocab_size=self.vocab_size,
+                )
+                return log_probs
+
+            return head
+
+        micro_batches = self._micro_batches(sequences_by_rank)
+        with torch.no_grad():
+            outputs = self._run(micro_batches, head_for, forward_only=True)
+        if not self.groups.is_last_stage:
+            return None
+        mine = sequences_by_rank[self.groups.dp.rank()]
+        flat = torch.zeros(sum(len(s.response_ids) for s in mine), device=self.groups.device)
+        for micro_batch, log_probs in zip(micro_batches, outputs, strict=True):
+            flat[micro_batch.response_indices] = log_probs.float()
+        return flat
+
+    def update(
+        self,
+        sequences_by_rank: list[list[Sequence]],
+        values: TokenValues,
+        loss_config: PolicyLossConfig,
+        temperature: float,
+        *,
+        with_entropy: bool = False,
+    ) -> UpdateResult:
+        """One optimizer step on the policy loss over the sequences of all data-parallel ranks."""
+        collected: list[PolicyLossStats] = []
+
+        def head_for(micro_batch: MicroBatch) -> Head:
+            def scatter(flat: Tensor | None) -> Tensor | None:
+                return None if flat is None else micro_batch.scatter(flat)
+
+            def head(hidden: Tensor, weight: Tensor) -> Tensor:
+                loss, stats = policy_loss(
+                    hidden,
+                    weight,
+                    micro_batch.targets,
+                    advantages=micro_batch.scatter(values.advantages),
+                    loss_weights=micro_batch.scatter(values.loss_weights),
+                    old_log_probs=scatter(values.old_log_probs),
+                    teacher_log_probs=scatter(values.teacher_log_probs),
+                    ref_log_probs=scatter(values.ref_log_probs),
+                    rollout_log_probs=scatter(values.rollout_log_probs),
+                    config=loss_config,
+                    temperature=temperature,
+                    tp_group=self.groups.tp,
+                    sequence_parallel=self._config.sequence_parallel,
+                    vocab_size=self.vocab_size,
+                    with_entropy=with_entropy,
+                )
+                collected.append(stats)
+                return loss
+
+            return head
+
+        for chunk in self._model:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        micro_batches = self._micro_batches(sequences_by_rank)
+        self._run(micro_batches, head_for, forward_only=False)
+        rate = learning_rate(self._optimizer)
+        succeeded, grad_norm, _ = self._optimizer.step()
+        self._scheduler.step(increment=1)
+        return self._reduce(collected, micro_batches, float(grad_norm), rate, succeeded)
+
+    def _run(
+        self,
+        micro_batches: list[MicroBatch],
+        head_for: Callable[[MicroBatch], Head],
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches; with ``forward_only`` the heads' results."""
+
+        def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+            micro_batch = next(batches)
+            output = model(
+                micro_batch.tokens,
+                micro_batch.position_ids,
+                packed_seq_params=micro_batch.packed_seq_params,
+                head=head_for(micro_batch),
+            )
+            return output, finish
+
+        def finish(output: Tensor, non_loss_data: bool = False) -> Any:
+            if non_loss_data:
+                return output
+            # 0 tokens: Megatron then leaves the gradients' scale alone; ours is in the loss.
+            no_tokens = torch.zeros([], dtype=torch.int, device=output.device)
+            return output, no_tokens, None
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=self._model if len(self._model) > 1 else self._model[0],
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # unused: packs announce their lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _micro_batches(self, sequences_by_rank: list[list[Sequence]]) -> list[MicroBatch]:
+        """This rank's packs; every data-parallel rank makes the same number of them."""
+        lengths = [[s.num_inputs for s in sequences] for sequences in sequences_by_rank]
+        rank = self.groups.dp.rank()
+        mine = sequences_by_rank[rank]
+        offsets = response_offsets(mine)
+        multiple_of = self.groups.tp.size() if self._config.sequence_parallel else 1
+        return [
+            build_micro_batch(
+                mine, members, offsets, multiple_of=multiple_of, device=self.groups.device
+            )
+            for members in plan_micro_batches(lengths, self._max_tokens)[rank]
+        ]
+
+    def _full_rows(self, hidden: Tensor) -> Tensor:
+        """[T / tp, D] under sequence parallelism -> [T, D]; no gradient."""
+        if not self._config.sequence_parallel:
+            return hidden
+        tp = self.groups.tp
+        full = hidden.new_empty(hidden.shape[0] * tp.size(), hidden.shape[1])
+        dist.all_gather_into_tensor(full, hidden.contiguous(), group=tp)
+        return full
+
+    def _reduce(
+        self,
+        collected: Iterable[PolicyLossStats],
+        micro_batches: list[MicroBatch],
+        grad_norm: float,
+        rate: float,
+        succeeded: bool,
+    ) -> UpdateResult:
+        sums = dict.fromkeys((*SUMMED, "tokens_in", "padding"), 0.0)
+        maxima = dict.fromkeys(MAXIMA, 0.0)
+        if self.groups.reports_stats:
+            for stats in collected:
+                for name, value in stats.sums().items():
+                    sums[name] += float(value)
+                for name, value in stats.maxima().items():
+                    maxima[name] = max(maxima[name], float(value))
+            sums["tokens_in"] = float(sum(m.targets.shape[0] for m in micro_batches))
+            sums["padding"] = float(sum(m.num_padding for m in micro_batches))
+        sums, maxima = all_reduce_metrics(sums, maxima, self.groups.control)
+        return UpdateResult(
+            sums=sums,
+            maxima=maxima,
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            skipped=not succeeded,
+            tokens=int(sums.pop("tokens_in")),
+            padding=int(sums.pop("padding")),
+        )

@@ -1,0 +1,145 @@
+"""Build the GPTModel of a HF config for this rank, with a last stage that ends in a head function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rlsd.actor.layers import local_block_spec
+from megatron_rlsd.config import ModelConfig, ParallelConfig
+from megatron_rlsd.hf_bridge import Family
+from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.parallel.layout import ModelShape
+
+Head = Callable[[Tensor, Tensor], Any]
+"""(hidden [T, D] or, under sequence parallelism, [T / tp, D]; weight [V / tp, D]) -> anything."""
+
+
+class HeadGPTModel(GPTModel):
+    """A GPTModel whose last stage calls a head on hidden states instead of forming logits.
+
+    The head runs inside ``forward``, so that the wrappers around the model (data parallel, 16-bit)
+    see its result only and never copy hidden states.
+    """
+
+    head: Head | None = None
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        packed_seq_params: PackedSeqParams | None = None,
+        head: Head | None = None,
+    ) -> Any:
+        """tokens, position_ids [1, T] -> head's result, or hidden states on earlier stages.
+
+        Without a head the last stage returns this rank's logits [1, T, V / tp], as GPTModel does.
+        """
+        self.head = head
+        try:
+            return super().forward(tokens, position_ids, None, packed_seq_params=packed_seq_params)
+        finally:
+            self.head = None
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.head is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        return self.head(hidden_states.flatten(0, 1), self.output_weight())
+
+    def output_weight(self) -> Tensor:
+        """The head's weight [V / tp, D], shared with the embedding or its own."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def model_shape(family: Family, hf_config: dict[str, Any]) -> ModelShape:
+    """The sizes that a parallel layout must divide."""
+    fields = family.transformer_config_fields(hf_config)
+    return ModelShape(
+        num_layers=fields["num_layers"],
+        num_attention_heads=fields["num_attention_heads"],
+        num_query_groups=fields.get("num_query_groups") or fields["num_attention_heads"],
+        ffn_hidden_size=fields["ffn_hidden_size"],
+    )
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, family: Family, hf_config: dict[str, Any]
+) -> TransformerConfig:
+    """Megatron's configuration: the family's fields, this layout, this precision."""
+    dtype = getattr(torch, model.dtype)
+    recompute: dict[str, Any] = {}
+    if model.recompute == "full":
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": model.recompute_num_layers,
+        }
+    elif model.recompute == "selective":
+        recompute = {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(model.recompute_modules),
+        }
+    return TransformerConfig(
+        **family.transformer_config_fields(hf_config),
+        **recompute,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.dtype == "bfloat16",
+        # Micro-batches are packs of different lengths; Megatron lets only this dispatcher have them.
+        variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
+        # Our loss carries its own normaliser; gradients are summed, never averaged.
+        calculate_per_token_loss=True,
+        # Every parameter is filled from a checkpoint, which the loader proves. Initialisation must
+        # still run: it marks which parameters are split over tensor-parallel ranks, and without the
+        # marks the gradient norm silently misses all shards but the first.
+        init_method=_leave_unset,
+        output_layer_init_method=_leave_unset,
+        embedding_init_method=_leave_unset,
+        # Batched point-to-point calls give wrong gradients over gloo with interleaved pipelines.
+        batch_p2p_comm=torch.cuda.is_available(),
+        # The fused variants are CUDA kernels of apex or Transformer Engine.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _leave_unset(weight: Tensor) -> Tensor:
+    return weight
+
+
+def build_model(
+    config: TransformerConfig, family: Family, hf_config: dict[str, Any], groups: ParallelGroups
+) -> list[HeadGPTModel]:
+    """This rank's model chunks (one, unless pipeline stages are interleaved), weights unset."""
+    model = HeadGPTModel(
+        config,
+        local_block_spec(config),
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        pg_collection=groups.megatron,
+        **family.model_fields(hf_config)
+        | {"vocab_size": padded_vocab_size(hf_config["vocab_size"], config)},
+    )
+    return [model.to(groups.device)]
+
+
+def padded_vocab_size(vocab_size: int, config: TransformerConfig) -> int:
+    """Smallest multiple of the tensor-parallel size; the rows added are masked in the head."""
+    tp = config.tensor_model_parallel_size
+    return -(-vocab_size // tp) * tp

@@ -1,0 +1,109 @@
+"""Start the processes' common world and Megatron's groups; hand them on as one object."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_rlsd import platform
+from megatron_rlsd.config import ParallelConfig
+from megatron_rlsd.parallel.layout import ModelShape, check_layout
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's place in the layout and the groups it belongs to."""
+
+    megatron: ProcessGroupCollection
+    """Megatron's own collection, passed to the model, its DDP and its optimizer."""
+    control: dist.ProcessGroup
+    """All ranks over gloo: for JSON, safetensors bytes and metrics, on GPUs too."""
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.megatron.tp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        return self.megatron.pp
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        return self.megatron.dp
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def reports_stats(self) -> bool:
+        """True on exactly one rank of each data-parallel replica: there the loss is formed."""
+        return self.is_last_stage and self.tp.rank() == 0
+
+
+@contextmanager
+def parallel_world(
+    parallel: ParallelConfig, shape: ModelShape, *, timeout_seconds: float, seed: int
+) -> Iterator[ParallelGroups]:
+    """Join the other ranks of this run (torchrun's variables; none set: a world of one).
+
+    Every collective is bounded by ``timeout_seconds``. Raises LayoutError before any process joins
+    when the layout cannot be built.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(parallel, world_size, shape)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size:
+        # One machine: gloo need not resolve the host's name, which laptops often cannot.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    device = platform.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(platform.collectives_backend(), timeout=timeout)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
+        )
+        model_parallel_cuda_manual_seed(seed)
+        yield ParallelGroups(
+            megatron=ProcessGroupCollection.use_mpu_process_groups(),
+            control=dist.new_group(backend="gloo", timeout=timeout),
+            device=device,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

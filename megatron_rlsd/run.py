@@ -1,0 +1,180 @@
+"""Assembles a run from its configuration: the parts that the training loops work with."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.actor.model import model_shape
+from megatron_rlsd.config import Config, ConfigError, dump_config, load_config
+from megatron_rlsd.data import (
+    DataError,
+    PromptBuilder,
+    Tokenizer,
+    TokenizerError,
+    build_sources,
+    evaluation_problems,
+    load_tokenizer,
+)
+from megatron_rlsd.evaluation import evaluate
+from megatron_rlsd.experience import Experience, ExperienceError, train_batch
+from megatron_rlsd.hf_bridge import (
+    HFBridgeError,
+    family_for,
+    load_hf_config,
+    save_hf_folder,
+)
+from megatron_rlsd.observability import MetricsLogger
+from megatron_rlsd.parallel.exchange import broadcast_bytes, pack_train_batch, unpack_train_batch
+from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
+from megatron_rlsd.parallel.layout import LayoutError
+from megatron_rlsd.platform import PlatformError
+from megatron_rlsd.rewards import RewardError, RewardPool
+from megatron_rlsd.rollout.collective import CollectiveEngine
+from megatron_rlsd.rollout.embedded import EmbeddedEngine
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.types import Group, Problem, TrainBatch
+
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    EngineError,
+    ExperienceError,
+    HFBridgeError,
+    LayoutError,
+    PlatformError,
+    RewardError,
+    TokenizerError,
+)
+"""What a user can mend: reported by message, without a traceback."""
+
+
+@dataclass
+class Run:
+    """One rank's parts. ``experience`` and ``eval_problems`` are set on rank 0 only."""
+
+    config: Config
+    groups: ParallelGroups
+    tokenizer: Tokenizer
+    prompts: PromptBuilder
+    actor: Actor
+    log: MetricsLogger
+    engine: CollectiveEngine
+    experience: Experience | None
+    eval_problems: dict[str, list[Problem]]
+
+    def rollout(self, step: int) -> tuple[list[Group], TrainBatch, dict[str, float]]:
+        """Sample, reward and form advantages; groups and metrics on rank 0, the batch everywhere."""
+
+        def work() -> tuple[list[Group], dict[str, float]]:
+            assert self.experience is not None
+            return self.experience.collect(step)
+
+        groups, metrics = self.engine.run_on_rank_zero(work) or ([], {})
+        payload = pack_train_batch(train_batch(groups)) if self.groups.rank == 0 else None
+        batch = unpack_train_batch(broadcast_bytes(payload, self.groups.control))
+        return groups, batch, metrics
+
+    def publish_weights(self, version: int) -> None:
+        """Hand the actor's current weights to the rollout engine."""
+        self.engine.update_weights(self.actor.hf_tensors(), version)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate the published weights on the held-out problems, after ``step`` steps."""
+        if not self.config.data.eval:
+            return
+
+        def work() -> None:
+            assert self.experience is not None
+            results = evaluate(self.experience, self.eval_problems, self.config.eval)
+            self.log.evaluation(step, results)
+
+        with self.log.phase("evaluation"):
+            self.engine.run_on_rank_zero(work)
+
+    def export_hf(self, name: str) -> Path:
+        """Write the current weights as a HF folder run_dir/hf/``name``."""
+        out = Path(self.config.run_dir) / "hf" / name
+        save_hf_folder(
+            self.actor.hf_tensors(),
+            out,
+            Path(self.config.model.hf_path),
+            is_writer=self.groups.rank == 0,
+        )
+        return out
+
+
+@contextmanager
+def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterator[Run]:
+    """Build every part on every rank; rank 0 also gets the data, the rewards and the logger."""
+    hf_path = Path(config.model.hf_path)
+    hf_config = load_hf_config(hf_path)
+    family = family_for(hf_config)
+    with ExitStack() as stack:
+        groups = stack.enter_context(
+            parallel_world(
+                config.parallel,
+                model_shape(family, hf_config),
+                timeout_seconds=config.distributed.timeout_seconds,
+                seed=config.train.seed,
+            )
+        )
+        tokenizer = load_tokenizer(config.tokenizer, hf_path)
+        if tokenizer.vocab_size > hf_config["vocab_size"]:
+            raise TokenizerError(
+                f"the tokenizer has {tokenizer.vocab_size} ids but the model in {hf_path} embeds "
+                f"{hf_config['vocab_size']}"
+            )
+        prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
+        run_dir = Path(config.run_dir)
+        if groups.rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            dump_config(config, run_dir / "config.yaml")
+        log = stack.enter_context(
+            MetricsLogger(
+                run_dir, config.observability, total_steps, enabled=groups.rank == 0
+            )
+        )
+        replica = EmbeddedEngine(
+            hf_path,
+            config.model.dtype,
+            config.rollout.embedded.max_batch_size,
+            device=groups.device,
+            load_weights=False,
+        )
+        engine = CollectiveEngine(replica, groups.control)
+        stack.callback(engine.close)
+        experience, eval_problems = None, {}
+        if groups.rank == 0:
+            rewards = stack.enter_context(RewardPool(config.reward))
+            source = build_sources(config.data.train, config.train.seed)
+            experience = Experience(config, source, prompts, tokenizer, engine, rewards)
+            for number, each in enumerate(config.data.eval):
+                problems = evaluation_problems(each, config.eval.num_problems)
+                name = problems[0].source
+                eval_problems[name if name not in eval_problems else f"{name}.{number}"] = problems
+        actor = Actor(config, family, hf_config, groups, total_updates)
+        yield Run(
+            config, groups, tokenizer, prompts, actor, log, engine, experience, eval_problems
+        )
+
+
+def main(command: Callable[[Config], None], argv: list[str], usage: str) -> int:
+    """Parse ``CONFIG.yaml [key=value ...]`` and run; a user's mistake is told in one message."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if argv else 2
+    try:
+        command(load_config(argv[0], argv[1:]))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0

@@ -1,0 +1,106 @@
+"""Supervised warm start on the same actor, over student prompts and, for a share, privileged ones.
+
+    torchrun --nproc-per-node N -m megatron_rlsd.sft CONFIG.yaml [key=value ...]
+
+The loss is the token mean of -log p(target) over each global batch. It goes through the same
+operator as the policy loss: with advantage 1 and ratio 1 the two have the same gradient.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import torch
+
+from megatron_rlsd.actor.actor import Actor, TokenValues, UpdateResult
+from megatron_rlsd.actor.packing import Sequence, balanced_partition
+from megatron_rlsd.config import Config
+from megatron_rlsd.data import DataError, ProblemSource, PromptBuilder, PromptTooLong, build_sources
+from megatron_rlsd.ops import PolicyLossConfig
+from megatron_rlsd.run import assemble, main
+
+
+def train(config: Config) -> None:
+    """Run ``sft.steps`` steps and write the weights to run_dir/hf/final."""
+    steps = config.sft.steps
+    with assemble(config, total_updates=steps, total_steps=steps) as run:
+        # Every rank draws the same examples; each keeps its data-parallel share.
+        source = build_sources(config.data.train, config.train.seed)
+        run.publish_weights(version=0)
+        if config.eval.at_start:
+            run.evaluate(step=0)
+        for step in range(steps):
+            with run.log.phase("data"):
+                batch = draw_examples(config, source, run.prompts, step)
+            with run.log.phase("update"):
+                result = supervised_update(run.actor, batch)
+            run.log.step(step, sft_metrics(result))
+            if config.eval.interval and (step + 1) % config.eval.interval == 0:
+                run.publish_weights(version=step + 1)
+                run.evaluate(step + 1)
+        run.publish_weights(version=steps)
+        if not config.eval.interval or steps % config.eval.interval:
+            run.evaluate(steps)
+        run.export_hf("final")
+        run.log.summary()
+
+
+def draw_examples(
+    config: Config, source: ProblemSource, prompts: PromptBuilder, step: int
+) -> list[Sequence]:
+    """``sft.batch_size`` examples; which of them are privileged is fixed by (seed, step)."""
+    chooser = random.Random(f"sft/{config.train.seed}/{step}")
+    examples: list[Sequence] = []
+    for problem in source.next(config.sft.batch_size):
+        if problem.reference_solution is None and "{reference_solution}" in (
+            config.prompts.sft_response
+        ):
+            raise DataError(
+                f"problem {problem.id} has no reference_solution, which prompts.sft_response "
+                "asks for"
+            )
+        privileged = chooser.random() < config.sft.privileged_share
+        try:
+            prompt = prompts.teacher(problem) if privileged else prompts.student(problem)
+        except PromptTooLong:
+            continue
+        examples.append(Sequence(prompt, prompts.sft_target(problem)))
+    if not examples:
+        raise DataError(
+            f"all {config.sft.batch_size} examples of SFT step {step} have prompts longer than "
+            f"prompts.max_prompt_tokens={config.prompts.max_prompt_tokens}"
+        )
+    return examples
+
+
+def supervised_update(actor: Actor, examples: list[Sequence]) -> UpdateResult:
+    """One optimizer step on the token mean of -log p over the examples of all ranks."""
+    parts = balanced_partition([e.num_inputs for e in examples], actor.groups.dp.size())
+    by_rank = [[examples[i] for i in part] for part in parts]
+    targets = sum(len(e.response_ids) for e in examples)
+    mine = sum(len(e.response_ids) for e in by_rank[actor.groups.dp.rank()])
+    device = actor.groups.device
+    values = TokenValues(
+        advantages=torch.ones(mine, device=device),
+        loss_weights=torch.full((mine,), 1.0 / targets, device=device),
+    )
+    return actor.update(by_rank, values, PolicyLossConfig(rlsd_lambda=0.0), temperature=1.0)
+
+
+def sft_metrics(result: UpdateResult) -> dict[str, float]:
+    """Cross-entropy in nats per target token, and how the step went."""
+    tokens = max(1.0, result.sums["tokens"])
+    return {
+        "train/loss": -result.sums["log_prob"] / tokens,
+        "train/grad_norm": result.grad_norm,
+        "train/lr": result.learning_rate,
+        "train/updates_skipped": float(result.skipped),
+        "train/target_tokens": tokens,
+        "train/tokens": result.tokens,
+        "train/padding_share": result.padding / max(1, result.tokens),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(train, sys.argv[1:], __doc__ or ""))

@@ -1,0 +1,5 @@
+"""The privileged teacher: which weights it scores with, and when they change."""
+
+from megatron_rlsd.teacher.weights import Teacher, WeightSnapshot
+
+__all__ = ["Teacher", "WeightSnapshot"]
