@@ -1,0 +1,22 @@
+"""One file per model family; a new family is a new file and an entry in FAMILIES."""
+
+from __future__ import annotations
+
+from megatron_rlsd.hf_bridge.errors import HFConfigError
+from megatron_rlsd.hf_bridge.families import llama, qwen3
+from megatron_rlsd.hf_bridge.family import Family, HFConfig
+
+__all__ = ["FAMILIES", "Family", "family_for"]
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen3.FAMILY)
+
+
+def family_for(hf_config: HFConfig) -> Family:
+    """The family that ``architectures`` names. Raises HFConfigError listing the known ones."""
+    known = {name: family for family in FAMILIES for name in family.architectures}
+    named = hf_config.get("architectures") or []
+    if len(named) == 1 and named[0] in known:
+        return known[named[0]]
+    raise HFConfigError(
+        f"config.json has architectures={named!r}, expected one of: {', '.join(sorted(known))}"
+    )

@@ -1,0 +1,165 @@
+"""Reading a Hugging Face folder: config.json, and slices of its safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_rlsd.hf_bridge.errors import HFCheckpointError, HFConfigError, listed
+from megatron_rlsd.hf_bridge.mappings import Ranges, Shape
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says about one tensor."""
+
+    shape: Shape
+    dtype: str
+    """In safetensors' spelling: F32, BF16, F16, I64, ..."""
+    file: str
+    """Name of the file in the folder."""
+
+
+def load_hf_config(hf_path: str | Path) -> dict[str, Any]:
+    """The parsed config.json. Raises HFCheckpointError if absent, HFConfigError if malformed."""
+    path = _folder(hf_path) / "config.json"
+    if not path.is_file():
+        raise HFCheckpointError(f"{path} is missing: not a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise HFConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise HFConfigError(f"{path} must hold an object, got {type(config).__name__}")
+    return config
+
+
+class SafetensorsFolder:
+    """The tensors of one folder: names, shapes and dtypes at once, values by slice on demand.
+
+    Opening reads headers only. Raises HFCheckpointError that names the damaged file or tensor: no
+    safetensors file, a shard that the index names and the folder lacks, a file that is cut short
+    or corrupt, a tensor that the index promises and its file lacks, a tensor in two places.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = _folder(path)
+        index = self.path / INDEX_NAME
+        weight_map = _read_index(index) if index.is_file() else None
+        files = sorted(set(weight_map.values())) if weight_map else [_single_file(self.path)]
+        missing = [name for name in files if not (self.path / name).is_file()]
+        if missing:
+            raise HFCheckpointError(
+                f"{index} names shards that are not in the folder: {listed(missing)}"
+            )
+        self._handles = {name: _open(self.path / name) for name in files}
+        self.tensors: dict[str, TensorInfo] = {}
+        """Tensor name -> header."""
+        for file, handle in self._handles.items():
+            for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+                if name in self.tensors:
+                    raise HFCheckpointError(
+                        f"tensor {name} is in both {self.tensors[name].file} and {file} "
+                        f"of {self.path}"
+                    )
+                header = handle.get_slice(name)
+                self.tensors[name] = TensorInfo(
+                    tuple(header.get_shape()), str(header.get_dtype()), file
+                )
+        if weight_map is not None:
+            self._check_index(weight_map)
+
+    def slice(self, name: str, ranges: Ranges = ()) -> Tensor:
+        """The part of a tensor within ``ranges``: (start, stop) of each leading dimension.
+
+        Reads only those bytes; an empty tuple reads the whole tensor. The result is a CPU tensor
+        of the stored dtype.
+        """
+        handle = self._handles[self.tensors[name].file]
+        try:
+            if not ranges:
+                return handle.get_tensor(name)
+            return handle.get_slice(name)[tuple(slice(*pair) for pair in ranges)]
+        except SafetensorError as error:
+            raise HFCheckpointError(
+                f"reading {name} from {self.path / self.tensors[name].file}: {error}"
+            ) from error
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        for name, file in weight_map.items():
+            found = self.tensors[name].file if name in self.tensors else None
+            if found != file:
+                where = f"it is in {found}" if found else "it is nowhere"
+                raise HFCheckpointError(
+                    f"{self.path / INDEX_NAME} places tensor {name} in {file}, but {where}"
+                )
+        extra = sorted(self.tensors.keys() - weight_map.keys())
+        if extra:
+            raise HFCheckpointError(
+                f"tensors in the files but not in {self.path / INDEX_NAME}: {listed(extra)}"
+            )
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise HFCheckpointError(f"{folder} is not a folder with a Hugging Face model")
+    return folder
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = [name for name, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if repeated:
+            raise HFCheckpointError(f"{path} names more than once: {listed(repeated)}")
+        return dict(pairs)
+
+    try:
+        index = json.loads(path.read_text(), object_pairs_hook=without_duplicates)
+    except HFCheckpointError:
+        raise
+    except ValueError as error:
+        raise HFCheckpointError(f"{path} is not valid JSON: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HFCheckpointError(f"{path} has no weight_map")
+    outside = [str(name) for name in weight_map.values() if Path(str(name)).name != name]
+    if outside:
+        raise HFCheckpointError(f"{path} names files outside the folder: {listed(outside)}")
+    return weight_map
+
+
+def _single_file(folder: Path) -> str:
+    if (folder / SINGLE_NAME).is_file():
+        return SINGLE_NAME
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise HFCheckpointError(
+            f"{folder} has {len(found)} safetensors files ({listed(found)}) and no {INDEX_NAME}"
+        )
+    pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
+    if pickled:
+        raise HFCheckpointError(
+            f"{folder} has only pickled weights ({listed(pickled)}), which are not read because "
+            "unpickling runs code; convert them once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise HFCheckpointError(f"{folder} has no safetensors file")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise HFCheckpointError(f"{path} is cut short or corrupt: {error}") from error

@@ -1,0 +1,165 @@
+"""Writing a folder that transformers and SGLang load, in place only once it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_rlsd.hf_bridge.errors import HFCheckpointError
+from megatron_rlsd.hf_bridge.reader import INDEX_NAME, SINGLE_NAME, load_hf_config
+
+COPIED_FILES = (
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What a folder holds besides config and weights; copied unchanged from the source folder."""
+
+
+def save_hf_folder(
+    tensors: Iterable[tuple[str, Tensor]],
+    out_dir: str | Path,
+    source: str | Path | dict[str, Any],
+    *,
+    is_writer: bool = True,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write (name, tensor) pairs as a Hugging Face model folder.
+
+    ``source`` is the folder whose config.json, tokenizer and generation files go along, or the
+    config alone. Exactly one rank has ``is_writer``; the others only run the iterator to its end,
+    which is how they take part in the collectives behind it, and return without waiting for
+    the writer. ``dtype`` casts the tensors; config.json is told the dtype written.
+
+    The files are written and synced in a folder beside ``out_dir``, which is then renamed: a crash
+    leaves the old folder or none, never a part. An ``out_dir`` that exists is replaced whole if
+    it is a model folder or empty; HFCheckpointError if it is something else or the source.
+    """
+    if not is_writer:
+        for _ in tensors:
+            pass
+        return
+    out = Path(out_dir).absolute()
+    config = dict(source) if isinstance(source, dict) else load_hf_config(source)
+    source_folder = None if isinstance(source, dict) else Path(source).absolute()
+    _check_replaceable(out, source_folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        written = _write_shards(tensors, partial, dtype, max_shard_bytes)
+        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        config[key] = str(written).removeprefix("torch.")
+        _write_json(partial / "config.json", config)
+        if source_folder is not None:
+            _copy_companions(source_folder, partial)
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        _move_into_place(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype | None, limit: int
+) -> torch.dtype:
+    """Write the tensors in files of at most ``limit`` bytes (or one tensor); return their dtype."""
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    dtypes: list[torch.dtype] = []
+    shard_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal shard, shard_bytes
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard, shard_bytes = {}, 0
+
+    for name, tensor in tensors:
+        if name in seen:
+            raise HFCheckpointError(f"tensor {name} was to be written twice")
+        seen.add(name)
+        value = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+        dtypes.append(value.dtype)
+        if shard and shard_bytes + value.nbytes > limit:
+            flush()
+        shard[name] = value
+        shard_bytes += value.nbytes
+        total_bytes += value.nbytes
+    if not shard:
+        raise HFCheckpointError("no tensors to write")
+    flush()
+
+    count = len(shards)
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = SINGLE_NAME
+        if count > 1:
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    if count > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(folder / INDEX_NAME, index)
+    # Norms may be kept in a wider dtype; the config names that of most tensors.
+    return max(set(dtypes), key=dtypes.count)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for pattern in COPIED_FILES:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, folder / path.name)
+
+
+def _check_replaceable(out: Path, source: Path | None) -> None:
+    if not out.exists():
+        return
+    if source is not None and out.resolve() == source.resolve():
+        raise HFCheckpointError(f"{out} is the source folder; choose another output folder")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise HFCheckpointError(f"{out} exists and is no model folder; it is left alone")
+
+
+def _move_into_place(partial: Path, out: Path) -> None:
+    replaced = out.parent / f".{out.name}.replaced"
+    if out.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        out.rename(replaced)
+    partial.rename(out)
+    _sync(out.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

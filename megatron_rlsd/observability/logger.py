@@ -1,0 +1,250 @@
+"""The run's log, written on rank 0; on other ranks the same object does nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from megatron_rlsd.config import ObservabilityConfig
+from megatron_rlsd.observability.display import Display, StepLine, make_display
+from megatron_rlsd.observability.metrics_file import (
+    EVALUATION_PREFIX,
+    MetricsFile,
+    finite_or_none,
+    is_evaluation,
+    keep_before,
+    move_aside,
+)
+from megatron_rlsd.observability.samples import drop_samples_from, write_samples
+from megatron_rlsd.observability.tables import evaluation_table, phase_lines, summary_table
+from megatron_rlsd.types import Group
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+EVALUATION_PHASE = "evaluation"
+STEPS_FOR_TIME_LEFT = 20
+
+
+class MetricsLogger:
+    """Metrics, samples and progress of one run, in ``run_dir``; a context manager.
+
+    ``step`` numbers count from 0, as the training loop does; an evaluation's step is the number of
+    steps done before it. With ``resume_step`` (the first step to be run) the lines of earlier steps
+    are kept and later ones dropped; without it, what an earlier run left in ``run_dir`` is moved
+    aside to metrics.jsonl.1, samples.1 and tensorboard.1. ``enabled=False`` (every rank but 0)
+    writes, shows and times nothing.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: ObservabilityConfig,
+        total_steps: int,
+        resume_step: int | None = None,
+        enabled: bool = True,
+    ) -> None:
+        run_dir = Path(run_dir)
+        self.metrics_path = run_dir / "metrics.jsonl"
+        self.samples_dir = run_dir / "samples"
+        self.tensorboard_dir = run_dir / "tensorboard"
+        self._run_dir = run_dir
+        self._config = config
+        self._total_steps = total_steps
+        self._resume_step = resume_step
+        self._enabled = enabled
+        self._display: Display = Display()
+        self._line = StepLine(total_steps)
+        self._file: MetricsFile | None = None
+        self._tensorboard: SummaryWriter | None = None
+        self._steps: list[dict[str, float | None]] = []
+        self._evaluations: list[dict[str, float]] = []
+        self._phases: list[str] = []
+        self._step_phases: defaultdict[str, float] = defaultdict(float)
+        self._run_phases: defaultdict[str, float] = defaultdict(float)
+        self._run_start = time.monotonic()
+        self._step_start: float | None = None
+        self._step_ends: list[float] = []
+
+    def __enter__(self) -> MetricsLogger:
+        if not self._enabled:
+            return self
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        moved: list[Path] = []
+        if self._resume_step is None:
+            moved = self._move_earlier_run_aside()
+        else:
+            self._take_up_earlier_run(self._resume_step)
+        if self._config.tensorboard:
+            self._tensorboard = _summary_writer(self.tensorboard_dir, self._resume_step)
+        self._file = MetricsFile(self.metrics_path)
+        self._run_start = time.monotonic()
+        self._display = make_display(
+            self._config.progress, self._total_steps, done=self._resume_step or 0
+        )
+        if moved:
+            names = ", ".join(path.name for path in moved)
+            self._display.show(f"{self._run_dir} holds an earlier run, now moved to {names}")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._display.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._file is not None:
+            self._file.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of a step as ``time/<name>_s``, summed over its occurrences in that step.
+
+        A step's own time starts with its first phase that is not called ``evaluation``.
+        """
+        if not self._enabled:
+            yield
+            return
+        start = time.monotonic()
+        if self._step_start is None and name != EVALUATION_PHASE:
+            self._step_start = start  # neither start-up nor an evaluation belongs to the step
+        inner = bool(self._phases)
+        self._phases.append(name)
+        self._display.phase(name)
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self._step_phases[name] += seconds
+            if not inner:  # a phase within another is part of the outer one's share
+                self._run_phases[name] += seconds
+            self._phases.pop()
+            self._display.phase(self._phases[-1] if self._phases else None)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log step number ``step`` (from 0); adds the times since the step before.
+
+        Adds ``time/step_s``, ``time/<phase>_s`` (that of an evaluation which preceded the step too)
+        and, unless given, ``perf/tokens_per_second``: the step's sampled tokens
+        (``rollout/response_tokens``), or else trained ones (``train/tokens``), over its time.
+        Raises TypeError for a metric that is no number.
+        """
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        last_end = self._step_ends[-1] if self._step_ends else self._run_start
+        seconds = now - (last_end if self._step_start is None else self._step_start)
+        self._step_ends.append(now)
+        timed = {"time/step_s": seconds}
+        timed |= {f"time/{name}_s": spent for name, spent in self._step_phases.items()}
+        values = timed | _as_numbers(metrics)
+        tokens = values.get("rollout/response_tokens", values.get("train/tokens"))
+        if tokens is not None and seconds > 0:
+            values.setdefault("perf/tokens_per_second", tokens / seconds)
+        self._write(step, values)
+        self._steps.append({name: finite_or_none(value) for name, value in values.items()})
+        left = max(0, self._total_steps - step - 1) * self._recent_seconds_per_step(seconds)
+        self._display.step(step + 1, self._line(step + 1, values, seconds, left))
+        self._step_phases.clear()
+        self._step_start = None
+
+    def evaluation(self, step: int, results: Mapping[str, Any]) -> None:
+        """Log an evaluation made after ``step`` steps as ``eval/<name>``, and show it.
+
+        ``results``: numbers by name, or by source and name (nested mappings).
+        """
+        if not self._enabled:
+            return
+        values = _as_numbers(_flattened(results))
+        self._write(step, {f"{EVALUATION_PREFIX}{name}": value for name, value in values.items()})
+        self._evaluations.append(values)
+        self._display.show(evaluation_table(step, values, self._evaluations[0]))
+
+    def samples(self, step: int, groups: list[Group]) -> None:
+        """Write the step's first ``samples_per_step`` groups to samples/step_<step>.jsonl."""
+        count = self._config.samples_per_step
+        if self._enabled and count and groups:
+            write_samples(self.samples_dir, step, groups[:count])
+
+    def summary(self) -> None:
+        """Show how the run went and where its files are."""
+        if not self._enabled:
+            return
+        first, last = (self._evaluations[i] if self._evaluations else {} for i in (0, -1))
+        self._display.show(summary_table(self._steps, first, last))
+        lines = phase_lines(time.monotonic() - self._run_start, self._run_phases)
+        for name in ("rollout/response_tokens", "train/tokens"):
+            if total := sum(step.get(name) or 0 for step in self._steps):
+                lines.append(f"{name} in all: {total:,.0f}")
+        lines.append(f"metrics      {self.metrics_path}")
+        for title, folder in (("samples", self.samples_dir), ("tensorboard", self.tensorboard_dir)):
+            if folder.exists():
+                lines.append(f"{title:<12} {folder}")
+        self._display.show("\n".join(lines))
+
+    def _recent_seconds_per_step(self, last_step_seconds: float) -> float:
+        """From end to end, so that evaluations in between are part of the time left."""
+        ends = self._step_ends[-STEPS_FOR_TIME_LEFT - 1 :]
+        return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else last_step_seconds
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self._file is None:
+            raise RuntimeError("MetricsLogger is used outside its `with` block")
+        self._file.append(step, values)
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if finite_or_none(value) is not None:
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def _move_earlier_run_aside(self) -> list[Path]:
+        if not self.metrics_path.exists() or not self.metrics_path.stat().st_size:
+            return []
+        return move_aside([self.metrics_path, self.samples_dir, self.tensorboard_dir])
+
+    def _take_up_earlier_run(self, resume_step: int) -> None:
+        for record in keep_before(self.metrics_path, resume_step):
+            values = {k: v for k, v in record.items() if k not in ("step", "non_finite")}
+            if is_evaluation(values):
+                named = {k.removeprefix(EVALUATION_PREFIX): v for k, v in values.items()}
+                self._evaluations.append({k: v for k, v in named.items() if v is not None})
+            else:
+                self._steps.append(values)
+        drop_samples_from(self.samples_dir, resume_step)
+
+
+def _summary_writer(folder: Path, resume_step: int | None) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(
+            f"observability.tensorboard=true needs the package tensorboard ({error}); install it "
+            "or set observability.tensorboard=false"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=resume_step, flush_secs=10)
+
+
+def _flattened(results: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{inner}": v for inner, v in _flattened(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+            raise TypeError(f"metric {name!r} must be a number, got {value!r:.80}")
+        numbers[name] = value if type(value) is int else float(value)
+    return numbers

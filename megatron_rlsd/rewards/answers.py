@@ -1,0 +1,73 @@
+"""Finding the final answer in a response, and comparing answers as text or as numbers."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|[+-]?\.\d+")
+
+
+def extract_answer(response: str, pattern: str | None = None) -> str | None:
+    """The final answer, stripped; None where the response holds none.
+
+    Without a pattern it is the content of the last ``\\boxed{...}``; with one, group 1 of its last
+    match (``re`` flags are written into the pattern, for example ``(?s)``).
+    """
+    if pattern is None:
+        return last_boxed(response)
+    answer = None
+    for match in re.finditer(pattern, response):
+        answer = match[1]
+    return None if answer is None else answer.strip()
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last ``\\boxed{...}`` whose braces balance; of nested ones the inner.
+
+    One pass over the text: a response may repeat an unclosed ``\\boxed{`` thousands of times.
+    """
+    open_braces: list[tuple[bool, int]] = []
+    last: tuple[int, int] | None = None
+    for match in _BRACES.finditer(text):
+        token = match[0]
+        if token.endswith("{") and token != r"\{":
+            open_braces.append((token != "{", match.end()))
+        elif token == "}" and open_braces:
+            is_box, start = open_braces.pop()
+            if is_box and (last is None or start > last[0]):
+                last = start, match.start()
+    return None if last is None else text[last[0] : last[1]].strip()
+
+
+def check_answer_pattern(pattern: str | None) -> None:
+    """Raise ValueError unless the pattern compiles and has the group that holds the answer."""
+    if pattern is not None and compile_pattern(pattern).groups < 1:
+        raise ValueError(f"pattern {pattern!r} has no group; group 1 is the answer")
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def same_text(left: str, right: str) -> bool:
+    """Equal up to white space at the ends and the amount of it within."""
+    return left.split() == right.split()
+
+
+def same_number(left: str, right: str) -> bool:
+    """Both are plain decimal numbers of one value: 1,000 = 1000 = 1000.0; no units, no LaTeX."""
+    numbers = [parse_number(left), parse_number(right)]
+    return None not in numbers and numbers[0] == numbers[1]
+
+
+def parse_number(text: str) -> Decimal | None:
+    """A decimal number with or without thousands separators; None for anything else."""
+    text = text.strip()
+    if not _NUMBER.fullmatch(text):
+        return None
+    return Decimal(text.replace(",", ""))

@@ -1,0 +1,97 @@
+"""The outcomes of one ``score`` call, and when they are bad enough to stop the run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rlsd.rewards.errors import RewardError
+from megatron_rlsd.rewards.registry import RewardReference
+from megatron_rlsd.types import RewardInput, RewardResult
+
+
+@dataclass(frozen=True)
+class PoolFunction:
+    """One entry of ``reward.functions``."""
+
+    label: str
+    """Its key in RewardResult: the configured name, with ``#2`` on from the second use."""
+    reference: RewardReference
+    params: dict[str, Any]
+    weight: float
+
+
+class Tally:
+    """Values and failures by sample and function, in whatever order they come in."""
+
+    def __init__(
+        self,
+        samples: list[RewardInput],
+        functions: list[PoolFunction],
+        stop_on_error: bool,
+        max_error_share: float,
+    ) -> None:
+        self._samples = samples
+        self._functions = functions
+        self._stop_on_error = stop_on_error
+        self._max_error_share = max_error_share
+        self._values = [[0.0] * len(functions) for _ in samples]
+        self._errors: list[dict[str, str]] = [{} for _ in samples]
+        self._reasons: Counter[tuple[str, str]] = Counter()
+        self._examples: dict[tuple[str, str], str] = {}
+        self._total = len(samples) * len(functions)
+        self._open = self._total
+
+    @property
+    def complete(self) -> bool:
+        return self._open == 0
+
+    def value(self, sample: int, function: int, value: float) -> None:
+        self._values[sample][function] = value
+        self._open -= 1
+
+    def failure(
+        self, sample: int, function: int, reason: str, detail: str = "", timed_out: bool = False
+    ) -> None:
+        """Count the call 0; raises RewardError where the configuration says to stop."""
+        entry = self._functions[function]
+        problem = self._samples[sample].problem.id
+        if self._stop_on_error and not timed_out:
+            raise RewardError(
+                f"reward function {entry.reference.name!r} failed on problem {problem!r}: {reason}"
+                f"{_indented(detail)}"
+            )
+        self._errors[sample][entry.label] = reason
+        self._reasons[entry.label, reason] += 1
+        self._examples.setdefault((entry.label, reason), f"problem {problem!r}{_indented(detail)}")
+        self._open -= 1
+        failed = self._reasons.total()
+        if failed > self._max_error_share * self._total:
+            (label, most_frequent), count = self._reasons.most_common(1)[0]
+            raise RewardError(
+                f"{failed} of {self._total} reward calls have failed, more than "
+                f"reward.max_error_share={self._max_error_share:g} allows; most frequent "
+                f"({count} times): {label}: {most_frequent}; for example on "
+                f"{self._examples[label, most_frequent]}"
+            )
+
+    def results(self) -> list[RewardResult]:
+        """In the order of the samples; errors in the order of the functions."""
+        return [
+            RewardResult(
+                value=sum(
+                    entry.weight * value
+                    for entry, value in zip(self._functions, values, strict=True)
+                ),
+                parts={
+                    entry.label: value for entry, value in zip(self._functions, values, strict=True)
+                },
+                errors=errors,
+            )
+            for values, errors in zip(self._values, self._errors, strict=True)
+        ]
+
+
+def _indented(detail: str) -> str:
+    return "".join(f"\n    {line}" for line in detail.strip().splitlines())

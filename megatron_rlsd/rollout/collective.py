@@ -1,0 +1,117 @@
+"""One engine replica on every trainer rank, driven from rank 0 as if it were a single engine.
+
+Rank 0 runs the rollout logic as straight code and calls ``generate``; meanwhile the other ranks are
+in ``assist``, which answers each call with its slice of the requests until rank 0 releases them. A
+rank that fails ends its process; the others then fail in their next collective, at the latest after
+the process group's time limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlsd.parallel.exchange import (
+    broadcast_bytes,
+    gather_bytes,
+    pack_message,
+    ragged,
+    unpack_message,
+    unragged,
+)
+from megatron_rlsd.rollout.engine import RolloutEngine
+from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
+
+Result = TypeVar("Result")
+
+
+class CollectiveEngine:
+    """Implements RolloutEngine on rank 0; see the module's docstring for the other ranks."""
+
+    def __init__(self, engine: RolloutEngine, control: dist.ProcessGroup) -> None:
+        self._engine, self._control = engine, control
+
+    @property
+    def weight_version(self) -> int:
+        return self._engine.weight_version
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Called on every rank, each with the full stream."""
+        self._engine.update_weights(tensors, version)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def run_on_rank_zero(self, work: Callable[[], Result]) -> Result | None:
+        """Run ``work`` on rank 0 while the other ranks generate for it; they return None."""
+        if dist.get_rank() != 0:
+            self._assist()
+            return None
+        result = work()
+        broadcast_bytes(pack_message("release", {}), self._control)
+        return result
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """Rank 0 only: spread the requests over all ranks; responses in the requests' order."""
+        message = broadcast_bytes(_pack_requests(requests), self._control)
+        answers = self._answer(message)
+        assert answers is not None
+        return [generation for answer in answers for generation in _unpack_generations(answer)]
+
+    def _assist(self) -> None:
+        while True:
+            message = broadcast_bytes(None, self._control)
+            if unpack_message(message)[0] == "release":
+                return
+            self._answer(message)
+
+    def _answer(self, message: bytes) -> list[bytes] | None:
+        requests = _unpack_requests(message)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        # Contiguous slices keep the samples of one prompt together: they share its prefill.
+        mine = requests[len(requests) * rank // world : len(requests) * (rank + 1) // world]
+        generations = self._engine.generate(mine) if mine else []
+        return gather_bytes(_pack_generations(generations), self._control)
+
+
+def _pack_requests(requests: list[GenerationRequest]) -> bytes:
+    header = [{"seed": r.seed, "params": asdict(r.params)} for r in requests]
+    return pack_message(header, ragged("prompt_ids", [r.prompt_ids for r in requests]))
+
+
+def _unpack_requests(message: bytes) -> list[GenerationRequest]:
+    header, tensors = unpack_message(message)
+    prompts = unragged("prompt_ids", tensors)
+    return [
+        GenerationRequest(
+            prompt_ids=prompt_ids,
+            seed=item["seed"],
+            params=SamplingParams(
+                **item["params"] | {"stop_token_ids": tuple(item["params"]["stop_token_ids"])}
+            ),
+        )
+        for item, prompt_ids in zip(header, prompts, strict=True)
+    ]
+
+
+def _pack_generations(generations: list[Generation]) -> bytes:
+    header = [[g.finish_reason, g.weight_version] for g in generations]
+    return pack_message(
+        header,
+        ragged("token_ids", [g.token_ids for g in generations])
+        | ragged("log_probs", [g.log_probs for g in generations], torch.float32),
+    )
+
+
+def _unpack_generations(message: bytes) -> list[Generation]:
+    header, tensors = unpack_message(message)
+    return [
+        Generation(token_ids, log_probs, reason, version)
+        for (reason, version), token_ids, log_probs in zip(
+            header, unragged("token_ids", tensors), unragged("log_probs", tensors), strict=True
+        )
+    ]

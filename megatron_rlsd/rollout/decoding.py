@@ -1,0 +1,193 @@
+"""The decoding loop: many requests through a few rows of a key-value cache.
+
+Shapes: N rows in use, M distinct prompts, P prompt length, V vocabulary.
+
+Identical prompts are prefilled once. A row whose request ends is filled with the last row in use,
+so that the batch is always dense, and waiting requests join as soon as enough rows are free.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.kv_cache import RowCache
+from megatron_rlsd.rollout.sampling import RowParams, request_uniforms, sample_tokens
+from megatron_rlsd.types import FinishReason, GenerationRequest
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens per forward pass; bounds the memory of prefilling."""
+REFILL_SHARE = 4
+"""Waiting requests join when 1/4 of the rows are free: joining one by one would prefill in small
+batches, and a prompt again for each of its samples."""
+
+
+@dataclass
+class Row:
+    """A request on its way."""
+
+    request: GenerationRequest
+    uniforms: list[float]
+    stop_token_ids: frozenset[int]
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def of(cls, request: GenerationRequest) -> Row:
+        params = request.params
+        uniforms = (
+            [0.0] * params.max_new_tokens
+            if params.temperature == 0
+            else request_uniforms(request.seed, params.max_new_tokens)
+        )
+        return cls(request, uniforms, frozenset(params.stop_token_ids))
+
+    @property
+    def position(self) -> int:
+        """Position, from 0, of the last token; its keys and values are not cached yet."""
+        return len(self.request.prompt_ids) + len(self.token_ids) - 1
+
+    def append(self, token: int, log_prob: float) -> None:
+        if math.isnan(log_prob):
+            raise EngineError(
+                f"the model's logits are NaN at position {self.position + 1} of a sequence of "
+                f"{len(self.request.prompt_ids)} prompt tokens; the weights are unusable"
+            )
+        self.token_ids.append(token)
+        self.log_probs.append(log_prob)
+        if token in self.stop_token_ids:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self.request.params.max_new_tokens:
+            self.finish_reason = "length"
+
+
+class DecodingBatch:
+    """Decodes valid requests with at most ``max_rows`` rows at once.
+
+    model: a transformers causal language model of full-attention layers, in eval mode.
+    """
+
+    def __init__(
+        self, model: Any, requests: list[GenerationRequest], max_rows: int, device: torch.device
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.results = [Row.of(request) for request in requests]
+        # Equal prompts side by side, to be prefilled together; the next to join is at the end.
+        self.waiting = sorted(self.results, key=_prompt_order, reverse=True)
+        self.rows: list[Row] = []
+        self.capacity = min(max_rows, len(requests))
+        self.cache = RowCache(
+            num_layers=model.config.get_text_config().num_hidden_layers,
+            rows=self.capacity,
+            # The last token of a response is never fed back.
+            max_columns=max(len(r.prompt_ids) + r.params.max_new_tokens - 1 for r in requests),
+            device=device,
+        )
+        self.params: RowParams | None = None
+        self.columns = torch.empty(0, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def run(self) -> list[Row]:
+        """Decode to the end; the rows in the order of the requests, all finished."""
+        while self.rows or self.waiting:
+            free = self.capacity - len(self.rows)
+            if self.waiting and free >= max(1, self.capacity // REFILL_SHARE):
+                self._join(min(free, len(self.waiting)))
+            else:
+                if self.params is None:
+                    self.params = self._params_of(self.rows)
+                self._append_tokens(self.rows, self._decode(), self.params)
+            self._leave()
+        return self.results
+
+    def _join(self, count: int) -> None:
+        """Prefill ``count`` waiting requests and sample the first token of each."""
+        joining = [self.waiting.pop() for _ in range(count)]
+        # One length at a time: no padding, so plain causal attention without a mask.
+        for length, group in itertools.groupby(joining, key=lambda r: len(r.request.prompt_ids)):
+            samples: dict[tuple[int, ...], list[Row]] = {}
+            for row in group:
+                samples.setdefault(tuple(row.request.prompt_ids), []).append(row)
+            prompts = list(samples)
+            at_once = max(1, PREFILL_TOKENS // length)
+            for start in range(0, len(prompts), at_once):
+                chunk = prompts[start : start + at_once]
+                self._prefill(chunk, [samples[prompt] for prompt in chunk])
+        self.params = None
+
+    def _prefill(self, prompts: list[tuple[int, ...]], samples: list[list[Row]]) -> None:
+        """Prefill M prompts of one length; each one's samples become rows of their own."""
+        cache = DynamicCache()
+        output = self.model(
+            input_ids=torch.tensor(prompts, device=self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        rows = [row for prompt_rows in samples for row in prompt_rows]
+        source = [i for i, prompt_rows in enumerate(samples) for _ in prompt_rows]
+        self.cache.insert(len(self.rows), cache, source)
+        self._append_tokens(rows, output.logits[source, -1], self._params_of(rows))
+        self.rows += rows
+
+    def _decode(self) -> torch.Tensor:
+        """Feed each row's last token; logits [N, V] of the next."""
+        positions = [row.position for row in self.rows]
+        position_ids = torch.tensor(positions, device=self.device)
+        self.cache.begin_step(position_ids, max(positions))
+        output = self.model(
+            input_ids=torch.tensor([[row.token_ids[-1]] for row in self.rows], device=self.device),
+            attention_mask=self._mask(position_ids),
+            position_ids=position_ids.unsqueeze(1),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _mask(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """[N, 1, 1, used columns]: 0 up to each row's own position, -inf beyond it.
+
+        Additive rather than boolean: scaled_dot_product_attention would convert it in every layer.
+        """
+        used = self.cache.used_columns
+        if self.columns.shape[0] < used:
+            self.columns = torch.arange(self.cache.columns, device=self.device)
+        beyond = self.columns[:used] > position_ids.unsqueeze(1)
+        mask = torch.zeros(beyond.shape, dtype=self.model.dtype, device=self.device)
+        return mask.masked_fill_(beyond, -torch.inf)[:, None, None]
+
+    def _append_tokens(self, rows: list[Row], logits: torch.Tensor, params: RowParams) -> None:
+        uniforms = [row.uniforms[len(row.token_ids)] for row in rows]
+        tokens, log_probs = sample_tokens(logits, params, uniforms)
+        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
+            row.append(token, log_prob)
+
+    def _leave(self) -> None:
+        """Drop finished rows, moving rows from the end into their places."""
+        alive = sum(row.finish_reason is None for row in self.rows)
+        if alive == len(self.rows):
+            return
+        target = [i for i in range(alive) if self.rows[i].finish_reason is not None]
+        source = [i for i in range(alive, len(self.rows)) if self.rows[i].finish_reason is None]
+        if target:
+            self.cache.move(source, target)
+            for i, j in zip(source, target, strict=True):
+                self.rows[j] = self.rows[i]
+        del self.rows[alive:]
+        self.params = None
+
+    def _params_of(self, rows: list[Row]) -> RowParams:
+        return RowParams.of([row.request.params for row in rows], self.device)
+
+
+def _prompt_order(row: Row) -> tuple[int, list[int]]:
+    return len(row.request.prompt_ids), row.request.prompt_ids

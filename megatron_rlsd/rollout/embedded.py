@@ -1,0 +1,228 @@
+"""An engine inside the trainer's own process: transformers' model, our decoding loop.
+
+For laptops, tests and models small enough to be held twice. What a server would add (paged
+caches, fused kernels, tensor parallelism) is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
+
+from megatron_rlsd.rollout.decoding import DecodingBatch
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.types import Generation, GenerationRequest
+
+
+class EmbeddedEngine:
+    """A RolloutEngine over ``transformers.AutoModelForCausalLM``.
+
+    Serves decoder-only models with full attention in every layer (Llama, Qwen2, Qwen3 and their
+    like). A request's tokens depend on its own seed and parameters, up to floating-point noise
+    not on the other requests nor on ``max_batch_size``.
+
+    hf_path: local folder with config.json and, unless load_weights is False, safetensors.
+    dtype: of weights, cache and computation; sampling is done in float32 and float64.
+    max_batch_size: most sequences decoded at once.
+    load_weights: False leaves the weights to the first ``update_weights``; ``generate`` raises
+        EngineError until then.
+    Raises EngineError for a missing folder, an architecture it does not serve, and weights that
+    are missing, unknown or of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        hf_path: str | Path,
+        dtype: torch.dtype,
+        max_batch_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        load_weights: bool = True,
+    ) -> None:
+        if max_batch_size < 1:
+            raise EngineError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        if not (Path(hf_path) / "config.json").is_file():
+            raise EngineError(f"no config.json in {hf_path}")
+        self.max_batch_size = max_batch_size
+        self.device = torch.device(device)
+        self._weight_version: int | None = 0 if load_weights else None
+        config = AutoConfig.from_pretrained(hf_path, local_files_only=True)
+        _require_full_attention(config)
+        # The trainer's random numbers must not depend on whether it holds an engine.
+        with torch.random.fork_rng(devices=[]), _no_progress_bar():
+            model = _load(hf_path, dtype) if load_weights else _build(config, dtype)
+        self._model: Any = model.to(self.device).eval().requires_grad_(False)
+        text_config = config.get_text_config()
+        self._vocab_size: int = text_config.vocab_size
+        self._max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights in use; 0 for those it started with, or before it has any."""
+        return self._weight_version or 0
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """One generation per request, in order; see ``RolloutEngine.generate``.
+
+        Raises EngineError, before anything is generated, for an empty prompt, token ids beyond the
+        vocabulary, sampling parameters out of range, and sequences that could pass the model's
+        max_position_embeddings; later for logits that are NaN.
+        """
+        model = self._open_model()
+        if self._weight_version is None:
+            raise EngineError("the engine has no weights yet: it waits for update_weights")
+        for index, request in enumerate(requests):
+            self._check(request, index)
+        if not requests:
+            return []
+        rows = DecodingBatch(model, requests, self.max_batch_size, self.device).run()
+        return [
+            Generation(row.token_ids, row.log_probs, row.finish_reason, self._weight_version)
+            for row in rows
+            if row.finish_reason is not None
+        ]
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take every parameter once from a stream of (Hugging Face name, full tensor).
+
+        Tensors of any dtype and device are copied to the engine's. For a model with tied
+        embeddings one name of the pair is enough; both are taken when they are equal.
+
+        The whole stream is staged before it replaces the old weights, so memory holds both for a
+        moment. Names are those of the transformers model, as they are for dense models; the
+        per-expert names of mixture-of-experts checkpoints are not translated.
+
+        Raises EngineError that lists unknown, repeated, missing, misshapen and unequal tied
+        tensors; weights and version then stay as they were. The stream is read to its end even
+        so, because the ranks that feed it may be meeting in collectives.
+        """
+        expected = dict(self._open_model().named_parameters(remove_duplicate=False))
+        staged: dict[torch.nn.Parameter, torch.Tensor] = {}
+        seen: set[str] = set()
+        problems: list[str] = []
+        for name, tensor in tensors:
+            parameter = expected.get(name)
+            if parameter is None:
+                problems.append(f"{name}: unknown")
+            elif name in seen:
+                problems.append(f"{name}: repeated")
+            elif tensor.shape != parameter.shape:
+                got, wanted = list(tensor.shape), list(parameter.shape)
+                problems.append(f"{name}: shape {got}, expected {wanted}")
+            else:
+                value = torch.empty_like(parameter).copy_(tensor)
+                if parameter in staged and not torch.equal(staged[parameter], value):
+                    problems.append(f"{name}: differs from the weight it is tied to")
+                staged[parameter] = value
+            seen.add(name)
+        problems += [
+            f"{name}: missing"
+            for name, parameter in self._open_model().named_parameters()
+            if parameter not in staged and name not in seen
+        ]
+        if problems:
+            raise EngineError(
+                f"weights of version {version} do not fit the model; the old ones stay:\n  "
+                + "\n  ".join(problems)
+            )
+        for parameter, value in staged.items():
+            parameter.data = value
+        self._weight_version = version
+
+    def close(self) -> None:
+        """Release the model; every later call raises EngineError."""
+        self._model = None
+
+    def _open_model(self) -> Any:
+        if self._model is None:
+            raise EngineError("the engine is closed")
+        return self._model
+
+    def _check(self, request: GenerationRequest, index: int) -> None:
+        params = request.params
+        prompt_length = len(request.prompt_ids)
+        total = prompt_length + params.max_new_tokens
+        outside = [
+            token
+            for token in (*request.prompt_ids, *params.stop_token_ids)
+            if not 0 <= token < self._vocab_size
+        ]
+        if prompt_length == 0:
+            problem = "the prompt is empty"
+        elif outside:
+            problem = f"token ids {outside[:8]} are outside the vocabulary of {self._vocab_size}"
+        elif params.max_new_tokens < 1:
+            problem = f"max_new_tokens must be at least 1, got {params.max_new_tokens}"
+        elif not (math.isfinite(params.temperature) and params.temperature >= 0):
+            problem = f"temperature must be finite and at least 0, got {params.temperature}"
+        elif not 0 < params.top_p <= 1:
+            problem = f"top_p must lie in (0, 1], got {params.top_p}"
+        elif params.top_k < 0:
+            problem = f"top_k must be at least 0, got {params.top_k}"
+        elif self._max_positions is not None and total > self._max_positions:
+            problem = (
+                f"{prompt_length} prompt tokens + {params.max_new_tokens} max_new_tokens = {total} "
+                f"exceed the model's max_position_embeddings of {self._max_positions}"
+            )
+        else:
+            return
+        raise EngineError(f"request {index}: {problem}")
+
+
+def _load(hf_path: str | Path, dtype: torch.dtype) -> Any:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            hf_path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise EngineError(f"cannot load weights from {hf_path}: {error}") from error
+    problems = [f"{kind}: {sorted(map(str, names))}" for kind, names in info.items() if names]
+    if problems:
+        raise EngineError(f"weights in {hf_path} do not fit the model; " + "; ".join(problems))
+    return model
+
+
+def _build(config: Any, dtype: torch.dtype) -> Any:
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()  # no_init_weights skips that too
+    return model
+
+
+def _require_full_attention(config: Any) -> None:
+    """The cache holds whole sequences: no sliding windows, no recurrent states."""
+    text_config = config.get_text_config()
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is None:
+        window = getattr(text_config, "sliding_window", None)
+        layer_types = ["full_attention" if window is None else "sliding_attention"]
+    others = sorted(set(layer_types) - {"full_attention"})
+    if others:
+        raise EngineError(
+            f"the embedded engine serves full attention only; {config.model_type} has {others}"
+        )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Every rank loads the model; their bars would overwrite each other on the terminal."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,39 @@
+"""What the trainer asks of whatever samples its responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from megatron_rlsd.types import Generation, GenerationRequest
+
+
+class EngineError(RuntimeError):
+    """A request the engine cannot serve, or weights it cannot take; the message names which."""
+
+
+class RolloutEngine(Protocol):
+    """Samples responses with the weights that it was last given."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights in use; 0 for those the engine started with."""
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """One generation per request, in the order of the requests.
+
+        Raises EngineError for a request that cannot be served; nothing is generated then.
+        """
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace every weight from a stream of (Hugging Face name, full unsharded tensor).
+
+        A tensor of the stream may be freed or overwritten once the next one is asked for.
+        Raises EngineError for unknown, repeated or missing names and for shapes that do not fit;
+        the weights and the version from before then stay in use.
+        """
+
+    def close(self) -> None:
+        """Release the weights and whatever else the engine holds; it serves no request after."""

@@ -1,0 +1,136 @@
+"""What a JSONL file may hold, and how its mistakes are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rlsd.config import JsonlSource
+from megatron_rlsd.data import DataError
+from megatron_rlsd.data.jsonl import JsonlProblems
+
+GOOD = {"prompt": "1 + 1?", "answer": "2"}
+
+
+def open_lines(folder: Path, *lines: object, on_malformed: str = "stop") -> JsonlProblems:
+    path = folder / "train.jsonl"
+    raw = [line if isinstance(line, bytes) else _text(line).encode() for line in lines]
+    path.write_bytes(b"\n".join(raw))
+    return JsonlProblems(
+        JsonlSource.model_validate(
+            {"kind": "jsonl", "path": str(path), "on_malformed": on_malformed}
+        )
+    )
+
+
+def _text(line: object) -> str:
+    return line if isinstance(line, str) else json.dumps(line)
+
+
+def test_all_fields_arrive(tmp_path: Path) -> None:
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "é\n🙂"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "and?"},
+    ]
+    full = {
+        "messages": messages,
+        "answer": 3,
+        "reference_solution": "because",
+        "metadata": {"level": [1, None]},
+        "id": "x",
+    }
+    problems = open_lines(tmp_path, full, "", "   ", GOOD)
+    first, second = problems[0], problems[1]
+    assert len(problems) == 2
+    assert (first.id, first.answer, first.reference_solution) == ("x", "3", "because")
+    assert list(first.messages) == messages
+    assert first.metadata == {"level": [1, None]}
+    assert second.id == "train.jsonl:4"
+    assert second.messages == ({"role": "user", "content": "1 + 1?"},)
+    assert (second.reference_solution, second.source) == (None, "train")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"), [(0, "0"), (-2.5, "-2.5"), (10**30, "1" + "0" * 30), (" 7", " 7")]
+)
+def test_answers_become_text(tmp_path: Path, answer: object, text: str) -> None:
+    assert open_lines(tmp_path, {"prompt": "?", "answer": answer})[0].answer == text
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{", "expected one JSON object"),
+        ("[1]", "expected one JSON object, got"),
+        ("[" * 100_000, "expected one JSON object"),
+        (b'{"prompt": "\xff", "answer": 1}', "UTF-8"),
+        ('{"prompt": "\\ud800", "answer": 1}', "UTF-8"),
+        ({"prompt": "q"}, "missing field 'answer'"),
+        ({"answer": 1}, "either prompt or messages"),
+        ({**GOOD, "messages": []}, "either prompt or messages"),
+        ({**GOOD, "prompt": " \n"}, "prompt must be text that is not empty"),
+        ({**GOOD, "prompt": 5}, "prompt must be text"),
+        ({**GOOD, "answer": None}, "answer must be"),
+        ({**GOOD, "answer": True}, "answer must be"),
+        ({**GOOD, "answer": ""}, "answer must be"),
+        ('{"prompt": "q", "answer": NaN}', "answer must be a finite number"),
+        ({**GOOD, "reference_solution": 5}, "reference_solution must be text"),
+        ({**GOOD, "metadata": []}, "metadata must be an object"),
+        ({**GOOD, "id": 7}, "id must be text"),
+        ({**GOOD, "solution": "x"}, "unknown field 'solution'.*metadata"),
+        ({"messages": [], "answer": 1}, "messages must be a list that is not empty"),
+        ({"messages": "hi", "answer": 1}, "messages must be a list"),
+        ({"messages": [{"role": "user"}], "answer": 1}, "each message must be"),
+        ({"messages": [{"role": "robot", "content": "x"}], "answer": 1}, "each message must be"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}], "answer": 1},
+            "the last message must be the user's",
+        ),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: object, expected: str) -> None:
+    with pytest.raises(DataError, match=rf"train\.jsonl:3: .*{expected}"):
+        open_lines(tmp_path, GOOD, "", line, GOOD)
+
+
+def test_malformed_lines_can_be_skipped(tmp_path: Path) -> None:
+    lines: list[object] = [GOOD, "{", GOOD, *(["nonsense"] * 10), GOOD]
+    problems = open_lines(tmp_path, *lines, on_malformed="skip")
+    assert [problems[i].id for i in range(len(problems))] == [
+        "train.jsonl:1",
+        "train.jsonl:3",
+        "train.jsonl:14",
+    ]
+    assert problems.skipped == 11
+    assert "train.jsonl:2" in problems.first_skipped[0]
+    assert len(problems.first_skipped) < 11
+
+
+def test_a_second_use_of_an_id_is_malformed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r":2: id 'a' is taken"):
+        open_lines(tmp_path, {**GOOD, "id": "a"}, {**GOOD, "id": "a"})
+
+
+@pytest.mark.parametrize("on_malformed", ["stop", "skip"])
+def test_a_file_without_problems_is_refused(tmp_path: Path, on_malformed: str) -> None:
+    with pytest.raises(DataError, match="holds no problem: it is empty"):
+        open_lines(tmp_path, "", "  ", on_malformed=on_malformed)
+    missing = JsonlSource(kind="jsonl", path=str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        JsonlProblems(missing)
+
+
+def test_a_file_of_malformed_lines_is_refused_even_when_skipping(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"all 2 lines are malformed(.|\n)*train\.jsonl:1"):
+        open_lines(tmp_path, "x", "y", on_malformed="skip")
+
+
+def test_a_file_changed_while_in_use_is_noticed(tmp_path: Path) -> None:
+    problems = open_lines(tmp_path, GOOD, GOOD)
+    (tmp_path / "train.jsonl").write_text("short")
+    with pytest.raises(DataError, match=r"train\.jsonl:2: the file was changed"):
+        problems[1]

@@ -1,0 +1,119 @@
+"""Order, mixing, resuming and evaluation views of problem sources."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_rlsd.config import JsonlSource, ReasoningGymSource
+from megatron_rlsd.data import DataError, build_sources, evaluation_problems
+
+
+def jsonl(folder: Path, name: str, count: int, **settings: object) -> JsonlSource:
+    path = folder / f"{name}.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{name} {i}", "answer": i}) + "\n" for i in range(count))
+    )
+    return JsonlSource.model_validate({"kind": "jsonl", "path": str(path), **settings})
+
+
+def gym(**settings: object) -> ReasoningGymSource:
+    return ReasoningGymSource.model_validate(
+        {"kind": "reasoning_gym", "task": "chain_sum", **settings}
+    )
+
+
+def ids(problems: list) -> list[str]:
+    return [problem.id for problem in problems]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (7,), (7, 3), (1, 1, 5)])
+def test_resuming_anywhere_continues_the_same_stream(
+    tmp_path: Path, sizes: tuple[int, ...]
+) -> None:
+    sources = [jsonl(tmp_path, f"s{i}", size, weight=i + 1) for i, size in enumerate(sizes)]
+    whole = ids(build_sources(sources, seed=5).next(60))
+    for position in (0, 1, 6, 7, 8, 29):
+        interrupted = build_sources(sources, seed=5)
+        interrupted.next(position)
+        state = json.loads(json.dumps(interrupted.state()))
+        resumed = build_sources(sources, seed=5)
+        resumed.next(13)
+        resumed.load_state(state)
+        assert ids(resumed.next(60 - position)) == whole[position:]
+
+
+def test_state_does_not_grow_with_the_position(tmp_path: Path) -> None:
+    source = build_sources([jsonl(tmp_path, "a", 10)], seed=0)
+    source.next(3)
+    early = len(json.dumps(source.state()))
+    source.next(5000)
+    assert len(json.dumps(source.state())) <= early + 4
+
+
+def test_the_batch_size_does_not_change_the_stream(tmp_path: Path) -> None:
+    sources = [jsonl(tmp_path, "a", 9, weight=2), jsonl(tmp_path, "b", 4)]
+    one_by_one = build_sources(sources, seed=1)
+    assert [one_by_one.next(1)[0].id for _ in range(40)] == ids(
+        build_sources(sources, seed=1).next(40)
+    )
+
+
+def test_every_epoch_holds_each_problem_once_in_another_order(tmp_path: Path) -> None:
+    source = build_sources([jsonl(tmp_path, "a", 50)], seed=0)
+    epochs = [ids(source.next(50)) for _ in range(3)]
+    assert all(len(set(epoch)) == 50 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_seed_decides_the_order(tmp_path: Path) -> None:
+    config = jsonl(tmp_path, "a", 50)
+    orders = [ids(build_sources([config], seed=seed).next(50)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_without_shuffling_the_file_order_repeats(tmp_path: Path) -> None:
+    source = build_sources([jsonl(tmp_path, "a", 3, shuffle=False)], seed=0)
+    assert ids(source.next(7)) == [f"a.jsonl:{n}" for n in (1, 2, 3, 1, 2, 3, 1)]
+
+
+def test_any_stretch_is_mixed_by_weight(tmp_path: Path) -> None:
+    sources = [
+        jsonl(tmp_path, "a", 5, weight=6.0),
+        jsonl(tmp_path, "b", 100, weight=3.0),
+        gym(weight=1.0, size=20),
+    ]
+    source = build_sources(sources, seed=3)
+    for start in range(0, 200, 20):
+        counts = Counter(problem.source for problem in source.next(20))
+        assert counts["a"] in (11, 12, 13), start
+        assert counts["b"] in (5, 6, 7), start
+        assert counts["chain_sum"] in (1, 2, 3), start
+
+
+def test_state_of_other_data_is_refused(tmp_path: Path) -> None:
+    state = build_sources([jsonl(tmp_path, "a", 5)], seed=0).state()
+    with pytest.raises(DataError, match=r"a \(5 problems\).*a \(6 problems\)"):
+        build_sources([jsonl(tmp_path, "a", 6)], seed=0).load_state(state)
+    with pytest.raises(DataError, match=r"seed 0 .* seed 1"):
+        build_sources([jsonl(tmp_path, "a", 5)], seed=1).load_state(state)
+
+
+def test_evaluation_takes_the_first_problems_unshuffled(tmp_path: Path) -> None:
+    config = jsonl(tmp_path, "a", 5, shuffle=True)
+    assert ids(evaluation_problems(config, 3)) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
+    assert len(evaluation_problems(config, 100)) == 5
+    assert ids(evaluation_problems(gym(), 2)) == ["chain_sum/0", "chain_sum/1"]
+
+
+def test_skipped_lines_are_told(tmp_path: Path) -> None:
+    config = jsonl(tmp_path, "a", 2, on_malformed="skip")
+    with Path(config.path).open("a") as file:
+        file.write("nonsense\n")
+    (note,) = build_sources([config], seed=0).notes()
+    assert "a.jsonl" in note
+    assert "skipped 1" in note
+    assert "a.jsonl:3" in note

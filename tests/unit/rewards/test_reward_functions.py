@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron_rlsd.rewards.errors import TimeLimitExceeded
+from megatron_rlsd.rewards.exact_match import exact_match
+from megatron_rlsd.rewards.math_answers import math_verify
+from megatron_rlsd.rewards.reasoning_gym_scorer import reasoning_gym
+from megatron_rlsd.rewards.response_shape import format_reward, length_penalty
+from megatron_rlsd.types import RewardInput
+
+Sample = Callable[..., RewardInput]
+
+
+def test_exact_match(sample: Sample) -> None:
+    assert exact_match(sample(r"\boxed{ 7 }")) == 1.0
+    assert exact_match(sample(r"\boxed{8}")) == 0.0
+    assert exact_match(sample("7")) == 0.0
+    assert exact_match(sample("Answer: 7"), pattern=r"Answer: (\S+)") == 1.0
+    assert exact_match(sample(r"\boxed{1,000}", "1000")) == 0.0
+    assert exact_match(sample(r"\boxed{1,000}", "1000.0"), numeric=True) == 1.0
+    assert exact_match(sample(r"\boxed{x}", "x"), numeric=True) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "value"),
+    [
+        ("72", r"So we get \boxed{72}.", 1.0),
+        ("72", "So the answer is 72.", 1.0),
+        ("72", r"\boxed{73}", 0.0),
+        (r"\frac{1}{2}", r"\boxed{0.5}", 1.0),
+        ("$x^2+1$", r"\boxed{1+x^2}", 1.0),
+        (r"\{1,2\}", r"\boxed{\{2,1\}}", 1.0),
+        ("1,000", r"\boxed{1000}", 1.0),
+        ("7", r"\boxed{\frac{1}{}", 0.0),
+        ("7", "", 0.0),
+    ],
+)
+def test_math_verify_judges_values_not_spelling(
+    sample: Sample, answer: str, response: str, value: float
+) -> None:
+    assert math_verify(sample(response, answer)) == value
+
+
+def test_math_verify_with_a_pattern_reads_only_the_match(sample: Sample) -> None:
+    pattern = "<answer>(.*?)</answer>"
+    assert math_verify(sample(r"\boxed{7}"), pattern=pattern) == 0.0
+    assert math_verify(sample(r"<answer>\frac{14}{2}</answer> 9"), pattern=pattern) == 1.0
+
+
+def test_math_verify_tells_an_expensive_answer_from_a_wrong_one(sample: Sample) -> None:
+    with pytest.raises(TimeLimitExceeded, match="longer than 1 s"):
+        math_verify(sample(r"\boxed{9^{9^{9^{9}}}}"), timeout_seconds=1)
+
+
+def test_math_verify_reports_an_unreadable_reference(sample: Sample) -> None:
+    with pytest.raises(ValueError, match="cannot read the answer ''"):
+        math_verify(sample(r"\boxed{7}", answer=""))
+
+
+def test_format_wants_the_whole_response_and_its_own_end(sample: Sample) -> None:
+    pattern = r"(?s)<think>.*</think>\s*\\boxed\{.*\}"
+    good = "<think>a\nb</think>\n\\boxed{7}"
+    assert format_reward(sample(good), pattern) == 1.0
+    assert format_reward(sample(good + "!"), pattern) == 0.0
+    assert format_reward(sample(good, finish_reason="length"), pattern) == 0.0
+
+
+def test_length_penalty_falls_linearly_over_the_buffer(sample: Sample) -> None:
+    def at(num_tokens: int, **kwargs: str) -> float:
+        return length_penalty(sample("x", num_tokens=num_tokens, **kwargs), buffer_tokens=20)
+
+    assert [at(n) for n in (0, 80, 85, 90, 100)] == [0.0, 0.0, -0.25, -0.5, -1.0]
+    assert at(100, finish_reason="length") == -1.0
+    with pytest.raises(ValueError, match="limit of 100 tokens"):
+        length_penalty(sample("x"), buffer_tokens=101)
+
+
+def test_reasoning_gym_needs_its_entry(sample: Sample) -> None:
+    with pytest.raises(ValueError, match="problem p0 has no metadata"):
+        reasoning_gym(sample(r"\boxed{7}"))

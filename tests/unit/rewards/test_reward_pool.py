@@ -1,0 +1,343 @@
+"""Every way in which a verifier can fail, with real worker processes and short limits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from megatron_rlsd.rewards import RewardError, RewardPool
+from megatron_rlsd.types import RewardInput
+
+Sample = Callable[..., RewardInput]
+Pool = Callable[..., RewardPool]
+
+USER = "user_rewards.py:"
+"""Before the names of functions from the file that the fixture ``pool`` writes."""
+
+# The response says what the function is to do.
+MISBEHAVING = """
+import ctypes, math, os, subprocess, sys, time
+
+def reward(sample):
+    what = sample.response
+    if what == "sleep": time.sleep(1e9)
+    if what == "spin":
+        while True: pass
+    if what == "spin in C": return len(str(9 ** (9 ** 9)))
+    if what == "print for ever":
+        while True: print("x" * 1000)
+    if what == "memory": return len(bytearray(1 << 34))
+    if what == "_exit": os._exit(3)
+    if what == "segfault": ctypes.string_at(0)
+    if what == "exit": sys.exit("leaving")
+    if what == "raise": raise KeyError("missing thing")
+    if what == "orphan, _exit":
+        if os.fork(): os._exit(3)
+        time.sleep(60)
+    if what == "close": os.closerange(3, 100)
+    return {"nan": math.nan, "inf": math.inf, "none": None, "text": "1.0", "list": [1.0],
+            "huge": 10 ** 400, "complex": 1j, "true": True, "int": 2}.get(what, 1.0)
+
+def length(sample):
+    return len(sample.response)
+"""
+
+FAILURES = {
+    "sleep": "took longer than 1 s",
+    "spin": "took longer than 1 s",
+    "spin in C": "took longer than 1 s",
+    "print for ever": "took longer than 1 s",
+    "memory": "MemoryError",
+    "_exit": "its worker process died (exit code 3)",
+    "segfault": "its worker process died (signal 11: Segmentation fault)",
+    "exit": "SystemExit: leaving",
+    "raise": "KeyError: 'missing thing'",
+    "close": "its worker process died",
+    "nan": "ValueError: returned nan, which is no finite number",
+    "inf": "ValueError: returned inf, which is no finite number",
+    "none": "TypeError: returned None, which is no number",
+    "text": "TypeError: returned '1.0', which is no number",
+    "list": "TypeError: returned [1.0], which is no number",
+    "huge": "OverflowError",
+    "complex": "TypeError: returned 1j, which is no number",
+}
+
+
+def test_each_failure_costs_its_own_call_only(pool: Pool, sample: Sample) -> None:
+    responses = []
+    for failure in FAILURES:
+        responses += ["fine", failure, "true", "int"]
+    scorer = pool("reward", "length", source=MISBEHAVING, timeout_seconds=1, workers=2)
+    samples = [sample(response, id=f"p{i}") for i, response in enumerate(responses)]
+    results = scorer.score(samples)
+    fine = {"fine": 1.0, "true": 1.0, "int": 2.0}
+    for response, result in zip(responses, results, strict=True):
+        assert result.parts[USER + "length"] == len(response)
+        assert result.parts[USER + "reward"] == fine.get(response, 0.0)
+        assert result.value == sum(result.parts.values())
+        if response in fine:
+            assert result.errors == {}
+        else:
+            assert list(result.errors) == [USER + "reward"]
+            assert result.errors[USER + "reward"].startswith(FAILURES[response])
+    # The pool is as good as new.
+    assert [r.value for r in scorer.score([sample("fine")] * 3)] == [5.0] * 3
+
+
+def test_time_out_takes_the_limit_and_not_much_longer(pool: Pool, sample: Sample) -> None:
+    scorer = pool("reward", source=MISBEHAVING, timeout_seconds=1, workers=2, max_error_share=1)
+    scorer.wait_until_ready()
+    start = time.monotonic()
+    results = scorer.score([sample("sleep"), sample("spin"), *[sample("fine")] * 50])
+    assert 1 <= time.monotonic() - start < 6
+    assert [r.value for r in results] == [0.0, 0.0] + [1.0] * 50
+
+
+def test_waiting_behind_a_slow_call_is_not_counted(pool: Pool, sample: Sample) -> None:
+    source = "import time\ndef reward(sample): time.sleep(0.4); return 1"
+    scorer = pool("reward", source=source, timeout_seconds=1)
+    assert [r.value for r in scorer.score([sample("")] * 6)] == [1.0] * 6
+
+
+def test_time_limit_is_per_function(pool: Pool, sample: Sample) -> None:
+    source = "import time\ndef slow(sample): time.sleep(0.4); return 1"
+    scorer = pool("slow", "slow", "slow", "slow", source=source, timeout_seconds=1)
+    [result] = scorer.score([sample("")])
+    assert result.parts == {USER + slow: 1.0 for slow in ("slow", "slow#2", "slow#3", "slow#4")}
+
+
+def test_slow_import_is_not_counted_against_the_first_call(pool: Pool, sample: Sample) -> None:
+    source = "import time; time.sleep(1)\ndef reward(sample): return 1"
+    scorer = pool("reward", source=source, timeout_seconds=0.5)
+    assert scorer.score([sample("")])[0].value == 1
+
+
+def test_catastrophic_answer_is_stopped(pool: Pool, sample: Sample) -> None:
+    scorer = pool("math_verify", timeout_seconds=1.5)
+    samples = [sample(r"\boxed{10^{10^{10}}}"), sample(r"\boxed{7}"), sample(r"\boxed{8}")]
+    bad, right, wrong = scorer.score(samples)
+    assert bad.errors == {"math_verify": "took longer than 1.5 s"}
+    assert (right.value, wrong.value) == (1.0, 0.0)
+
+
+def test_time_limit_of_the_function_itself_counts_like_the_pools(
+    pool: Pool, sample: Sample
+) -> None:
+    limits = {"name": "math_verify", "params": {"timeout_seconds": 1}}
+    scorer = pool(limits, timeout_seconds=30, on_error="stop", max_error_share=1)
+    [result] = scorer.score([sample(r"\boxed{9^{9^{9^{9}}}}")])
+    assert result.value == 0
+    assert "math-verify took longer than 1 s" in result.errors["math_verify"]
+
+
+def test_printing_does_not_disturb_the_protocol(pool: Pool, sample: Sample) -> None:
+    source = """
+import os, subprocess, sys
+print("at import")
+def reward(sample):
+    print('{"ready": true}')
+    sys.__stdout__.write("more\\n" * 50_000)
+    os.write(1, b"raw")
+    subprocess.run(["echo", "from a child"])
+    assert sys.stdin.read() == ""
+    return 1
+"""
+    scorer = pool("reward", source=source, on_error="stop")
+    assert [r.value for r in scorer.score([sample("")] * 4)] == [1.0] * 4
+
+
+def test_weights_order_and_text_survive(pool: Pool, sample: Sample) -> None:
+    source = """
+def number(sample): return float(sample.response.split()[0])
+def echo(sample, text): return sample.problem.metadata == {"text": text, "n": [1, None]}
+"""
+    text = 'line\nbreak \u2028 \ud800 \U0001f600 \\ "'
+    functions = [
+        {"name": "number", "weight": 0.5},
+        {"name": "echo", "weight": -1, "params": {"text": text}},
+    ]
+    scorer = pool(*functions, source=source, workers=2, on_error="stop")
+    metadata = {"text": text, "n": [1, None]}
+    big = "x" * 300_000  # several pipe buffers
+    samples = [
+        sample(f"{i} {text} {big if i % 50 == 0 else ''}", metadata=metadata) for i in range(300)
+    ]
+    results = scorer.score(samples)
+    assert [r.parts for r in results] == [
+        {USER + "number": i, USER + "echo": 1.0} for i in range(300)
+    ]
+    assert [r.value for r in results] == [0.5 * i - 1 for i in range(300)]
+    assert scorer.labels == [USER + "number", USER + "echo"]
+    assert scorer.score([]) == []
+
+
+def test_on_error_stop_names_function_problem_and_reason(pool: Pool, sample: Sample) -> None:
+    scorer = pool("reward", source=MISBEHAVING, on_error="stop")
+    samples = [sample("fine"), sample("raise", id="train.jsonl:17"), sample("fine")]
+    with pytest.raises(RewardError) as caught:
+        scorer.score(samples)
+    message = str(caught.value)
+    assert "user_rewards.py:reward' failed on problem 'train.jsonl:17'" in message
+    assert "KeyError: 'missing thing'" in message
+    assert 'raise KeyError("missing thing")' in message  # the traceback
+    assert scorer.score([sample("fine")])[0].value == 1
+
+
+def test_on_error_stop_goes_on_after_a_time_limit(pool: Pool, sample: Sample) -> None:
+    scorer = pool("reward", source=MISBEHAVING, on_error="stop", timeout_seconds=0.5)
+    results = scorer.score([sample("sleep"), sample("fine"), sample("fine")])
+    assert [r.value for r in results] == [0.0, 1.0, 1.0]
+
+
+def test_too_many_failures_stop_with_the_most_frequent_reason(pool: Pool, sample: Sample) -> None:
+    scorer = pool("reward", source=MISBEHAVING, max_error_share=0.5)
+    half = [sample("raise", id="r"), sample("nan", id="n"), sample("fine"), sample("fine")]
+    assert [r.value for r in scorer.score(half)] == [0, 0, 1, 1]
+    with pytest.raises(RewardError) as caught:
+        scorer.score([sample("nan", id="n"), *half[:2], sample("fine")])
+    message = str(caught.value)
+    assert "3 of 4 reward calls have failed" in message
+    assert "most frequent (2 times): user_rewards.py:reward: ValueError: returned nan" in message
+    assert "problem 'n'" in message
+
+
+def test_import_failure_in_the_worker_is_reported_with_its_traceback(pool: Pool) -> None:
+    scorer = pool("reward", source="import absent_package\ndef reward(sample): return 1")
+    with pytest.raises(RewardError) as caught:
+        scorer.wait_until_ready()
+    assert "No module named 'absent_package'" in str(caught.value)
+    assert 'user_rewards.py", line 1' in str(caught.value)
+
+
+def test_wrong_params_of_a_users_function_are_found_at_the_start(pool: Pool) -> None:
+    scorer = pool({"name": "reward", "params": {"y": 1}}, source="def reward(sample, x): return x")
+    with pytest.raises(RewardError, match=r"missing a required argument: 'x'; it is reward\("):
+        scorer.wait_until_ready()
+
+
+def test_workers_that_never_start_end_the_attempts(pool: Pool, sample: Sample) -> None:
+    source = "import os, sys\nprint('my last words', file=sys.stderr, flush=True)\nos._exit(9)"
+    scorer = pool("reward", source=source + "\ndef reward(sample): return 1")
+    with pytest.raises(RewardError, match=r"(?s)3 reward workers in a row.*code 9.*my last words"):
+        scorer.score([sample("")])
+
+
+def test_start_has_its_own_limit(pool: Pool, sample: Sample) -> None:
+    scorer = pool("reward", source="while True: pass\ndef reward(sample): return 1")
+    scorer._start_seconds = 0.3
+    with pytest.raises(RewardError, match=r"took longer than 0\.3 s"):
+        scorer.wait_until_ready()
+
+
+def test_worker_that_died_between_calls_is_replaced_without_blame(
+    pool: Pool, sample: Sample
+) -> None:
+    scorer = pool("reward", source="import os\ndef reward(sample): return os.getpid()")
+    pids = {int(r.value) for r in scorer.score([sample("")] * 10)}
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.2)
+    results = scorer.score([sample("")] * 10)
+    assert not any(r.errors for r in results)
+    assert not pids & {int(r.value) for r in results}
+
+
+def test_children_of_a_killed_worker_are_killed_too(pool: Pool, sample: Sample) -> None:
+    source = """
+import os, subprocess, time
+def reward(sample):
+    if sample.response == "fine": return 1
+    with open(sample.response, "w") as file:
+        file.write(str(subprocess.Popen(["sleep", "1000"]).pid))
+    os._exit(1) if "exit" in sample.response else time.sleep(1e9)
+"""
+    scorer = pool("reward", source=source, timeout_seconds=1, max_error_share=1)
+    for ending in ("exit", "hang"):
+        path = Path(scorer._functions[0].reference.path).with_name(ending)
+        scorer.score([sample(str(path)), sample("fine")])
+        assert not _is_running(int(path.read_text()))
+
+
+def test_orphan_that_holds_the_pipe_open_does_not_hide_the_death(
+    pool: Pool, sample: Sample
+) -> None:
+    scorer = pool("reward", source=MISBEHAVING, timeout_seconds=1, max_error_share=1)
+    bad, fine = scorer.score([sample("orphan, _exit"), sample("fine")])
+    assert list(bad.errors) == [USER + "reward"]
+    assert fine.value == 1
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_their_parent(tmp_path: Path, busy: bool) -> None:
+    (tmp_path / "reward.py").write_text(f"""
+import os, time
+def reward(sample):
+    open({str(tmp_path / "pid")!r} + str(os.getpid()), "w").close()
+    while {busy}: pass
+    return 1
+""")
+    script = f"""
+import os
+from megatron_rlsd.config import RewardConfig
+from megatron_rlsd.rewards import RewardPool
+from megatron_rlsd.types import Problem, RewardInput
+name = {str(tmp_path / "reward.py:reward")!r}
+config = RewardConfig(functions=[dict(name=name)], workers=1, timeout_seconds=60)
+problem = Problem("p", ({{"role": "user", "content": "?"}},), "1")
+pool = RewardPool(config)
+pool.score([RewardInput(problem, "", 1, 1, "stop")])
+print("scored", flush=True)
+input()
+"""
+    root = Path(__file__).resolve().parents[3]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        found: list[Path] = []
+        for _ in range(600):
+            if found := list(tmp_path.glob("pid*")):
+                break
+            time.sleep(0.05)
+        [pid] = [int(path.name.removeprefix("pid")) for path in found]
+        if not busy:
+            assert parent.stdout is not None
+            assert parent.stdout.readline() == b"scored\n"
+        assert _is_running(pid)
+    finally:
+        parent.kill()
+        parent.wait()
+    for _ in range(100):
+        if not _is_running(pid):
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_close_ends_the_workers(pool: Pool, sample: Sample) -> None:
+    scorer = pool("reward", source="import os\ndef reward(sample): return os.getpid()")
+    with scorer:
+        pids = {int(r.value) for r in scorer.score([sample("")] * 10)}
+    assert not any(_is_running(pid) for pid in pids)
+
+
+def test_metadata_that_is_no_json_names_the_problem(pool: Pool, sample: Sample) -> None:
+    scorer = pool("exact_match")
+    with pytest.raises(RewardError, match=r"problem 'odd' .* plain JSON data: .*set"):
+        scorer.score([sample("", id="odd", metadata={"a": {1}})])
+
+
+def _is_running(pid: int) -> bool:
+    """Whether the process is there and no zombie that only waits to be reaped."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX"
+    return False
