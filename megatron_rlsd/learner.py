@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_rlsd.actor.actor import Actor, TokenValues, UpdateResult
 from megatron_rlsd.actor.packing import Sequence, balanced_partition
 from megatron_rlsd.algorithms import token_loss_weights
-from megatron_rlsd.config import Config
+from megatron_rlsd.config import AlgorithmConfig, Config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.teacher import Teacher, WeightSnapshot
 from megatron_rlsd.types import TrainBatch
@@ -103,9 +103,10 @@ class Learner:
         batch: TrainBatch,
         splits: list[list[list[int]]],
         scores: Scores,
-        loss_config: PolicyLossConfig,
+        rlsd_lambda: float,
     ) -> dict[str, float]:
         """All optimizer steps of this rollout; metrics over their sums."""
+        loss_config = policy_loss_config(self._config.algorithm, rlsd_lambda)
         results = [
             self._update_once(batch, split, scores, loss_config)
             for _ in range(self._config.train.epochs_per_rollout)
@@ -182,6 +183,20 @@ class Learner:
     def _active(self, batch: TrainBatch, index: int) -> bool:
         """Does this trajectory contribute any gradient?"""
         return self._needs_all_rows or batch.advantages[index] != 0
+
+
+def policy_loss_config(algorithm: AlgorithmConfig, rlsd_lambda: float) -> PolicyLossConfig:
+    """The operator's constants for a step at which lambda is ``rlsd_lambda``."""
+    return PolicyLossConfig(
+        eps_clip_low=algorithm.eps_clip_low,
+        eps_clip_high=algorithm.eps_clip_high,
+        dual_clip=algorithm.dual_clip,
+        rlsd_lambda=rlsd_lambda,
+        evidence_clip=algorithm.evidence_clip,
+        negative_only=algorithm.negative_only,
+        kl_coef=algorithm.kl_coef,
+        entropy_coef=algorithm.entropy_coef,
+    )
 
 
 def update_metrics(results: list[UpdateResult]) -> dict[str, float]:

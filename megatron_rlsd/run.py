@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.model import model_shape
 from megatron_rlsd.config import Config, ConfigError, dump_config, load_config
@@ -142,7 +144,7 @@ def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterato
         )
         replica = EmbeddedEngine(
             hf_path,
-            config.model.dtype,
+            getattr(torch, config.model.dtype),
             config.rollout.embedded.max_batch_size,
             device=groups.device,
             load_weights=False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_rlsd.algorithms import lambda_at, policy_loss_config
+from megatron_rlsd.algorithms import lambda_at
 from megatron_rlsd.config import Config
 from megatron_rlsd.learner import Learner
 from megatron_rlsd.run import assemble, main
@@ -41,8 +41,7 @@ def train(config: Config) -> None:
                 scores = learner.score(batch, splits, rlsd_lambda)
 
             with log.phase("update"):
-                loss = policy_loss_config(config.algorithm, rlsd_lambda)
-                metrics |= learner.update(batch, splits, scores, loss)
+                metrics |= learner.update(batch, splits, scores, rlsd_lambda)
                 learner.teacher.after_step(step)
 
             with log.phase("weight_sync"):

@@ -1,0 +1,36 @@
+"""Problem sources, tokenizers, and the prompts of student and teacher."""
+
+from megatron_rlsd.data.errors import DataError, PromptTooLong, TokenizerError
+from megatron_rlsd.data.prompts import PromptBuilder
+from megatron_rlsd.data.sentencepiece_tokenizer import (
+    DEFAULT_CHAT_TEMPLATE,
+    SentencePieceTokenizer,
+    train_sentencepiece,
+)
+from megatron_rlsd.data.sources import (
+    MixedSource,
+    ProblemSource,
+    ProblemTable,
+    build_sources,
+    evaluation_problems,
+    open_table,
+)
+from megatron_rlsd.data.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "DataError",
+    "MixedSource",
+    "ProblemSource",
+    "ProblemTable",
+    "PromptBuilder",
+    "PromptTooLong",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "TokenizerError",
+    "build_sources",
+    "evaluation_problems",
+    "load_tokenizer",
+    "open_table",
+    "train_sentencepiece",
+]

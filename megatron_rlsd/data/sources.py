@@ -1,0 +1,158 @@
+"""Endless streams of training problems, and the fixed problems of an evaluation.
+
+A source in the configuration becomes a table: problems by index, generated or read on demand.
+``MixedSource`` walks through shuffled tables by weight; the order depends on nothing but the seed.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from megatron_rlsd.config import JsonlSource, ReasoningGymSource, Source
+from megatron_rlsd.data.errors import DataError
+from megatron_rlsd.data.gym import GymProblems
+from megatron_rlsd.data.jsonl import JsonlProblems
+from megatron_rlsd.types import Problem
+
+
+class ProblemTable(Protocol):
+    """A finite collection of problems, each made or read when it is asked for."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Problem:
+        """Problem ``index`` of 0 <= index < len; the same one every time."""
+
+    def notes(self) -> list[str]:
+        """What a user should see in the log, such as skipped lines."""
+
+
+class ProblemSource(Protocol):
+    """An endless stream of problems that can be resumed."""
+
+    def next(self, n: int) -> list[Problem]:
+        """The next ``n`` problems."""
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON data of a size that does not grow."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken; DataError if it belongs to other data."""
+
+
+class MixedSource:
+    """Draws from several tables in proportion to their weights, each table shuffled per epoch.
+
+    Every draw goes to the table that is furthest behind its share, so the mix of any stretch of
+    the stream is exact to one problem per table, and which table comes next follows from the
+    number of draws so far.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[ProblemTable],
+        weights: Sequence[float],
+        shuffle: Sequence[bool],
+        seed: int,
+    ) -> None:
+        """One weight (> 0) and one shuffle flag per table; at least one table."""
+        if not tables:
+            raise DataError("at least one problem source is needed")
+        self._tables, self._seed = tables, seed
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._shuffle = shuffle
+        self._drawn = [0] * len(tables)
+        self._orders: dict[int, tuple[int, array[int]]] = {}
+
+    def next(self, n: int) -> list[Problem]:
+        """The next ``n`` problems, from any number of epochs."""
+        return [self._draw() for _ in range(n)]
+
+    def state(self) -> dict[str, Any]:
+        """JSON data: the seed, and name, size and draws so far of every table."""
+        return {
+            "seed": self._seed,
+            "tables": [
+                {"name": table.name, "size": len(table), "drawn": drawn}
+                for table, drawn in zip(self._tables, self._drawn, strict=True)
+            ],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken.
+
+        Raises DataError if the seed, a table's name or its number of problems has changed since:
+        the stream would silently be another one. Weights may change.
+        """
+        mine = self.state()
+        identity = [(t["name"], t["size"]) for t in mine["tables"]]
+        saved = [(t["name"], t["size"]) for t in state["tables"]]
+        if (state["seed"], saved) != (mine["seed"], identity):
+            raise DataError(
+                "the saved data position belongs to other data: saved with "
+                f"seed {state['seed']} over {_describe(saved)}; configured now: "
+                f"seed {mine['seed']} over {_describe(identity)}"
+            )
+        self._drawn = [int(t["drawn"]) for t in state["tables"]]
+
+    def notes(self) -> list[str]:
+        """Log lines of all tables."""
+        return [note for table in self._tables for note in table.notes()]
+
+    def _draw(self) -> Problem:
+        position = sum(self._drawn)
+        behind = [
+            share * (position + 1) - drawn
+            for share, drawn in zip(self._shares, self._drawn, strict=True)
+        ]
+        chosen = behind.index(max(behind))
+        epoch, offset = divmod(self._drawn[chosen], len(self._tables[chosen]))
+        problem = self._tables[chosen][self._order(chosen, epoch)[offset]]
+        self._drawn[chosen] += 1
+        return problem
+
+    def _order(self, chosen: int, epoch: int) -> Sequence[int]:
+        size = len(self._tables[chosen])
+        if not self._shuffle[chosen]:
+            return range(size)
+        cached_epoch, order = self._orders.get(chosen, (-1, array("q")))
+        if cached_epoch != epoch:
+            order = array("q", range(size))
+            random.Random(f"{self._seed}/{chosen}/{epoch}").shuffle(order)
+            self._orders[chosen] = (epoch, order)
+        return order
+
+
+def build_sources(sources: Sequence[Source], seed: int) -> MixedSource:
+    """The training stream over all configured sources.
+
+    Raises DataError if a source cannot be opened (see JsonlProblems and GymProblems).
+    """
+    return MixedSource(
+        tables=[open_table(source) for source in sources],
+        weights=[source.weight for source in sources],
+        shuffle=[not isinstance(source, JsonlSource) or source.shuffle for source in sources],
+        seed=seed,
+    )
+
+
+def evaluation_problems(source: Source, n: int) -> list[Problem]:
+    """The first ``n`` problems of a source in its own order, or all it has if they are fewer."""
+    table = open_table(source)
+    return [table[index] for index in range(min(n, len(table)))]
+
+
+def open_table(source: Source) -> ProblemTable:
+    """The problems of one configured source; DataError if there are none."""
+    if isinstance(source, ReasoningGymSource):
+        return GymProblems(source)
+    return JsonlProblems(source)
+
+
+def _describe(tables: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} ({size} problems)" for name, size in tables)

@@ -1,0 +1,67 @@
+"""What the program needs of a tokenizer, and the choice of one by configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from megatron_rlsd.config import TokenizerConfig
+from megatron_rlsd.data.errors import TokenizerError
+from megatron_rlsd.data.hf_tokenizer import HFTokenizer
+from megatron_rlsd.data.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Ids are plain ints in [0, vocab_size)."""
+
+    eos_token_id: int
+    end_of_turn_id: int
+    """Ends an assistant turn in the chat template: the last token of a supervised target."""
+    stop_token_ids: tuple[int, ...]
+    """Generation ends at any of these: end of turn, eos, and what generation_config.json adds."""
+    pad_token_id: int
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids: nothing is added, and the name of a special token is only text."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids to text; special tokens and ids beyond the vocabulary are left out."""
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Chat messages (role, content) to ids; TokenizerError if the template refuses them."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything that load_tokenizer needs into ``folder``."""
+
+
+def load_tokenizer(config: TokenizerConfig, default_path: str | Path) -> Tokenizer:
+    """The tokenizer at ``config.path``, or at ``default_path`` (the model folder) without one.
+
+    ``auto`` takes sentencepiece for a .model file and for a folder that has tokenizer.model but no
+    tokenizer.json or tokenizer_config.json. Raises TokenizerError if there is no tokenizer or no
+    chat template.
+    """
+    path = Path(config.path or default_path)
+    key = "tokenizer.path" if config.path else "model.hf_path, as tokenizer.path is not set"
+    if not path.exists():
+        raise TokenizerError(f"tokenizer {path} ({key}) does not exist")
+    kind = config.kind
+    if kind == "auto":
+        kind = "sentencepiece" if _is_bare_sentencepiece(path) else "hf"
+    if kind == "hf":
+        return HFTokenizer(path, config.chat_template)
+    model_file = path / MODEL_FILE if path.is_dir() else path
+    if not model_file.is_file():
+        raise TokenizerError(f"tokenizer folder {path} ({key}) has no {MODEL_FILE}")
+    return SentencePieceTokenizer(model_file, config.chat_template)
+
+
+def _is_bare_sentencepiece(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".model"
+    return (path / MODEL_FILE).is_file() and not any(
+        (path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
+    )

@@ -1,0 +1,11 @@
+"""The fused head: hidden states and head weight -> token log-probabilities, or the policy loss.
+
+The full [N, V] logits are never in memory. Everything here is tensors and process groups: no
+Megatron and no reinforcement-learning object is known.
+"""
+
+from megatron_rlsd.ops.interface import policy_loss, token_log_probs
+from megatron_rlsd.ops.stats import PolicyLossStats
+from megatron_rlsd.ops.token_loss import PolicyLossConfig
+
+__all__ = ["PolicyLossConfig", "PolicyLossStats", "policy_loss", "token_log_probs"]

@@ -1,0 +1,231 @@
+"""The loss of one token: group-relative advantage, evidence weight, clipped ratio, KL and entropy.
+
+This is the one place where the formula is written down. It sees each token's own numbers alone and
+returns, beside the loss, its derivative by the token's log-probability. The reference
+differentiates the same loss with autograd, so a wrong derivative shows.
+
+Shapes: N tokens; every tensor here is [N].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_EXPONENT = 20.0
+"""exp is continued by its tangent from here on (e^20 = 4.9e8), so that no ratio overflows."""
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """Constants of the loss. Raises ValueError that names a setting outside its range."""
+
+    eps_clip_low: float = 0.2
+    eps_clip_high: float = 0.28
+    """The ratio is clipped to [1 - eps_clip_low, 1 + eps_clip_high]."""
+    dual_clip: float | None = None
+    """c > 1: a token with a negative advantage loses at most -advantage * c."""
+    rlsd_lambda: float = 0.5
+    """Share of the evidence weight in the advantage; 0 is GRPO, to the last bit."""
+    evidence_clip: float = 0.2
+    """The evidence weight is clipped to [1 - evidence_clip, 1 + evidence_clip]."""
+    negative_only: bool = False
+    """Reweight only tokens with a negative advantage; the weight of all others is 1."""
+    kl_coef: float = 0.0
+    """Weight of k3(ref_log_probs, log_probs)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, which is subtracted from the loss."""
+    tis_clip: float | None = None
+    """Truncated importance sampling: the policy term is multiplied by
+    min(exp(old_log_probs - rollout_log_probs), tis_clip), without gradient."""
+
+    def __post_init__(self) -> None:
+        expectations = {
+            "eps_clip_low": (self.eps_clip_low >= 0, ">= 0"),
+            "eps_clip_high": (self.eps_clip_high >= 0, ">= 0"),
+            "dual_clip": (self.dual_clip is None or self.dual_clip > 1, "None or > 1"),
+            "rlsd_lambda": (0 <= self.rlsd_lambda <= 1, "in [0, 1]"),
+            "evidence_clip": (self.evidence_clip >= 0, ">= 0"),
+            "kl_coef": (self.kl_coef >= 0, ">= 0"),
+            "entropy_coef": (abs(self.entropy_coef) < float("inf"), "finite"),
+            "tis_clip": (self.tis_clip is None or self.tis_clip > 0, "None or > 0"),
+        }
+        for name, (holds, expected) in expectations.items():
+            if not holds:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What the loss knows of each token besides the current policy; float32 or float64."""
+
+    advantages: Tensor
+    """A, the same for all tokens of a trajectory."""
+    loss_weights: Tensor
+    """k: mask and normaliser; the total loss is sum(k * L)."""
+    old_log_probs: Tensor | None = None
+    """None: the current ones, detached (one update per rollout)."""
+    teacher_log_probs: Tensor | None = None
+    """NaN: the teacher did not score this token, its gain is 0 and its evidence weight 1."""
+    ref_log_probs: Tensor | None = None
+    rollout_log_probs: Tensor | None = None
+
+    def select(self, rows: Tensor | slice) -> TokenInputs:
+        return self._map(lambda x: x[rows])
+
+    def to(self, dtype: torch.dtype) -> TokenInputs:
+        return self._map(lambda x: x.detach().to(dtype))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenInputs:
+        values: dict[str, Any] = {
+            name: None if x is None else change(x) for name, x in vars(self).items()
+        }
+        return TokenInputs(**values)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of each token, its derivative, and the parts that metrics are made of."""
+
+    loss: Tensor
+    """L, before loss_weights."""
+    d_log_probs: Tensor
+    """dL / dlog_prob without the entropy term, which is no function of the log-probability."""
+    scored: Tensor
+    """bool: the teacher scored this token."""
+    privileged_info_gain: Tensor
+    """Delta = teacher_log_prob - log_prob."""
+    evidence_weight: Tensor
+    """w = exp(sign(A) Delta), before its clip, whether or not the advantage uses it."""
+    clipped_evidence_weight: Tensor
+    advantages: Tensor
+    """A^ = A ((1 - lambda) + lambda clip(w))."""
+    ratio: Tensor
+    """rho = exp(log_prob - old_log_prob)."""
+    clipped_low: Tensor
+    """bool: the ratio's lower bound decides the loss, no gradient passes."""
+    clipped_high: Tensor
+    """bool: the ratio's upper bound decides the loss, no gradient passes."""
+    dual_clipped: Tensor
+    """bool: dual_clip decides the loss, no gradient passes."""
+    approx_kl: Tensor
+    """(rho - 1) - log rho, estimates KL(old || current)."""
+    ref_kl: Tensor | None
+    """k3(ref_log_prob, log_prob)."""
+
+
+def token_loss(
+    log_probs: Tensor, entropy: Tensor | None, inputs: TokenInputs, config: PolicyLossConfig
+) -> TokenLoss:
+    """RLSD's loss of every token (arXiv:2604.03128, equations 13 to 15, over a clipped ratio).
+
+        Delta = sg(log p_teacher - log p)                                            (13)
+        w     = exp(sign(A) Delta)                                                   (14)
+        w^    = clip(w, 1 - eps_w, 1 + eps_w)                                        (15)
+        A^    = A ((1 - lambda) + lambda w^)
+        rho   = exp(log p - log p_old)
+        L     = tis max(-A^ rho, -A^ clip(rho, 1 - eps_low, 1 + eps_high))
+                + kl_coef k3(log p_ref, log p) - entropy_coef H
+
+    with k3(q, p) = e^(q - p) - (q - p) - 1 and tis = min(exp(log p_old - log p_rollout), tis_clip),
+    detached. Tokens outside teacher_is_needed keep A^ = A.
+
+    With ``dual_clip`` c the maximum is at most -A^ c where A^ < 0. ``loss`` can be differentiated
+    by ``log_probs`` and ``entropy`` with autograd.
+
+    Args:
+        log_probs: [N] of the current policy.
+        entropy: [N], or None where config.entropy_coef is 0.
+        inputs: the other numbers of each token.
+        config: constants.
+    """
+    current, A = log_probs.detach(), inputs.advantages
+
+    scored, gain = _privileged_info_gain(current, inputs.teacher_log_probs)
+    weight = exp_bounded(A.sign() * gain)
+    clipped_weight = weight.clamp(1 - config.evidence_clip, 1 + config.evidence_clip)
+    lam = config.rlsd_lambda
+    reweighted = A * ((1 - lam) + lam * clipped_weight)
+    A_hat = torch.where(teacher_is_needed(inputs, config), reweighted, A)
+
+    old = current if inputs.old_log_probs is None else inputs.old_log_probs
+    log_ratio = log_probs - old
+    ratio, d_ratio = exp_bounded(log_ratio), exp_bounded_slope(log_ratio.detach())
+    unclipped = -A_hat * ratio
+    clipped = -A_hat * ratio.clamp(1 - config.eps_clip_low, 1 + config.eps_clip_high)
+    loss = torch.maximum(unclipped, clipped)
+    is_clipped = clipped > unclipped
+    dual_clipped = torch.zeros_like(is_clipped)
+    if config.dual_clip is not None:
+        bound = -A_hat * config.dual_clip
+        dual_clipped = (A_hat < 0) & (loss > bound)
+        loss = torch.where(dual_clipped, bound, loss)
+    d_log_probs = torch.where(is_clipped | dual_clipped, 0.0, -A_hat * d_ratio)
+
+    if config.tis_clip is not None:
+        assert inputs.rollout_log_probs is not None
+        tis_weight = exp_bounded(old - inputs.rollout_log_probs).clamp(max=config.tis_clip)
+        loss, d_log_probs = loss * tis_weight, d_log_probs * tis_weight
+    ref_kl = None
+    if inputs.ref_log_probs is not None:
+        log_ref_ratio = inputs.ref_log_probs - log_probs
+        ref_kl = exp_bounded(log_ref_ratio) - log_ref_ratio - 1
+        if config.kl_coef != 0:
+            loss = loss + config.kl_coef * ref_kl
+            d_ref_kl = 1 - exp_bounded_slope(log_ref_ratio.detach())
+            d_log_probs = d_log_probs + config.kl_coef * d_ref_kl
+    if config.entropy_coef != 0:
+        assert entropy is not None
+        loss = loss - config.entropy_coef * entropy
+
+    return TokenLoss(
+        loss=loss,
+        d_log_probs=d_log_probs,
+        scored=scored,
+        privileged_info_gain=gain,
+        evidence_weight=weight,
+        clipped_evidence_weight=clipped_weight,
+        advantages=A_hat,
+        ratio=ratio,
+        clipped_low=is_clipped & (ratio < 1),
+        clipped_high=is_clipped & (ratio > 1),
+        dual_clipped=dual_clipped,
+        approx_kl=(ratio - 1) - log_ratio,
+        ref_kl=ref_kl,
+    )
+
+
+def teacher_is_needed(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
+    """[N] bool: tokens whose loss depends on the teacher."""
+    if config.rlsd_lambda == 0:
+        return torch.zeros_like(inputs.advantages, dtype=torch.bool)
+    return inputs.advantages < 0 if config.negative_only else inputs.advantages != 0
+
+
+def needs_gradient(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
+    """[N] bool: tokens whose gradient can differ from 0."""
+    has_loss = inputs.loss_weights != 0
+    if config.kl_coef != 0 or config.entropy_coef != 0:
+        return has_loss
+    return has_loss & (inputs.advantages != 0)
+
+
+def exp_bounded(x: Tensor) -> Tensor:
+    """exp(x) up to MAX_EXPONENT, its tangent beyond: monotone, smooth, and finite for finite x."""
+    return x.clamp(max=MAX_EXPONENT).exp() * (1 + (x - MAX_EXPONENT).clamp(min=0))
+
+
+def exp_bounded_slope(x: Tensor) -> Tensor:
+    """The derivative of exp_bounded."""
+    return x.clamp(max=MAX_EXPONENT).exp()
+
+
+def _privileged_info_gain(current: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    if teacher is None:
+        return torch.zeros_like(current, dtype=torch.bool), torch.zeros_like(current)
+    scored = ~teacher.isnan()
+    return scored, torch.where(scored, teacher - current, 0.0)
