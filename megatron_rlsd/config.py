@@ -319,23 +319,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
-        node = (
-            node[int(part)]
-            if isinstance(node, list) and part.isdigit()
-            else node.setdefault(part, {})
-        )
+        if isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            node = node[_list_index(node, part, override)]
         if not isinstance(node, dict | list):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
-    parsed = yaml.safe_load(value)
-    if isinstance(parsed, str):
-        try:  # YAML 1.1 reads 1e-4 as text
-            parsed = float(parsed)
-        except ValueError:
-            pass
-    if isinstance(node, list):
-        node[int(last)] = parsed
-    else:
-        node[last] = parsed
+    node[last if isinstance(node, dict) else _list_index(node, last, override)] = yaml.safe_load(
+        value
+    )
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(
+            f"override {override!r}: {part!r} must be an index below {len(node)}, the list's length"
+        )
+    return int(part)
 
 
 def _known_keys(location: tuple[Any, ...]) -> str:

@@ -155,6 +155,8 @@ def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterato
         if groups.rank == 0:
             rewards = stack.enter_context(RewardPool(config.reward))
             source = build_sources(config.data.train, config.train.seed)
+            for note in source.notes():
+                print(note, flush=True)
             experience = Experience(config, source, prompts, tokenizer, engine, rewards)
             for number, each in enumerate(config.data.eval):
                 problems = evaluation_problems(each, config.eval.num_problems)

@@ -6,7 +6,12 @@ import difflib
 import hashlib
 import json
 import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from megatron_rlsd.config import ReasoningGymSource
 from megatron_rlsd.data.errors import DataError
@@ -14,9 +19,9 @@ from megatron_rlsd.data.worked_solutions import worked_solution
 from megatron_rlsd.types import Problem
 
 HASH_ORDER_TASKS = (
+    "intermediate_integration",
     "isomorphic_strings",
     "knight_swap",
-    "list_functions",
     "polynomial_multiplication",
     "ransom_note",
     "word_ladder",
@@ -56,7 +61,8 @@ class GymProblems:
     def __getitem__(self, index: int, /) -> Problem:
         """Generate one problem; DataError if the task's generator fails on it."""
         try:
-            raw = self._items[index]
+            with _fixed_global_random(f"{self._seed}/{index}"):
+                raw = self._items[index]
         except Exception as error:
             raise DataError(
                 f"reasoning_gym task {self._task!r} with params {self._params} failed to generate "
@@ -93,6 +99,20 @@ def _spread_seed(seed: int) -> int:
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") >> 1
 
 
+@contextmanager
+def _fixed_global_random(seed: str) -> Iterator[None]:
+    """Some generators draw from the global random states (list_functions), or reseed them
+    (pool_matrix): give them fixed ones, and leave the trainer's as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(random.getrandbits(32))
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
 def _refuse_unusable(task: str, params: dict[str, Any]) -> None:
     from reasoning_gym.factory import DATASETS
 
@@ -101,6 +121,12 @@ def _refuse_unusable(task: str, params: dict[str, Any]) -> None:
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise DataError(
             f"unknown reasoning_gym task {task!r}{hint} (reasoning_gym has {len(DATASETS)} tasks)"
+        )
+    if task == "codeio":
+        raise DataError(
+            "reasoning_gym task 'codeio' is not supported: its items come from running code "
+            "snippets in the trainer, and some differ from run to run; write them to a JSONL file "
+            "once, with metadata.reasoning_gym = {task, entry} for its scorer"
         )
     if task == "composite":
         raise DataError(

@@ -44,7 +44,7 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     """log_softmax(hidden @ weight.T / temperature)[targets] without the logits; no gradient.
 
-    Extra memory: one chunk of logits (64 MiB, or chunk_tokens * V_local numbers; twice that many
+    Extra memory: one chunk of logits (80 MiB, or chunk_tokens * V_local numbers; twice that many
     with entropy), and a float32 copy of weight if it is float16 or bfloat16.
     Sends one all-gather of 3 * N numbers (4 * N with entropy) over tp_group; with sequence_parallel
     one more, of hidden.
@@ -57,7 +57,7 @@ def token_log_probs(
         temperature: > 0; divides the logits.
         tp_group: ranks that share the vocabulary; None: this rank holds all of it.
         with_entropy: also return the entropy over the vocabulary, in nats.
-        chunk_tokens: rows per chunk; None: as many as 64 MiB of logits hold.
+        chunk_tokens: rows per chunk; None: as many as 80 MiB of logits hold.
         backend: ``torch``; ``auto`` takes the fastest that is there.
         vocab_size: real rows over all ranks; rows beyond are padding and take no part. None: all.
         sequence_parallel: hidden is split over tp_group by rows.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,9 +74,6 @@ def parallel_world(
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(parallel, world_size, shape)
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size:
         # One machine: gloo need not resolve the host's name, which laptops often cannot.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -85,7 +81,8 @@ def parallel_world(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(platform.collectives_backend(), timeout=timeout)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(platform.collectives_backend(), timeout=timeout, **alone)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -102,8 +99,3 @@ def parallel_world(
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -22,8 +23,8 @@ def _check(pattern: str | None = None) -> None:
 def reasoning_gym(sample: RewardInput, pattern: str | None = None) -> float:
     """The task's own score of the extracted answer, in [0, 1]; 0.0 where there is no answer.
 
-    Reads ``problem.metadata["reasoning_gym"] = {"task": name, "entry": {question, answer,
-    metadata}}`` and raises ValueError without it. ``pattern`` as for exact_match.
+    Reads ``problem.metadata["reasoning_gym"] = {"task": name, "params": {...}, "entry": {question,
+    answer, metadata}}`` and raises ValueError without it. ``pattern`` as for exact_match.
     """
     origin = sample.problem.metadata.get("reasoning_gym")
     if not isinstance(origin, dict) or not {"task", "entry"} <= origin.keys():
@@ -38,7 +39,7 @@ def reasoning_gym(sample: RewardInput, pattern: str | None = None) -> float:
     if task in _TASKS_WITH_TUPLE_BOARDS:
         board = tuple(tuple(row) for row in entry["metadata"]["output"])
         entry = {**entry, "metadata": {**entry["metadata"], "output": board}}
-    score = _scorer(task)
+    score = _scorer(task, json.dumps(origin.get("params", {}), sort_keys=True))
     try:
         return float(score(answer=answer, entry=entry))
     except MemoryError:
@@ -51,7 +52,8 @@ def reasoning_gym(sample: RewardInput, pattern: str | None = None) -> float:
 
 
 @cache
-def _scorer(task: str) -> Callable[..., Any]:
-    from reasoning_gym import get_score_answer_fn
+def _scorer(task: str, params: str) -> Callable[..., Any]:
+    """The scorer of the task at its difficulty, which a few scorers read."""
+    from reasoning_gym import create_dataset
 
-    return get_score_answer_fn(task)
+    return create_dataset(task, size=1, **json.loads(params)).score_answer

@@ -1,0 +1,51 @@
+"""Group-relative advantages: a response is judged by the other responses to the same question.
+
+Shapes: G responses to one question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_rlsd.algorithms.filters import checked_rewards, has_signal
+
+AdvantageMode = Literal["group_std", "group_mean", "leave_one_out"]
+
+STD_EPSILON = 1e-6
+
+
+def group_advantages(rewards: Sequence[float] | Tensor, mode: AdvantageMode) -> Tensor:
+    """Advantages of one group (arXiv:2604.03128, section 2).
+
+        group_std      A_i = (R_i - mean(R)) / (std(R) + 1e-6), unbiased std
+        group_mean     A_i = R_i - mean(R)                      (Dr. GRPO)
+        leave_one_out  A_i = R_i - mean of the other rewards    (RLOO)
+
+    A group whose rewards are all equal gets exactly 0, whatever the mean rounds to.
+
+    Args:
+        rewards: [G] finite numbers, G >= 1.
+        mode: one of the above.
+
+    Returns:
+        [G] float64, on the CPU or the rewards' device.
+
+    Raises:
+        ValueError: no rewards, a reward that is not finite, or an unknown mode.
+    """
+    R = checked_rewards(rewards)
+    if mode not in ("group_std", "group_mean", "leave_one_out"):
+        raise ValueError(f"mode must be group_std, group_mean or leave_one_out, got {mode!r}")
+    if not has_signal(R):
+        return torch.zeros_like(R)
+    centered = R - R.mean()
+    if mode == "group_std":
+        return centered / (R.std(correction=1) + STD_EPSILON)
+    if mode == "leave_one_out":
+        G = R.numel()
+        return centered * (G / (G - 1))
+    return centered

@@ -1,0 +1,44 @@
+"""The normaliser of the loss, as one weight per trajectory.
+
+Shapes: B trajectories of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossAggregation = Literal["token_mean", "sequence_mean"]
+
+
+def token_loss_weights(lengths: Sequence[int] | Tensor, aggregation: LossAggregation) -> Tensor:
+    """The weight k that every counted token of a trajectory carries, so that the loss is sum(k L).
+
+        token_mean     k_i = 1 / (T_1 + ... + T_B)
+        sequence_mean  k_i = 1 / (number of trajectories with T > 0) / T_i
+
+    Averages of micro-batch averages are not the global mean: give the lengths of the whole global
+    batch, over all micro-batches and data-parallel ranks, and sum the losses.
+
+    Args:
+        lengths: [B] number of counted response tokens T_i (the sum of a trajectory's loss mask).
+        aggregation: one of the above.
+
+    Returns:
+        [B] float64; 0 for a trajectory without tokens, which counts nowhere.
+
+    Raises:
+        ValueError: a negative length or an unknown aggregation.
+    """
+    T = torch.as_tensor(lengths, dtype=torch.float64)
+    if T.ndim != 1 or bool((T < 0).any()):
+        raise ValueError("lengths must be a flat list of numbers >= 0")
+    is_counted = T > 0
+    if aggregation == "token_mean":
+        return torch.where(is_counted, 1 / T.sum(), 0.0)
+    if aggregation == "sequence_mean":
+        return torch.where(is_counted, 1 / (is_counted.sum() * T), 0.0)
+    raise ValueError(f"aggregation must be token_mean or sequence_mean, got {aggregation!r}")

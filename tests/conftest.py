@@ -1,0 +1,75 @@
+"""What tests of the whole program share: a tiny model folder and a configuration that uses it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_rlsd.config import Config, parse_config
+
+ROOT = Path(__file__).parent.parent
+EVEN_DIGITS = '''
+def even_digits(sample):
+    """A reward that a random model already varies in."""
+    digits = [c for c in sample.response if c.isdigit()]
+    return sum(c in "02468" for c in digits) / max(1, len(digits))
+'''
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 folder with its own tokenizer, made by the tool that the demo uses."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(raw_config(folder / "model", folder)))
+    sizes = ["--hidden-size=32", "--layers=4", "--ffn-size=64", "--head-dim=16", "--problems=200"]
+    command = [sys.executable, ROOT / "tools/make_tiny_model.py", config, folder / "model", *sizes]
+    subprocess.run(list(map(str, command)), check=True, timeout=120, capture_output=True)
+    return folder / "model"
+
+
+@pytest.fixture
+def make_config(tiny_model: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Build a valid configuration; keyword arguments replace keys of its sections."""
+
+    def make(**sections: dict[str, Any]) -> Config:
+        raw = raw_config(tiny_model, tmp_path)
+        for name, section in sections.items():
+            raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
+        return parse_config(raw)
+
+    return make
+
+
+def raw_config(model: Path, folder: Path) -> dict[str, Any]:
+    reward = folder / "even_digits.py"
+    reward.write_text(EVEN_DIGITS)
+    source = {
+        "kind": "reasoning_gym",
+        "task": "chain_sum",
+        "size": 1000,
+        "params": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    }
+    return {
+        "run_dir": str(folder / "run"),
+        "model": {"hf_path": str(model), "dtype": "float32"},
+        "data": {"train": [{**source, "seed": 1}], "eval": [{**source, "seed": 2}]},
+        "prompts": {
+            "format_instruction": "End with #### and the answer.",
+            "sft_response": "{reference_solution}\n#### {answer}",
+        },
+        "rollout": {"prompts_per_step": 3, "n_samples_per_prompt": 4, "max_response_tokens": 12},
+        "reward": {"functions": [{"name": f"{reward}:even_digits"}], "workers": 1},
+        "algorithm": {"rlsd_lambda": 0.5},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 3, "max_tokens_per_microbatch": 256},
+        "eval": {"num_problems": 4, "n_samples": 2, "pass_at_k": [1, 2]},
+        "observability": {"tensorboard": False, "progress": "none"},
+        "distributed": {"timeout_seconds": 60},
+    }

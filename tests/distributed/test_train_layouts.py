@@ -1,0 +1,70 @@
+"""The training program under torchrun: every layout takes the steps that one process takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_rlsd.observability import read_metrics
+
+
+def torchrun(processes: int, config, path: Path, *overrides: str, seconds: float = 240):
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "megatron_rlsd.train", str(path)]
+    return subprocess.run(
+        [*command, *overrides], capture_output=True, text=True, timeout=seconds, check=False
+    )
+
+
+def test_four_processes_take_the_steps_of_one(make_config, tmp_path):
+    steps = {}
+    for processes, layout in [
+        (1, ()),
+        (2, ("parallel.tensor=2", "parallel.sequence=true")),
+        (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+        (4, ("parallel.pipeline=2", "optimizer.distributed=true")),
+    ]:
+        run_dir = tmp_path / f"{processes}_{len(steps)}"
+        config = make_config(
+            run_dir=str(run_dir),
+            # Two updates a rollout, so that old log-probabilities cross the layouts as well.
+            train={"steps": 3, "global_batch_size": 6, "max_tokens_per_microbatch": 128},
+            eval={"num_problems": 2},
+        )
+        ended = torchrun(processes, config, tmp_path / f"{run_dir.name}.yaml", *layout)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        lines = read_metrics(run_dir / "metrics.jsonl")
+        steps[processes, layout] = [line for line in lines if "train/loss" in line]
+    expected = steps.pop((1, ()))
+    assert len({step["rollout/reward_mean"] for step in expected}) > 1
+    for layout, measured in steps.items():
+        for one, other in zip(expected, measured, strict=True):
+            assert one["rollout/reward_mean"] == pytest.approx(other["rollout/reward_mean"])
+            for key in (
+                "train/loss",
+                "train/grad_norm",
+                "train/entropy",
+                "train/approx_kl",
+                "algorithm/gain_mean",
+                "algorithm/gain_abs_mean",
+                "algorithm/evidence_weight_clipped_mean",
+            ):
+                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-7), (layout, key)
+
+
+def test_an_error_on_rank_zero_ends_all_ranks_soon(make_config, tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("not json\n")
+    config = make_config(data={"train": [{"kind": "jsonl", "path": str(data)}], "eval": []})
+    start = time.monotonic()
+    ended = torchrun(2, config, tmp_path / "config.yaml", "parallel.tensor=2", seconds=100)
+    assert ended.returncode != 0
+    assert f"error: {data}:1" in ended.stderr
+    # Far below distributed.timeout_seconds=60 twice over: nobody waited for the dead rank.
+    assert time.monotonic() - start < 90

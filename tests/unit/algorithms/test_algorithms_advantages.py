@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rlsd.algorithms import group_advantages, has_signal, token_loss_weights
+
+REWARDS = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=12)
+MODES = ["group_std", "group_mean", "leave_one_out"]
+
+
+def definition(rewards, mode):
+    mean = statistics.fmean(rewards)
+    if mode == "leave_one_out":
+        others = [rewards[:i] + rewards[i + 1 :] for i in range(len(rewards))]
+        return [r - statistics.fmean(rest) for r, rest in zip(rewards, others, strict=True)]
+    scale = statistics.stdev(rewards) + 1e-6 if mode == "group_std" else 1.0
+    return [(r - mean) / scale for r in rewards]
+
+
+@given(rewards=REWARDS, mode=st.sampled_from(MODES))
+def test_advantages_are_their_definition(rewards, mode):
+    expected = torch.tensor(definition(rewards, mode), dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards, mode), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_one_right_answer_of_four():
+    # mean 1/4, unbiased std 1/2
+    expected = torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64)
+    torch.testing.assert_close(
+        group_advantages([1, 0, 0, 0], "group_std"), expected, rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [1, 3, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_exactly_zero(mode, size, dtype):
+    """The mean of several 0.1 need not be 0.1; divided by a tiny std that would be a signal."""
+    for reward in (0.1, 0.7, -1 / 3, 1e-30, 1e30):
+        rewards = torch.full((size,), reward, dtype=dtype)
+        assert not has_signal(rewards)
+        assert (group_advantages(rewards, mode) == 0).all()
+
+
+def test_any_difference_is_a_signal():
+    assert has_signal([0.0, 0.0, 1.0])
+    assert has_signal([0.1, 0.1 + 1e-12])
+    assert not has_signal([0, 0])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_reward_that_is_no_finite_number_is_refused(bad):
+    with pytest.raises(ValueError, match="reward 1 of the group"):
+        group_advantages([0.0, bad, 1.0], "group_std")
+    with pytest.raises(ValueError, match="reward 1 of the group"):
+        has_signal([0.0, bad])
+
+
+def test_empty_group_and_unknown_mode_are_refused():
+    with pytest.raises(ValueError, match="non-empty"):
+        group_advantages([], "group_std")
+    with pytest.raises(ValueError, match="mode"):
+        group_advantages([1.0, 0.0], "median")
+
+
+@given(
+    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=10),
+    aggregation=st.sampled_from(["token_mean", "sequence_mean"]),
+    seed=st.integers(0, 1000),
+)
+def test_weighted_sum_is_the_global_mean(lengths, aggregation, seed):
+    generator = torch.Generator().manual_seed(seed)
+    losses = [torch.randn(T, generator=generator, dtype=torch.float64) for T in lengths]
+    weights = token_loss_weights(lengths, aggregation)
+    total = sum(float(k * L.sum()) for k, L in zip(weights, losses, strict=True))
+    counted = [L for L in losses if L.numel()]
+    if not counted:
+        expected = 0.0
+    elif aggregation == "token_mean":
+        expected = float(torch.cat(counted).mean())
+    else:
+        expected = statistics.fmean(float(L.mean()) for L in counted)
+    assert total == pytest.approx(expected, abs=1e-12)
+
+
+def test_trajectory_without_tokens_counts_nowhere():
+    assert token_loss_weights([4, 0, 2], "sequence_mean").tolist() == [1 / 8, 0, 1 / 4]
+    assert token_loss_weights([4, 0, 4], "token_mean").tolist() == [1 / 8, 0, 1 / 8]
+    assert token_loss_weights([0, 0], "token_mean").tolist() == [0, 0]
+
+
+def test_bad_lengths_and_aggregation_are_refused():
+    with pytest.raises(ValueError, match="lengths"):
+        token_loss_weights([1, -1], "token_mean")
+    with pytest.raises(ValueError, match="aggregation"):
+        token_loss_weights([1], "mean")

@@ -1,0 +1,86 @@
+import pytest
+import yaml
+
+from megatron_rlsd.config import ConfigError, dump_config, load_config
+
+VALID = {
+    "run_dir": "runs/x",
+    "model": {"hf_path": "models/x"},
+    "data": {"train": [{"kind": "jsonl", "path": "train.jsonl"}]},
+    "reward": {"functions": [{"name": "exact_match"}]},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**changes):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**VALID, **changes}))
+        return path
+
+    return write
+
+
+def test_overrides_reach_nested_keys_lists_and_new_sections(write):
+    config = load_config(
+        write(),
+        [
+            "optimizer.lr=1e-4",
+            "parallel.tensor=2",
+            "data.train.0.path=other.jsonl",
+            "algorithm.dual_clip=null",
+            "eval.pass_at_k=[1, 4]",
+            "eval.n_samples=4",
+        ],
+    )
+    assert config.optimizer.lr == 1e-4
+    assert config.parallel.tensor == 2
+    assert config.data.train[0].path == "other.jsonl"
+    assert config.algorithm.dual_clip is None
+    assert config.eval.pass_at_k == [1, 4]
+
+
+def test_a_dumped_config_reads_back_equal(write, tmp_path):
+    config = load_config(write(), ["train.global_batch_size=32"])
+    dump_config(config, tmp_path / "dump.yaml")
+    assert load_config(tmp_path / "dump.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key; known keys: lr, min_lr"),
+        ("optimiser.lr=1", "optimiser: unknown key"),
+        ("optimizer.lr=fast", "optimizer.lr: .*valid number.*'fast'"),
+        ("optimizer.lr=-1", "optimizer.lr: .*greater than 0"),
+        ("teacher.mode=thawed", "teacher.mode: .*'live', 'frozen', 'periodic' or 'ema'"),
+        ("train.global_batch_size=7", "train.global_batch_size=7 must divide .* = 128"),
+        ("eval.pass_at_k=[1, 8]", "eval.n_samples=1"),
+        ("parallel.sequence=true", "sequence=true needs tensor > 1"),
+        ("data.train.0.kind=parquet", "data.train.0: .*'jsonl', 'reasoning_gym'"),
+        ("data.train.1.path=x", "'1' must be an index below 1"),
+        ("run_dir.x=1", "run_dir is a value, not a section"),
+        ("steps", "must look like section.key=value"),
+    ],
+)
+def test_mistakes_are_named_with_what_was_expected(write, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(), [override])
+
+
+def test_every_mistake_is_listed_at_once(write):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(model={"hf_paht": "x"}, train={"steps": "many"}))
+    for key in ("model.hf_path", "model.hf_paht", "train.steps"):
+        assert key in str(error.value)
+
+
+def test_missing_files_and_bad_yaml(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1, 2")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping of config sections, got list"):
+        load_config(tmp_path / "list.yaml")
