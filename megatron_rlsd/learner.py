@@ -125,7 +125,7 @@ class Learner:
         weights = token_loss_weights(
             [len(batch.response_ids[i]) for i in members], self._config.algorithm.loss_aggregation
         )
-        weight_of = dict(zip(members, weights, strict=True))
+        weight_of = dict(zip(members, weights.tolist(), strict=True))
         active = [[i for i in part if self._active(batch, i)] for part in split]
         mine = active[self._dp.rank()]
         device = self._actor.groups.device

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from megatron_rlsd.config import Config, parse_config
+
+# Several threads a process only get in each other's way: the tests' tensors are small.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 EVEN_DIGITS = '''

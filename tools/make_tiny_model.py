@@ -38,13 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--vocab-size", type=int, default=320)
-    parser.add_argument("--hidden-size", type=int, default=192)
+    parser.add_argument("--vocab-size", type=int, default=384)
+    parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=48)
-    parser.add_argument("--ffn-size", type=int, default=512)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--ffn-size", type=int, default=640)
     parser.add_argument("--max-position", type=int, default=1024)
     parser.add_argument("--problems", type=int, default=2000, help="problems the tokenizer reads")
     parser.add_argument("--seed", type=int, default=0)
@@ -65,6 +65,7 @@ def main() -> None:
             head_dim=args.head_dim,
             intermediate_size=args.ffn_size,
             max_position_embeddings=args.max_position,
+            initializer_range=0.05,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

@@ -14,13 +14,17 @@ from torch import Tensor
 
 from megatron_rlsd.ops.head import VocabShard
 
+# torch 2.13 renamed both and warns of the old names; older releases know only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather_partials(partials: Tensor, shard: VocabShard) -> Tensor:
     """[K, N] of this rank -> [R, K, N] of all, in rank order: one all-gather."""
     if shard.ranks == 1 or partials.numel() == 0:
         return partials[None]
     everyone = partials.new_empty((shard.ranks * partials.shape[0], *partials.shape[1:]))
-    dist.all_gather_into_tensor(everyone, partials.contiguous(), group=shard.tp_group)
+    _all_gather(everyone, partials.contiguous(), group=shard.tp_group)
     return everyone.view(shard.ranks, *partials.shape)
 
 
@@ -29,7 +33,7 @@ def gather_rows(rows: Tensor, shard: VocabShard) -> Tensor:
     if shard.ranks == 1 or rows.numel() == 0:
         return rows
     everyone = rows.new_empty((shard.ranks * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(everyone, rows.contiguous(), group=shard.tp_group)
+    _all_gather(everyone, rows.contiguous(), group=shard.tp_group)
     return everyone
 
 
@@ -45,7 +49,7 @@ def sum_and_scatter_rows(rows: Tensor, shard: VocabShard) -> Tensor:
     if shard.ranks == 1 or rows.numel() == 0:
         return rows
     own = rows.new_empty((rows.shape[0] // shard.ranks, *rows.shape[1:]))
-    dist.reduce_scatter_tensor(own, rows, group=shard.tp_group)
+    _reduce_scatter(own, rows, group=shard.tp_group)
     return own
 
 

@@ -114,9 +114,9 @@ def policy_loss(
 
     Extra memory: as token_log_probs, and the gradients in float32.
     Sends over tp_group one all-gather of 3 numbers (4 with entropy) a row for each chunk, one more
-    for all rows that are only scored, and one all-reduce of d_hidden [N, D] in
-    float32. With sequence_parallel an all-gather of hidden comes first, and d_hidden [N, D] is
-    reduce-scattered instead. Callers reduce nothing: d_hidden is complete, d_weight is the shard's.
+    for all rows that are only scored, and one all-reduce of d_hidden [N, D] in float32. With
+    sequence_parallel an all-gather of hidden comes first, and d_hidden is reduce-scattered instead.
+    Callers reduce nothing: d_hidden is complete, and d_weight is that of the shard.
 
     Args:
         hidden, weight, targets, temperature, tp_group, sequence_parallel, backend, chunk_tokens,

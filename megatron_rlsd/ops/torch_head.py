@@ -26,6 +26,8 @@ LOGITS_BUDGET_BYTES = 80 * 2**20
 """Memory of the logits buffers where chunk_tokens is not given."""
 ROWS_ALIGNMENT = 32
 """Products of a multiple of so many rows run up to a tenth faster on the CPU."""
+CPU_VOCAB_BLOCK = 1024
+"""Vocabulary rows per product that makes logits: what stays in a CPU's cache is a tenth faster."""
 NO_LOGIT = -1e30
 """Largest logit of a shard that is all padding: exp of it is 0, and 0 times it is no NaN."""
 
@@ -119,20 +121,20 @@ class _Chunk:
             partials_KC[0] = NO_LOGIT
             return partials_KC
         logits_CV = self._shifted_CV
-        torch.addmm(
-            logits_CV,
-            self.hidden_CD,
-            inputs.real_weight.T,
-            beta=0,
-            alpha=1 / inputs.temperature,
-            out=logits_CV,
-        )
+        block = CPU_VOCAB_BLOCK if logits_CV.device.type == "cpu" else V
+        for first in range(0, V, block):
+            part = logits_CV[:, first : first + block]
+            weight_T = inputs.real_weight[first : first + block].T
+            alpha = 1 / inputs.temperature
+            torch.addmm(part, self.hidden_CD, weight_T, beta=0, alpha=alpha, out=part)
         partials_KC[2, self._own_rows] = logits_CV[self._own_rows, self._own_targets]
         m_C = torch.amax(logits_CV, dim=1, out=partials_KC[0])
         torch.exp(logits_CV.sub_(m_C[:, None]), out=self._exp_CV)
         torch.sum(self._exp_CV, dim=1, out=partials_KC[1])
         if inputs.with_entropy:
-            torch.linalg.vecdot(self._exp_CV, self._shifted_CV, out=partials_KC[3])
+            # A batch of 1 x 1 products: the sum of exp(z - m) (z - m) without a third buffer.
+            dots_C11 = torch.bmm(self._exp_CV[:, None, :], self._shifted_CV[:, :, None])
+            partials_KC[3] = dots_C11.flatten()
         return partials_KC
 
     def backward(self, m_C: Tensor, softmax: LogSoftmax, g_C: Tensor, e_C: Tensor | None) -> Tensor:

@@ -100,7 +100,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_no_more_than_full_logits_in_the_same_dtype(dtype):
-    hidden, weight, targets, inputs = problem(96, 64, 800, seed=5, dtype=dtype)
+    hidden, weight, targets, inputs = problem(96, 64, 2500, seed=5, dtype=dtype)
     config = PolicyLossConfig(kl_coef=0.02, entropy_coef=0.01, dual_clip=3.0)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     ours, stats = policy_loss(*leaves, targets, **vars(inputs), config=config, chunk_tokens=40)
