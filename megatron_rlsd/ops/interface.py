@@ -44,8 +44,8 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     """log_softmax(hidden @ weight.T / temperature)[targets] without the logits; no gradient.
 
-    Extra memory: one chunk of logits (80 MiB, or chunk_tokens * V_local numbers; twice that many
-    with entropy), and a float32 copy of weight if it is float16 or bfloat16.
+    Extra memory: 80 MiB of logits (or chunk_tokens * V_local numbers, three times as many with
+    entropy), and a float32 copy of weight if it is float16 or bfloat16.
     Sends one all-gather of 3 * N numbers (4 * N with entropy) over tp_group; with sequence_parallel
     one more, of hidden.
 
@@ -57,7 +57,7 @@ def token_log_probs(
         temperature: > 0; divides the logits.
         tp_group: ranks that share the vocabulary; None: this rank holds all of it.
         with_entropy: also return the entropy over the vocabulary, in nats.
-        chunk_tokens: rows per chunk; None: as many as 80 MiB of logits hold.
+        chunk_tokens: rows per chunk; None: as many as fit 80 MiB of logits buffers.
         backend: ``torch``; ``auto`` takes the fastest that is there.
         vocab_size: real rows over all ranks; rows beyond are padding and take no part. None: all.
         sequence_parallel: hidden is split over tp_group by rows.
@@ -131,7 +131,7 @@ def policy_loss(
         rollout_log_probs: [N] of the engine that sampled; needed where config.tis_clip is set,
             otherwise only compared in the statistics.
         with_entropy: compute entropy for the statistics also where config.entropy_coef is 0; it
-            costs a second logits buffer and one pass over it.
+            costs two more logits buffers, so smaller chunks, and a few passes over them.
 
     Returns:
         loss: 0-d, float32 (float64 if hidden or weight is), equal on all ranks.

@@ -162,6 +162,15 @@ def test_flat_and_huge_logits_stay_finite_and_right(scale, dtype):
     torch.testing.assert_close(stats.entropy.double(), entropy, rtol=1e-4, atol=1e-5)
 
 
+def test_sums_over_a_large_vocabulary_keep_float32_precision():
+    """A dot product that adds 150,000 terms one after the other would be wrong by 1e-4."""
+    hidden, weight, targets, _ = problem(6, 4, 150_000, seed=9, dtype=torch.float32)
+    log_probs, entropy = token_log_probs(hidden, weight, targets, with_entropy=True)
+    exact_log_probs, exact_entropy = reference_log_probs(hidden, weight, targets)
+    torch.testing.assert_close(log_probs.double(), exact_log_probs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-6, atol=0)
+
+
 def test_padding_rows_take_no_part_whatever_they_hold():
     hidden, weight, targets, inputs = problem(20, 8, 33, seed=7)
     padded = torch.cat([weight, torch.full((15, 8), float("inf"), dtype=weight.dtype)])
