@@ -28,7 +28,7 @@ MEGATRON = [
 setup(
     name="megatron_rlsd",
     version="0.1.0",
-    description="RLSD (Self-Distilled RLVR) post-training of large language models on Megatron-Core",
+    description="RLSD (Self-Distilled RLVR) post-training of language models on Megatron-Core",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

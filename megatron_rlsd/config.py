@@ -1,4 +1,4 @@
-"""Configuration: one model per component; YAML plus ``key=value`` overrides; unknown keys refused."""
+"""Configuration: one model per component, YAML plus ``key=value``; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class DataConfig(Section):
 
 
 class PromptConfig(Section):
-    """How a problem becomes the student's and the teacher's prompt (both over the chat template)."""
+    """How a problem becomes the student's and the teacher's prompt (over the chat template)."""
 
     system: str | None = None
     format_instruction: str = ""
@@ -200,7 +200,7 @@ class SFTConfig(Section):
     steps: int = Field(100, ge=0)
     batch_size: int = Field(64, ge=1)
     privileged_share: float = Field(0.0, ge=0, le=1)
-    """Share of examples under the teacher's privileged prompt, with ``teacher.hint`` as the hint."""
+    """Share of examples under the teacher's privileged prompt, hinted as ``teacher.hint``."""
 
 
 class EvalConfig(Section):

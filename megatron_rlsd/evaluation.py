@@ -44,7 +44,7 @@ def evaluate(
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that k of n responses drawn without replacement hold a correct one: 1 - C(n-c,k)/C(n,k)."""
+    """Chance that k of the n responses hold a correct one: 1 - C(n - c, k) / C(n, k)."""
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 

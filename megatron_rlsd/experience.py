@@ -90,8 +90,8 @@ class Experience:
         self, problems: list[Problem], n: int, params: SamplingParams, label: str
     ) -> list[Group]:
         """``n`` scored responses to each problem; ``label`` and the seed fix the samples."""
-        trajectories = []
-        requests = []
+        trajectories: list[Trajectory] = []
+        requests: list[GenerationRequest] = []
         for index, problem in enumerate(problems):
             prompt_ids = self._prompts.student(problem)
             for sample in range(n):

@@ -64,22 +64,22 @@ class Learner:
             members = sorted(order[start : start + size])
             # A trajectory without advantage costs nothing in the update.
             costs = [
-                len(batch.prompt_ids[i]) + len(batch.response_ids[i]) if self._active(batch, i) else 0
+                len(batch.prompt_ids[i]) + len(batch.response_ids[i])
+                if self._active(batch, i)
+                else 0
                 for i in members
             ]
             parts = balanced_partition(costs, self._dp.size())
             splits.append([[members[j] for j in part] for part in parts])
         return splits
 
-    def score(
-        self, batch: TrainBatch, splits: list[list[list[int]]], rlsd_lambda: float
-    ) -> Scores:
+    def score(self, batch: TrainBatch, splits: list[list[list[int]]], rlsd_lambda: float) -> Scores:
         """The passes that precede the update, each only where something needs it.
 
         The teacher is skipped where A = 0 or lambda = 0; the old-policy pass where each rollout is
         used for one update, since the ratio is then 1; the reference pass without a KL term.
         """
-        by_rank = [sum((split[r] for split in splits), []) for r in range(self._dp.size())]
+        by_rank = [[i for split in splits for i in split[r]] for r in range(self._dp.size())]
         scores = Scores()
         total = max(1, len(batch))
         used = sum(a != 0 for a in batch.advantages) if rlsd_lambda else 0
@@ -121,7 +121,7 @@ class Learner:
         scores: Scores,
         loss_config: PolicyLossConfig,
     ) -> UpdateResult:
-        members = sorted(sum(split, []))
+        members = sorted(i for part in split for i in part)
         weights = token_loss_weights(
             [len(batch.response_ids[i]) for i in members], self._config.algorithm.loss_aggregation
         )

@@ -71,7 +71,7 @@ class Run:
     eval_problems: dict[str, list[Problem]]
 
     def rollout(self, step: int) -> tuple[list[Group], TrainBatch, dict[str, float]]:
-        """Sample, reward and form advantages; groups and metrics on rank 0, the batch everywhere."""
+        """Sampled and rewarded: groups and metrics on rank 0, the batch on every rank."""
 
         def work() -> tuple[list[Group], dict[str, float]]:
             assert self.experience is not None
@@ -138,9 +138,7 @@ def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterato
             run_dir.mkdir(parents=True, exist_ok=True)
             dump_config(config, run_dir / "config.yaml")
         log = stack.enter_context(
-            MetricsLogger(
-                run_dir, config.observability, total_steps, enabled=groups.rank == 0
-            )
+            MetricsLogger(run_dir, config.observability, total_steps, enabled=groups.rank == 0)
         )
         replica = EmbeddedEngine(
             hf_path,
@@ -163,9 +161,7 @@ def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterato
                 name = problems[0].source
                 eval_problems[name if name not in eval_problems else f"{name}.{number}"] = problems
         actor = Actor(config, family, hf_config, groups, total_updates)
-        yield Run(
-            config, groups, tokenizer, prompts, actor, log, engine, experience, eval_problems
-        )
+        yield Run(config, groups, tokenizer, prompts, actor, log, engine, experience, eval_problems)
 
 
 def main(command: Callable[[Config], None], argv: list[str], usage: str) -> int:

@@ -103,7 +103,7 @@ class Actor:
             )
 
     def load_hf(self, hf_path: Path) -> None:
-        """Fill every parameter from HF safetensors; raises when a weight is missing or left over."""
+        """Fill every parameter from HF safetensors; raises if one is missing or left over."""
         load_hf_weights(
             self.chunks,
             hf_path,

@@ -6,6 +6,7 @@ H head size.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
 
 class PackedAttention(MegatronModule):
@@ -69,7 +70,7 @@ class PackedAttention(MegatronModule):
         pieces = [
             # [T_i, N, H] -> [1, N, T_i, H] and back
             self._attend(*(x[a:b].transpose(0, 1)[None] for x in (query, key, value)))[0]
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in pairwise(bounds)
             if b > a
         ]
         return torch.cat([piece.transpose(0, 1) for piece in pieces])

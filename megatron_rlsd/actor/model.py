@@ -1,4 +1,4 @@
-"""Build the GPTModel of a HF config for this rank, with a last stage that ends in a head function."""
+"""Build this rank's part of a HF config's GPTModel; its last stage ends in a head function."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HeadGPTModel(GPTModel):
 
     head: Head | None = None
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         tokens: Tensor,
         position_ids: Tensor,
@@ -96,7 +96,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.dtype == "bfloat16",
-        # Micro-batches are packs of different lengths; Megatron lets only this dispatcher have them.
+        # Packs differ in length, which Megatron allows with this dispatcher only.
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         # Our loss carries its own normaliser; gradients are summed, never averaged.

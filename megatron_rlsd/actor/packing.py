@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -74,8 +75,7 @@ def plan_micro_batches(lengths_by_rank: list[list[int]], max_tokens: int) -> lis
     count = max(1, max(-(-sum(each) // max_tokens) for each in lengths_by_rank))
     while True:
         plan = [
-            _spread(order, each, count)
-            for order, each in zip(orders, lengths_by_rank, strict=True)
+            _spread(order, each, count) for order, each in zip(orders, lengths_by_rank, strict=True)
         ]
         if all(
             len(members) <= 1 or sum(each[i] for i in members) <= max_tokens
@@ -87,7 +87,7 @@ def plan_micro_batches(lengths_by_rank: list[list[int]], max_tokens: int) -> lis
 
 
 def balanced_partition(lengths: list[int], parts: int) -> list[list[int]]:
-    """Indices split over ``parts`` (data-parallel ranks) with token counts as even as greed gets."""
+    """Indices split over ``parts`` (data-parallel ranks) tokens as even as greed gets."""
     return [sorted(b) for b in _spread(_longest_first(lengths), lengths, parts)]
 
 
@@ -146,7 +146,7 @@ def build_micro_batch(
         return torch.tensor(values, dtype=dtype, device=device)
 
     cu_seqlens = tensor(bounds, torch.int32)
-    longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    longest = max(b - a for a, b in pairwise(bounds))
     return MicroBatch(
         tokens=tensor(tokens)[None],
         position_ids=tensor(positions)[None],

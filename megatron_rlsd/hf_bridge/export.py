@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import prod
 
@@ -20,7 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @torch.no_grad()
 def export_hf_tensors(
-    model_chunks: list[nn.Module],
+    model_chunks: Sequence[nn.Module],
     family: Family,
     hf_config: HFConfig,
     *,

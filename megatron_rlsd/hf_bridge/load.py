@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 
 
 def load_hf_weights(
-    model_chunks: list[nn.Module],
+    model_chunks: Sequence[nn.Module],
     hf_path: str | Path,
     family: Family,
     hf_config: HFConfig,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ def unwrap(chunk: nn.Module) -> Any:
     return inner
 
 
-def model_dims(model_chunks: list[nn.Module], family: Family, hf_config: HFConfig) -> ModelDims:
+def model_dims(model_chunks: Sequence[nn.Module], family: Family, hf_config: HFConfig) -> ModelDims:
     """The config's sizes, with the vocabulary padding and the tying that the model really has."""
     model = unwrap(model_chunks[0])
     dims = family.dims(hf_config, padded_vocab_size=model.vocab_size)
@@ -43,7 +43,7 @@ def model_dims(model_chunks: list[nn.Module], family: Family, hf_config: HFConfi
 
 
 def local_parameters(
-    model_chunks: list[nn.Module], family: Family, dims: ModelDims, tp_size: int
+    model_chunks: Sequence[nn.Module], family: Family, dims: ModelDims, tp_size: int
 ) -> list[tuple[ParameterEntry, nn.Parameter]]:
     """Every parameter of this rank with its table entry, in the table's order.
 
@@ -79,7 +79,7 @@ def local_parameters(
     return [(entries[index], found[index]) for index in sorted(found)]
 
 
-def _named_parameters(model_chunks: list[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+def _named_parameters(model_chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     """Names with layer numbers counted over the whole model instead of within the chunk."""
     for chunk in model_chunks:
         model = unwrap(chunk)
@@ -91,7 +91,7 @@ def _named_parameters(model_chunks: list[nn.Module]) -> Iterator[tuple[str, nn.P
             yield name, parameter
 
 
-def _expected(model_chunks: list[nn.Module], entries: list[ParameterEntry]) -> Iterator[int]:
+def _expected(model_chunks: Sequence[nn.Module], entries: list[ParameterEntry]) -> Iterator[int]:
     """Indices of the entries that the chunks of this rank must hold."""
     models = [unwrap(chunk) for chunk in model_chunks]
     layers = {layer.layer_number - 1 for model in models for layer in model.decoder.layers}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,9 @@ def parallel_world(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(platform.collectives_backend(), timeout=timeout, **alone)
     try:
         parallel_state.initialize_model_parallel(
@@ -98,4 +101,3 @@ def parallel_world(
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-

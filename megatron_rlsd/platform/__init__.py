@@ -1,7 +1,7 @@
 """Where the program runs: CUDA with NCCL, or a machine without CUDA over gloo.
 
-Every package of ours that imports megatron calls ``enable_megatron()`` first. On a CUDA machine that
-checks the version and does nothing else.
+Every package of ours that imports megatron calls ``enable_megatron()`` first. On a CUDA machine
+that checks the version and does nothing else.
 """
 
 from __future__ import annotations

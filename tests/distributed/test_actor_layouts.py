@@ -17,9 +17,9 @@ from megatron_rlsd.actor.model import model_shape
 from megatron_rlsd.actor.packing import Sequence, balanced_partition
 from megatron_rlsd.config import parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
-from megatron_rlsd.teacher import Teacher
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.teacher import Teacher
 from tests.distributed.ranks import run_on_ranks
 
 VOCAB = 131
@@ -168,7 +168,12 @@ def train_one(layout: Layout, path: str) -> dict[str, list[float]]:
         parts = balanced_partition([s.num_inputs for s in sequences], groups.dp.size())
         mine = parts[groups.dp.rank()]
         total = sum(len(s.response_ids) for s in sequences)
-        result: dict[str, list[float]] = {"loss": [], "grad_norm": [], "entropy": [], "gain_abs": []}
+        result: dict[str, list[float]] = {
+            "loss": [],
+            "grad_norm": [],
+            "entropy": [],
+            "gain_abs": [],
+        }
         whole = [[*sequences], *([] for _ in range(groups.dp.size() - 1))]
         first = actor.token_log_probs(whole, temperature=0.7)
         for _ in range(STEPS):
@@ -192,9 +197,7 @@ def train_one(layout: Layout, path: str) -> dict[str, list[float]]:
             result["grad_norm"].append(updated.grad_norm)
             result["entropy"].append(updated.sums["entropy"])
             result["gain_abs"].append(updated.sums["gain_abs"])
-        result["weights"] = [
-            float(tensor.double().abs().sum()) for _, tensor in actor.hf_tensors()
-        ]
+        result["weights"] = [float(tensor.double().abs().sum()) for _, tensor in actor.hf_tensors()]
         log_probs = torch.zeros(total)
         if groups.reports_stats and groups.dp.rank() == 0:
             log_probs.copy_(first)
@@ -212,7 +215,9 @@ def batch() -> tuple[list[Sequence], list[Sequence], list[float]]:
 
     shapes = [(1, 5), (17, 1), (40, 30), (9, 11), (3, 2), (22, 13), (5, 8)]
     sequences = [Sequence(tokens(p), tokens(r)) for p, r in shapes]
-    hinted = [Sequence(tokens(rng.randrange(1, 30)) + s.prompt_ids, s.response_ids) for s in sequences]
+    hinted = [
+        Sequence(tokens(rng.randrange(1, 30)) + s.prompt_ids, s.response_ids) for s in sequences
+    ]
     return sequences, hinted, [1.3, -0.7, 0.4, -1.1, 0.2, 0.9, -0.5]
 
 

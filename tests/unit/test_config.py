@@ -49,7 +49,10 @@ def test_a_dumped_config_reads_back_equal(write, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key; known keys: lr, min_lr"),
+        (
+            "optimizer.learning_rate=1",
+            "optimizer.learning_rate: unknown key; known keys: lr, min_lr",
+        ),
         ("optimiser.lr=1", "optimiser: unknown key"),
         ("optimizer.lr=fast", "optimizer.lr: .*valid number.*'fast'"),
         ("optimizer.lr=-1", "optimizer.lr: .*greater than 0"),

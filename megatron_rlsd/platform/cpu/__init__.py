@@ -1,12 +1,12 @@
 """The one place where Megatron-Core is taught to run without CUDA.
 
-Megatron names the ``cuda`` device in tensor factories, asks ``torch.cuda`` for streams, events and
-random-number states, and compares ``tensor.type()`` with CUDA type names. ``install()`` answers all
-of that from the CPU, and only for code inside ``megatron.core``: an import hook gives each of its
-modules a stand-in for the name ``torch`` (a module-wide replacement, since a TorchFunctionMode costs
-more per call and is absent in autograd's threads), and the two ``Tensor`` methods that cannot be
-shadowed by name look at who calls them. ``PATCHES`` lists the rest, each with its reason; a patch
-whose target is gone raises, so that a new Megatron release cannot lose one silently.
+Megatron names the ``cuda`` device in tensor factories, asks ``torch.cuda`` for streams, events
+and random-number states, and compares ``tensor.type()`` with CUDA type names. ``install()``
+answers all of that from the CPU, and only for code inside ``megatron.core``: an import hook gives
+each of its modules a stand-in for the name ``torch`` (a TorchFunctionMode would cost more per call
+and is absent in autograd's threads), and the two ``Tensor`` methods that cannot be shadowed by name
+look at who calls them. ``PATCHES`` lists the rest, each with its reason; a patch whose target is
+gone raises, so that a new Megatron release cannot lose one silently.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _called_from_megatron() -> bool:
 
 
 def _patch_tensor_methods() -> None:
-    """``tensor.cuda()`` is the tensor itself and ``tensor.type()`` names a CUDA type, for Megatron."""
+    """For Megatron ``tensor.cuda()`` is the tensor and ``tensor.type()`` names a CUDA type."""
     original_cuda, original_type = torch.Tensor.cuda, torch.Tensor.type
 
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -198,5 +198,5 @@ def _patch_tensor_methods() -> None:
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]

@@ -44,9 +44,7 @@ def test_each_response_token_sits_behind_the_token_it_follows(multiple_of):
     ):
         assert micro_batch.targets[position] == flat[index]
         seen.append(index)
-    expected = [
-        offsets[i] + j for i in members for j in range(len(sequences[i].response_ids))
-    ]
+    expected = [offsets[i] + j for i in members for j in range(len(sequences[i].response_ids))]
     assert seen == expected
     # The first response token is predicted by the last prompt token, later ones by their elders.
     bounds = micro_batch.packed_seq_params.cu_seqlens_q.tolist()
@@ -81,9 +79,7 @@ def test_a_one_token_prompt_and_response():
     assert micro_batch.targets.tolist() == [9]
 
 
-lengths_strategy = st.lists(
-    st.lists(st.integers(1, 300), max_size=20), min_size=1, max_size=4
-)
+lengths_strategy = st.lists(st.lists(st.integers(1, 300), max_size=20), min_size=1, max_size=4)
 
 
 @given(lengths_by_rank=lengths_strategy, max_tokens=st.integers(1, 400))

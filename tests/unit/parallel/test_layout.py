@@ -16,7 +16,12 @@ def test_possible_layouts_pass(tensor, pipeline, world):
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "world", "message"),
     [
-        (2, 1, 2, "parallel.tensor=2 does not divide the model's 9 attention heads; valid: 1, 3, 9"),
+        (
+            2,
+            1,
+            2,
+            "parallel.tensor=2 does not divide the model's 9 attention heads; valid: 1, 3, 9",
+        ),
         (9, 1, 9, "parallel.tensor=9 does not divide the model's 3 KV heads; valid: 1, 3"),
         (1, 4, 4, "parallel.pipeline=4 does not divide the model's 6 layers; valid: 1, 2, 3, 6"),
         (3, 2, 4, "= 6 must divide the number of processes, 4"),
