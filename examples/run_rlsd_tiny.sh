@@ -28,7 +28,9 @@ fi
 if [ ! -f "$RUN_DIR/sft/hf/final/config.json" ]; then
     printf '\n== 2/3 supervised warm start: %s/sft\n' "$RUN_DIR"
     launch megatron_rlsd.sft "$CONFIG" run_dir="$RUN_DIR/sft" model.hf_path="$RUN_DIR/model" \
-        parallel.tensor=1 train.seed="$SEED"
+        parallel.tensor=1 train.seed="$SEED" optimizer.lr=2e-3 optimizer.min_lr=7e-4 \
+        optimizer.lr_warmup_steps=20 data.eval.0.seed=3 eval.greedy=false eval.num_problems=256 \
+        eval.n_samples=1 eval.interval=20 eval.at_start=false sft.stop_at_accuracy=0.3
 fi
 printf '\n== 3/3 RLSD: %s/rlsd\n' "$RUN_DIR"
 launch megatron_rlsd.train "$CONFIG" run_dir="$RUN_DIR/rlsd" model.hf_path="$RUN_DIR/sft/hf/final" \

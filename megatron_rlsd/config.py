@@ -201,6 +201,9 @@ class SFTConfig(Section):
     batch_size: int = Field(64, ge=1)
     privileged_share: float = Field(0.0, ge=0, le=1)
     """Share of examples under the teacher's privileged prompt, hinted as ``teacher.hint``."""
+    stop_at_accuracy: float | None = Field(None, gt=0, le=1)
+    """End the warm start early once an evaluation (``eval.interval``) finds the first source's
+    sampled pass@1 at least this high; whoever reports accuracies should report other problems."""
 
 
 class EvalConfig(Section):
@@ -257,6 +260,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         trajectories = self.rollout.prompts_per_step * self.rollout.n_samples_per_prompt
+        if self.sft.stop_at_accuracy and not (
+            self.data.eval and self.eval.n_samples and self.eval.interval
+        ):
+            raise ValueError(
+                "sft.stop_at_accuracy needs data.eval, eval.interval > 0 and eval.n_samples > 0"
+            )
         batch = self.train.global_batch_size
         if batch is not None and trajectories % batch:
             raise ValueError(

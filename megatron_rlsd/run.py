@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -86,18 +87,23 @@ class Run:
         """Hand the actor's current weights to the rollout engine."""
         self.engine.update_weights(self.actor.hf_tensors(), version)
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate the published weights on the held-out problems, after ``step`` steps."""
-        if not self.config.data.eval:
-            return
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate the published weights on the held-out problems, after ``step`` steps.
 
-        def work() -> None:
+        The results are the same on every rank; empty without evaluation sources.
+        """
+        if not self.config.data.eval:
+            return {}
+
+        def work() -> bytes:
             assert self.experience is not None
             results = evaluate(self.experience, self.eval_problems, self.config.eval)
             self.log.evaluation(step, results)
+            return json.dumps(results).encode()
 
         with self.log.phase("evaluation"):
-            self.engine.run_on_rank_zero(work)
+            payload = self.engine.run_on_rank_zero(work)
+            return json.loads(broadcast_bytes(payload, self.groups.control))
 
     def export_hf(self, name: str) -> Path:
         """Write the current weights as a HF folder run_dir/hf/``name``."""
@@ -149,8 +155,9 @@ def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterato
         )
         engine = CollectiveEngine(replica, groups.control)
         stack.callback(engine.close)
-        experience, eval_problems = None, {}
+        rewards, experience, eval_problems = None, None, {}
         if groups.rank == 0:
+            # Its workers import their libraries while the model is built.
             rewards = stack.enter_context(RewardPool(config.reward))
             source = build_sources(config.data.train, config.train.seed)
             for note in source.notes():
@@ -161,6 +168,8 @@ def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterato
                 name = problems[0].source
                 eval_problems[name if name not in eval_problems else f"{name}.{number}"] = problems
         actor = Actor(config, family, hf_config, groups, total_updates)
+        if rewards is not None:
+            rewards.wait_until_ready()
         yield Run(config, groups, tokenizer, prompts, actor, log, engine, experience, eval_problems)
 
 

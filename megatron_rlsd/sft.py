@@ -30,20 +30,30 @@ def train(config: Config) -> None:
         run.publish_weights(version=0)
         if config.eval.at_start:
             run.evaluate(step=0)
-        for step in range(steps):
+        done, evaluated = 0, -1
+        while done < steps:
             with run.log.phase("data"):
-                batch = draw_examples(config, source, run.prompts, step)
+                batch = draw_examples(config, source, run.prompts, done)
             with run.log.phase("update"):
                 result = supervised_update(run.actor, batch)
-            run.log.step(step, sft_metrics(result))
-            if config.eval.interval and (step + 1) % config.eval.interval == 0:
-                run.publish_weights(version=step + 1)
-                run.evaluate(step + 1)
-        run.publish_weights(version=steps)
-        if not config.eval.interval or steps % config.eval.interval:
-            run.evaluate(steps)
+            run.log.step(done, sft_metrics(result))
+            done += 1
+            if config.eval.interval and done % config.eval.interval == 0:
+                run.publish_weights(version=done)
+                results, evaluated = run.evaluate(done), done
+                if reached(results, config.sft.stop_at_accuracy):
+                    break
+        if evaluated != done:
+            run.publish_weights(version=done)
+            run.evaluate(done)
         run.export_hf("final")
         run.log.summary()
+
+
+def reached(results: dict[str, float], accuracy: float | None) -> bool:
+    """Is the first evaluation source's sampled pass@1 at least ``accuracy``?"""
+    first = next((value for key, value in results.items() if key.endswith("sampled_pass@1")), 0.0)
+    return accuracy is not None and first >= accuracy
 
 
 def draw_examples(

@@ -194,3 +194,20 @@ def test_recompute_changes_nothing(make_config, mode):
     for a, b in zip(plain, recomputed, strict=True):
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-6)
         assert a["rollout/reward_mean"] == b["rollout/reward_mean"]
+
+
+def test_the_warm_start_ends_at_the_accuracy_asked_for(make_config):
+    """Random weights name the right digit now and then, but not always."""
+    sections = {
+        "reward": {"functions": [{"name": "exact_match", "params": {"pattern": "([0-9])"}}]},
+        "eval": {"interval": 2, "num_problems": 64, "n_samples": 4, "greedy": False},
+        "optimizer": {"lr": 1e-4},
+    }
+    reached = make_config(sft={"steps": 6, "stop_at_accuracy": 0.001}, **sections)
+    sft.train(reached)
+    assert len(steps_of(reached)) == 2
+    missed = make_config(
+        run_dir=reached.run_dir + "_b", sft={"steps": 6, "stop_at_accuracy": 1.0}, **sections
+    )
+    sft.train(missed)
+    assert len(steps_of(missed)) == 6

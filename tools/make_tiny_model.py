@@ -22,9 +22,11 @@ from megatron_rlsd.data import build_sources, train_sentencepiece
 def training_texts(config: Config, count: int) -> list[str]:
     """What the student and the teacher will read and write, without chat markers."""
     prompts = config.prompts
-    fixed = [prompts.format_instruction, prompts.hint_introduction, prompts.hint_request]
-    texts = [text for text in (prompts.system, *fixed) if text]
+    fixed = [prompts.system, prompts.format_instruction]
+    fixed += [prompts.hint_introduction, prompts.hint_request]
+    texts: list[str] = []
     for problem in build_sources(config.data.train[:1], seed=0).next(count):
+        texts += [text for text in fixed if text]
         texts += [message["content"] for message in problem.messages]
         texts.append(
             prompts.sft_response.format(
@@ -38,13 +40,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--vocab-size", type=int, default=384)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--hidden-size", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--ffn-size", type=int, default=640)
+    parser.add_argument("--head-dim", type=int, default=48)
+    parser.add_argument("--ffn-size", type=int, default=512)
     parser.add_argument("--max-position", type=int, default=1024)
     parser.add_argument("--problems", type=int, default=2000, help="problems the tokenizer reads")
     parser.add_argument("--seed", type=int, default=0)
@@ -52,7 +54,7 @@ def main() -> None:
 
     config = load_config(args.config)
     tokenizer = train_sentencepiece(
-        training_texts(config, args.problems), args.out, vocab_size=args.vocab_size
+        training_texts(config, args.problems), args.out, args.vocab_size, phrase_pieces=True
     )
     torch.manual_seed(args.seed)
     model = transformers.Qwen3ForCausalLM(

@@ -190,11 +190,13 @@ def train_sentencepiece(
     markers: Sequence[str] = ROLE_MARKERS,
     end_of_turn: str = END_OF_TURN,
     chat_template: str = DEFAULT_CHAT_TEMPLATE,
+    phrase_pieces: bool = False,
 ) -> SentencePieceTokenizer:
     """Train a byte-pair model that gives any text back exactly, and save it with its template.
 
     Digits and newlines are single tokens, unknown characters become bytes, and nothing is
-    normalised. ``end_of_turn`` is the eos piece; ``markers`` are the other control symbols of the
+    normalised. With ``phrase_pieces`` a piece may span words, which makes recurring phrases short.
+    ``end_of_turn`` is the eos piece; ``markers`` are the other control symbols of the
     template. The model has at most ``vocab_size`` pieces, fewer if the texts do not give that many.
     Raises TokenizerError if training fails, for instance because ``vocab_size`` cannot hold the 256
     bytes and the characters of the texts.
@@ -212,6 +214,8 @@ def train_sentencepiece(
             character_coverage=1.0,
             byte_fallback=True,
             split_digits=True,
+            split_by_whitespace=not phrase_pieces,
+            max_sentencepiece_length=100 if phrase_pieces else 16,
             required_chars="0123456789",
             normalization_rule_name="identity",
             add_dummy_prefix=False,

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ from megatron_rlsd.hf_bridge import (
     tensor_hash,
 )
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
+from tests.distributed.ranks import run_on_ranks
 
 TIMEOUT_SECONDS = 120
 COMMON: dict[str, Any] = {
@@ -71,7 +67,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_export_on_every_rank_is_what_was_loaded(
     folders: Path, tmp_path: Path, tensor: int, pipeline: int, world_size: int
 ) -> None:
-    run_ranks(world_size, [str(folders), str(tmp_path), str(tensor), str(pipeline)])
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    run_on_ranks(worker, world_size, folders, tmp_path, layout, seconds=TIMEOUT_SECONDS)
     expected = {}
     for name in CONFIGS:
         reader = SafetensorsFolder(folders / name)
@@ -84,41 +81,6 @@ def test_export_on_every_rank_is_what_was_loaded(
     # Each stage must have received the other's layers rather than own them itself.
     per_stage = {tuple(report["layers"]) for report in reports}
     assert per_stage == ({(0, 1), (2, 3)} if pipeline == 2 else {(0, 1, 2, 3)})
-
-
-def run_ranks(world_size: int, arguments: list[str]) -> None:
-    """Run this file as a worker on each rank; fail with its output if one fails or hangs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, *arguments],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    try:
-        for rank, worker in enumerate(workers):
-            output, _ = worker.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            assert worker.returncode == 0, f"rank {rank}:\n{output[-3000:]}"
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
 
 
 def worker(folders: Path, out: Path, parallel: ParallelConfig) -> None:
@@ -158,11 +120,3 @@ def load_and_export(
         assert torch.equal(chunks[0].output_weight()[: len(embedding)], embedding)
     tensors = export_hf_tensors(chunks, family, hf_config, tp_group=groups.tp, pp_group=groups.pp)
     return {name: tensor_hash(tensor) for name, tensor in tensors}
-
-
-if __name__ == "__main__":
-    worker(
-        Path(sys.argv[1]),
-        Path(sys.argv[2]),
-        ParallelConfig(tensor=int(sys.argv[3]), pipeline=int(sys.argv[4])),
-    )

@@ -58,13 +58,21 @@ def test_four_processes_take_the_steps_of_one(make_config, tmp_path):
                 assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-7), (layout, key)
 
 
-def test_an_error_on_rank_zero_ends_all_ranks_soon(make_config, tmp_path):
-    data = tmp_path / "train.jsonl"
-    data.write_text("not json\n")
-    config = make_config(data={"train": [{"kind": "jsonl", "path": str(data)}], "eval": []})
+@pytest.mark.parametrize("moment", ["building the parts", "in a rollout"])
+def test_an_error_on_rank_zero_ends_all_ranks_soon(make_config, tmp_path, moment):
+    if moment == "building the parts":
+        data = tmp_path / "train.jsonl"
+        data.write_text("not json\n")
+        config = make_config(data={"train": [{"kind": "jsonl", "path": str(data)}], "eval": []})
+        message = f"error: {data}:1"
+    else:
+        reward = tmp_path / "failing.py"
+        reward.write_text("def failing(sample):\n    raise RuntimeError('broken verifier')\n")
+        config = make_config(reward={"functions": [{"name": f"{reward}:failing"}]})
+        message = "broken verifier"
     start = time.monotonic()
     ended = torchrun(2, config, tmp_path / "config.yaml", "parallel.tensor=2", seconds=100)
     assert ended.returncode != 0
-    assert f"error: {data}:1" in ended.stderr
-    # Far below distributed.timeout_seconds=60 twice over: nobody waited for the dead rank.
-    assert time.monotonic() - start < 90
+    assert message in ended.stderr
+    # Below distributed.timeout_seconds=60: nobody waited for the dead rank.
+    assert time.monotonic() - start < 60
