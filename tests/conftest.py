@@ -32,7 +32,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(raw_config(folder / "model", folder)))
-    sizes = ["--hidden-size=32", "--layers=4", "--ffn-size=64", "--head-dim=16", "--problems=200"]
+    sizes = [
+        "--vocab-size=320",
+        "--hidden-size=32",
+        "--layers=4",
+        "--ffn-size=64",
+        "--head-dim=16",
+        "--problems=200",
+    ]
     command = [sys.executable, ROOT / "tools/make_tiny_model.py", config, folder / "model", *sizes]
     subprocess.run(list(map(str, command)), check=True, timeout=120, capture_output=True)
     return folder / "model"
