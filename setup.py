@@ -23,6 +23,8 @@ MEGATRON = [
     # 0.16.1 is the newest release whose metadata admits Python 3.11.
     'megatron-core==0.16.1; python_version < "3.12"',
     'megatron-core>=0.17,<0.20; python_version >= "3.12"',
+    # Megatron-Core 0.19 imports it, also where no kernel runs.
+    'triton; python_version >= "3.12"',
 ]
 
 setup(
