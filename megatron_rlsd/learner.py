@@ -130,25 +130,29 @@ class Learner:
         mine = active[self._dp.rank()]
         device = self._actor.groups.device
 
-        def per_token(value_of: Callable[[int], float]) -> Tensor:
-            rows = [torch.full((len(batch.response_ids[i]),), value_of(i)) for i in mine]
+        def flat(rows: list[Tensor]) -> Tensor:
             return torch.cat(rows).to(device) if rows else torch.zeros(0, device=device)
+
+        def per_token(value_of: Callable[[int], float]) -> Tensor:
+            return flat([torch.full((len(batch.response_ids[i]),), value_of(i)) for i in mine])
 
         def joined(values: dict[int, Tensor] | None) -> Tensor | None:
             if values is None or not self._actor.groups.is_last_stage:
                 return None
-            rows = [
-                # NaN: not scored, which the loss allows where it does not need the value.
-                values.get(i, torch.full((len(batch.response_ids[i]),), math.nan, device=device))
-                for i in mine
-            ]
-            return torch.cat(rows) if rows else torch.zeros(0, device=device)
+            # NaN: not scored, which the loss allows where it does not need the value.
+            return flat(
+                [
+                    values[i]
+                    if i in values
+                    else torch.full((len(batch.response_ids[i]),), math.nan, device=device)
+                    for i in mine
+                ]
+            )
 
-        rollout = [torch.tensor(batch.rollout_log_probs[i]) for i in mine]
         values = TokenValues(
             advantages=per_token(lambda i: batch.advantages[i]),
             loss_weights=per_token(lambda i: weight_of[i]),
-            rollout_log_probs=torch.cat(rollout).to(device) if rollout else torch.zeros(0),
+            rollout_log_probs=flat([torch.tensor(batch.rollout_log_probs[i]) for i in mine]),
             old_log_probs=joined(scores.old),
             teacher_log_probs=joined(scores.teacher),
             ref_log_probs=joined(scores.ref),
