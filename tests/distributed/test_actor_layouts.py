@@ -121,7 +121,7 @@ def measure(layouts, models, out):
         layouts,
         {name: str(path) for name, path in models.items()},
         str(out),
-        seconds=200,
+        seconds=600,
     )
     return {
         (model, layout.name): json.loads((out / f"{model}.{layout.name}.json").read_text())

@@ -23,7 +23,7 @@ from megatron_rlsd.hf_bridge import (
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
 from tests.distributed.ranks import run_on_ranks
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 COMMON: dict[str, Any] = {
     "vocab_size": 157,
     "hidden_size": 48,
