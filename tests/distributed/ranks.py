@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds: float) -> None:
+def run_on_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, seconds: float, worlds: int = 1
+) -> None:
     """Call ``function(*args)`` on every rank with torchrun's variables set; raise if one fails.
 
     The processes are fresh (spawned), so the function must be importable; it returns results by
-    writing files. After ``seconds`` all of them are killed and TimeoutError names who was missing.
+    writing files. It may start ``worlds`` process groups one after the other, with a call of
+    ``next_world`` in between. After ``seconds`` all ranks are killed and TimeoutError names those
+    that still ran.
     """
+    # As torchrun does it: the parent keeps the stores, so no rank has to find a free port.
+    stores = [
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(worlds)
+    ]
     context = mp.start_processes(
         _rank_main,
-        args=(world_size, _free_port(), function, args),
+        args=(world_size, [store.port for store in stores], function, args),
         nprocs=world_size,
         join=False,
         start_method="spawn",
@@ -41,7 +49,11 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, seco
 
 
 def _rank_main(
-    rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    ports: list[int],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -49,14 +61,16 @@ def _rank_main(
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(ports[0]),
+        NEXT_PORTS=",".join(map(str, ports[1:])),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         GLOO_SOCKET_IFNAME="lo",
     )
     torch.set_num_threads(1)
     function(*args)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def next_world() -> None:
+    """Call on every rank before another process group is started in the same processes."""
+    port, _, rest = os.environ["NEXT_PORTS"].partition(",")
+    os.environ.update(MASTER_PORT=port, NEXT_PORTS=rest)

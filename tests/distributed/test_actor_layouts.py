@@ -20,7 +20,7 @@ from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.teacher import Teacher
-from tests.distributed.ranks import run_on_ranks
+from tests.distributed.ranks import next_world, run_on_ranks
 
 VOCAB = 131
 STEPS = 4
@@ -122,6 +122,7 @@ def measure(layouts, models, out):
         {name: str(path) for name, path in models.items()},
         str(out),
         seconds=600,
+        worlds=len(layouts) * len(models) + 1,
     )
     return {
         (model, layout.name): json.loads((out / f"{model}.{layout.name}.json").read_text())
@@ -132,12 +133,10 @@ def measure(layouts, models, out):
 
 def train_layouts(layouts: list[Layout], models: dict[str, str], out: str) -> None:
     """On every rank: train each model in each layout, one after the other."""
-    port = int(os.environ["MASTER_PORT"])
     for layout in layouts:
         for model, path in models.items():
-            # A port each: the last world's store may still be closing.
-            os.environ["MASTER_PORT"] = str(port := port + 1)
             result = train_one(layout, path)
+            next_world()
             if os.environ["RANK"] == "0":
                 Path(out, f"{model}.{layout.name}.json").write_text(json.dumps(result))
 
