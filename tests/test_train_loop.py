@@ -187,10 +187,18 @@ def test_sft_lowers_the_cross_entropy_from_that_of_a_random_model(make_config):
     assert steps[-1]["train/loss"] < 0.75 * steps[0]["train/loss"]
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recompute_changes_nothing(make_config, mode):
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute": "full"},
+        {"recompute": "selective", "recompute_modules": ["core_attn"]},
+        {"recompute": "selective", "recompute_modules": ["layernorm", "mlp"]},
+    ],
+    ids=["full", "core_attn", "layernorm_mlp"],
+)
+def test_recompute_changes_nothing(make_config, recompute):
     plain = run(make_config())
-    recomputed = run(make_config(model={"recompute": mode}))
+    recomputed = run(make_config(model=recompute))
     for a, b in zip(plain, recomputed, strict=True):
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-6)
         assert a["rollout/reward_mean"] == b["rollout/reward_mean"]

@@ -123,10 +123,16 @@ _shadow_torch = _shadow(
 )
 
 
-def _patch_rng_tracker(names: dict[str, Any]) -> None:
-    """The tracker forks the CUDA generator; without this, its regions silently share one stream."""
+def _patch_random(names: dict[str, Any]) -> None:
+    """The tracker forks the CUDA generator; without this, its regions silently share one stream.
+
+    CheckpointWithoutOutput takes its own default ``fp8=False`` for a request of FP8 (it asks
+    whether the value is None) and then calls Transformer Engine, which is not there.
+    """
     _replace(names, "_get_cuda_rng_state", _get_rng_state)
     _replace(names, "_set_cuda_rng_state", _set_rng_state)
+    init = names["CheckpointWithoutOutput"].__init__
+    init.__defaults__ = (None, *init.__defaults__[1:])
 
 
 def _patch_jit(names: dict[str, Any]) -> None:
@@ -144,7 +150,7 @@ def _replace(names: dict[str, Any], name: str, value: Any) -> None:
 
 PATCHES: dict[str, Callable[[dict[str, Any]], None]] = {
     "megatron.core.jit": _patch_jit,
-    "megatron.core.tensor_parallel.random": _patch_rng_tracker,
+    "megatron.core.tensor_parallel.random": _patch_random,
 }
 """Module -> what is replaced in its namespace right after it was executed."""
 

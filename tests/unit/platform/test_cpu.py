@@ -87,6 +87,11 @@ def test_rng_tracker_isolates_its_streams():
 
 
 @needs_no_cuda
+def test_recompute_without_output_asks_for_no_fp8():
+    assert megatron_random.CheckpointWithoutOutput().fp8 is False
+
+
+@needs_no_cuda
 def test_fused_helpers_are_not_compiled():
     def function(x):
         return x
