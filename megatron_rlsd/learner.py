@@ -80,22 +80,28 @@ class Learner:
         used for one update, since the ratio is then 1; the reference pass without a KL term.
         """
         by_rank = [[i for split in splits for i in split[r]] for r in range(self._dp.size())]
-        scores = Scores()
+        scores = Scores(metrics={"score/tokens": 0.0})
         total = max(1, len(batch))
         used = sum(a != 0 for a in batch.advantages) if rlsd_lambda else 0
         scores.metrics["teacher/skipped_share"] = 1 - used / total
         if rlsd_lambda:
             with self.teacher.applied():
                 scores.teacher = self._log_probs(
-                    batch.teacher_prompt_ids, batch, by_rank, lambda i: batch.advantages[i] != 0
+                    batch.teacher_prompt_ids,
+                    batch,
+                    by_rank,
+                    lambda i: batch.advantages[i] != 0,
+                    scores.metrics,
                 )
         if len(splits) * self._config.train.epochs_per_rollout > 1:
             scores.old = self._log_probs(
-                batch.prompt_ids, batch, by_rank, lambda i: self._active(batch, i)
+                batch.prompt_ids, batch, by_rank, lambda i: self._active(batch, i), scores.metrics
             )
         if self._reference is not None:
             with self._reference.applied():
-                scores.ref = self._log_probs(batch.prompt_ids, batch, by_rank, lambda i: True)
+                scores.ref = self._log_probs(
+                    batch.prompt_ids, batch, by_rank, lambda i: True, scores.metrics
+                )
         return scores
 
     def update(
@@ -174,9 +180,11 @@ class Learner:
         batch: TrainBatch,
         by_rank: list[list[int]],
         wanted: Callable[[int], bool],
+        metrics: dict[str, float],
     ) -> dict[int, Tensor]:
         chosen = [[i for i in part if wanted(i)] for part in by_rank]
         sequences = [[Sequence(prompts[i], batch.response_ids[i]) for i in part] for part in chosen]
+        metrics["score/tokens"] += sum(s.num_inputs for part in sequences for s in part)
         flat = self._actor.token_log_probs(sequences, self._config.rollout.temperature)
         if flat is None:
             return {}

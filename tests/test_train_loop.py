@@ -58,6 +58,7 @@ def test_a_run_writes_what_it_promises(make_config):
         "train/rollout_log_prob_diff_mean",
         "train/rollout_log_prob_diff_max",
         "teacher/skipped_share",
+        "score/tokens",
     ]
     for step in steps:
         assert [name for name in expected if name not in step] == []
@@ -67,6 +68,9 @@ def test_a_run_writes_what_it_promises(make_config):
     run_dir = Path(config.run_dir)
     samples = [json.loads(line) for line in (run_dir / "samples/step_000001.jsonl").open()]
     assert {sample["weight_version"] for sample in samples} == {1}
+    for phase in ("rollout", "score", "update"):
+        for line in read_metrics(run_dir / "metrics.jsonl"):
+            assert "train/loss" not in line or line[f"perf/{phase}_tokens_per_second"] > 0
     evaluations = [m for m in read_metrics(run_dir / "metrics.jsonl") if "train/loss" not in m]
     assert [e["step"] for e in evaluations] == [0, 3]
     assert {"eval/chain_sum/greedy_pass@1", "eval/chain_sum/sampled_pass@2"} <= set(evaluations[0])

@@ -31,6 +31,14 @@ EVALUATION_PHASE = "evaluation"
 STEPS_FOR_TIME_LEFT = 20
 
 
+PHASE_TOKENS = {
+    "rollout": "rollout/response_tokens",
+    "score": "score/tokens",
+    "update": "train/tokens",
+}
+"""Phase -> the metric that counts the tokens it worked on."""
+
+
 class MetricsLogger:
     """Metrics, samples and progress of one run, in ``run_dir``; a context manager.
 
@@ -134,7 +142,8 @@ class MetricsLogger:
 
         Adds ``time/step_s``, ``time/<phase>_s`` (that of an evaluation which preceded the step too)
         and, unless given, ``perf/tokens_per_second``: the step's sampled tokens
-        (``rollout/response_tokens``), or else trained ones (``train/tokens``), over its time.
+        (``rollout/response_tokens``), or else trained ones (``train/tokens``), over its time; and
+        ``perf/<phase>_tokens_per_second`` for the phases of PHASE_TOKENS.
         Raises TypeError for a metric that is no number.
         """
         if not self._enabled:
@@ -149,6 +158,10 @@ class MetricsLogger:
         tokens = values.get("rollout/response_tokens", values.get("train/tokens"))
         if tokens is not None and seconds > 0:
             values.setdefault("perf/tokens_per_second", tokens / seconds)
+        for name, counted in PHASE_TOKENS.items():
+            spent = values.get(f"time/{name}_s", 0.0)
+            if counted in values and spent > 0:
+                values[f"perf/{name}_tokens_per_second"] = values[counted] / spent
         self._write(step, values)
         self._steps.append({name: finite_or_none(value) for name, value in values.items()})
         left = max(0, self._total_steps - step - 1) * self._recent_seconds_per_step(seconds)
