@@ -4,8 +4,17 @@ The full [N, V] logits are never in memory. Everything here is tensors and proce
 Megatron and no reinforcement-learning object is known.
 """
 
+from megatron_rlsd.ops.backends import BackendChoice, BackendUnavailable, backend_choice
 from megatron_rlsd.ops.interface import policy_loss, token_log_probs
 from megatron_rlsd.ops.stats import PolicyLossStats
 from megatron_rlsd.ops.token_loss import PolicyLossConfig
 
-__all__ = ["PolicyLossConfig", "PolicyLossStats", "policy_loss", "token_log_probs"]
+__all__ = [
+    "BackendChoice",
+    "BackendUnavailable",
+    "PolicyLossConfig",
+    "PolicyLossStats",
+    "backend_choice",
+    "policy_loss",
+    "token_log_probs",
+]

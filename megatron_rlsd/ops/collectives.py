@@ -65,6 +65,21 @@ class LogSoftmax(NamedTuple):
     """log sum exp(z - max_logit); apart from max_logit, so that large logits lose nothing."""
 
 
+def merge_partials(partials: Tensor) -> Tensor:
+    """Join softmax sums of parts of the vocabulary: [R, K, N] -> [K, N]; no communication.
+
+    Of each part, in this order: the row's largest logit m, s = sum exp(z - m), the target's logit
+    (0 in parts that do not hold it) and, where K = 4 (entropy wanted), u = sum exp(z - m) (z - m).
+    """
+    m, s = partials[:, 0], partials[:, 1]
+    M = m.amax(0)
+    shift = (m - M).exp()
+    sums = [M, (s * shift).sum(0), partials[:, 2].sum(0)]
+    if partials.shape[1] == 4:
+        sums.append(((partials[:, 3] + (m - M) * s) * shift).sum(0))
+    return torch.stack(sums)
+
+
 def merge_log_softmax(partials: Tensor) -> LogSoftmax:
     """Join the shards' softmax sums; no communication, the same bits on every rank.
 
@@ -73,17 +88,9 @@ def merge_log_softmax(partials: Tensor) -> LogSoftmax:
     with M the row's largest logit over all shards.
 
     Args:
-        partials: [R, K, N]; of each shard the row's largest logit m, s = sum exp(z - m), the
-            target's logit (0 on ranks that do not hold it) and, where K = 4 (entropy wanted),
-            u = sum exp(z - m) (z - m).
+        partials: [R, K, N] of ``merge_partials``.
     """
-    m, s, target = partials[:, 0], partials[:, 1], partials[:, 2].sum(0)
-    M = m.amax(0)
-    shift = (m - M).exp()
-    S = (s * shift).sum(0)
+    M, S, target, *U = merge_partials(partials)
     log_S = S.log()
-    entropy = torch.zeros_like(S)
-    if partials.shape[1] == 4:
-        u = partials[:, 3]
-        entropy = log_S - ((u + (m - M) * s) * shift).sum(0) / S
+    entropy = log_S - U[0] / S if U else torch.zeros_like(S)
     return LogSoftmax((target - M) - log_S, entropy, M, log_S)

@@ -1,14 +1,16 @@
 """What every backend of the fused head is given and gives back.
 
 A backend is a module with the two functions of ``torch_head``: ``score`` and
-``score_with_gradient``. Per-token maths reaches it as a function, process groups as a VocabShard.
+``score_with_gradient`` (see ``Backend``). Per-token maths reaches it as a function, process groups
+as a VocabShard, and the gradient of the weight is added to a buffer that the caller owns: zeros, or
+an optimizer's float32 gradient that earlier micro-batches have already added to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -61,31 +63,65 @@ class HeadInputs:
     """[N] int64 token ids of the whole vocabulary."""
     shard: VocabShard
     temperature: float
+    """Divides the logits, after softcap."""
+    softcap: float | None
+    """c: the logits are c tanh(h . W / c); None: h . W itself."""
     with_entropy: bool
     chunk_tokens: int | None
     """Rows per chunk; None: the backend's choice, which must be the same on all ranks."""
 
     @property
+    def widest_dtype(self) -> torch.dtype:
+        """Of hidden and weight."""
+        return torch.promote_types(self.hidden.dtype, self.shard.weight.dtype)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of all arithmetic and results: float64 where an input is float64, else float32."""
-        wide = torch.float64 in (self.hidden.dtype, self.shard.weight.dtype)
-        return torch.float64 if wide else torch.float32
+        return torch.float64 if self.widest_dtype == torch.float64 else torch.float32
 
-    @cached_property
-    def real_weight(self) -> Tensor:
-        """[V, D] this shard's rows that are no padding, in ``dtype``; converted once a call."""
-        return self.shard.weight[: self.shard.num_real].to(self.dtype)
+    @property
+    def d_hidden_dtype(self) -> torch.dtype:
+        """Of the gradient of hidden: its own dtype, but the wide one where ranks add theirs."""
+        return self.hidden.dtype if self.shard.ranks == 1 else self.dtype
 
 
 @dataclass(frozen=True)
 class HeadGradient:
-    """Forward values of n rows with the gradients of the loss, in HeadInputs.dtype."""
+    """Forward values of n rows with the gradient of the loss, in HeadInputs.dtype."""
 
     log_probs: Tensor
     """[n]"""
     entropy: Tensor | None
     """[n], None unless asked for."""
     d_hidden: Tensor | None
-    """[n, D], this shard's part: the gradient is its sum over the ranks. None if not wanted."""
-    d_weight: Tensor | None
-    """[V_local, D] of this shard, complete; 0 in padding rows. None if not wanted."""
+    """[n, D] of d_hidden_dtype (or wider), this shard's part: the gradient is its sum over the
+    ranks. None if not wanted."""
+
+
+class Backend(Protocol):
+    """What a backend's module has."""
+
+    def score(self, inputs: HeadInputs, rows_n: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities [n] and entropies [n] (or None) of the given rows; one product."""
+
+    def score_with_gradient(
+        self,
+        inputs: HeadInputs,
+        rows_n: Tensor,
+        row_gradient: RowGradient,
+        d_entropy_n: Tensor | None,
+        *,
+        want_d_hidden: bool,
+        d_weight: Tensor | None,
+    ) -> HeadGradient:
+        """Forward and gradients of the given rows; three products.
+
+        Args:
+            rows_n: [n] int64, places among the N rows.
+            row_gradient: called with values that are equal on all ranks.
+            d_entropy_n: [n] derivative of the loss by the row's entropy; needs with_entropy.
+            want_d_hidden: form d_hidden.
+            d_weight: [V_local, D] of ``inputs.dtype``; this shard's complete gradient of the given
+                rows is added to it, 0 in padding rows. None: not wanted.
+        """

@@ -17,6 +17,7 @@ def reference_log_probs(
     targets_N: Tensor,
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] and entropies [N] in ``dtype``, differentiable.
@@ -26,8 +27,10 @@ def reference_log_probs(
     """
     if dtype == torch.float64:
         hidden_ND, weight_VD = hidden_ND.double(), weight_VD.double()
-    logits_NV = (hidden_ND @ weight_VD.T).to(dtype) / temperature
-    log_p_NV = logits_NV.log_softmax(dim=-1)
+    logits_NV = (hidden_ND @ weight_VD.T).to(dtype)
+    if softcap is not None:
+        logits_NV = softcap * (logits_NV / softcap).tanh()
+    log_p_NV = (logits_NV / temperature).log_softmax(dim=-1)
     entropy_N = -(log_p_NV.exp() * log_p_NV).sum(-1)
     return log_p_NV.gather(1, targets_N[:, None])[:, 0], entropy_N
 
@@ -40,11 +43,26 @@ def reference_policy_loss(
     tokens: TokenInputs,
     config: PolicyLossConfig,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    sequence_ids: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """sum_t loss_weights_t L_t, 0-d of ``dtype``; autograd gives its gradients."""
+    """sum_t loss_weights_t L_t, 0-d of ``dtype``; autograd gives its gradients.
+
+    ``sequence_ids`` [N] number the responses where config.importance_ratio is "sequence".
+    """
     log_probs_N, entropy_N = reference_log_probs(
-        hidden_ND, weight_VD, targets_N, temperature=temperature, dtype=dtype
+        hidden_ND, weight_VD, targets_N, temperature=temperature, softcap=softcap, dtype=dtype
     )
     tokens = tokens.to(dtype)
-    return (tokens.loss_weights * token_loss(log_probs_N, entropy_N, tokens, config).loss).sum()
+
+    def sequence_mean(values_N: Tensor) -> Tensor:
+        """By a matrix whose row t is 1 / |o| at the counted tokens of t's response o."""
+        assert sequence_ids is not None
+        counted = tokens.loss_weights != 0
+        same_NN = (sequence_ids[:, None] == sequence_ids) & counted & counted[:, None]
+        share_NN = same_NN.to(dtype) / same_NN.sum(1, keepdim=True).clamp(min=1)
+        return share_NN @ values_N
+
+    losses = token_loss(log_probs_N, entropy_N, tokens, config, sequence_mean).loss
+    return (tokens.loss_weights * losses).sum()

@@ -16,11 +16,11 @@ SUMMED = {
     "tokens": "counted tokens",
     "weighted_loss": "sum of loss_weight * L: the loss itself",
     "loss": "L, not weighted",
-    "ratio": "exp(log_prob - old_log_prob)",
+    "ratio": "exp(log_prob - old_log_prob), or its geometric mean over the response",
     "clipped_low": "tokens whose loss is decided by the ratio's lower bound",
     "clipped_high": "tokens whose loss is decided by the ratio's upper bound",
     "dual_clipped": "tokens whose loss is decided by dual_clip",
-    "approx_kl": "(ratio - 1) - log ratio, an estimate of KL(old || current)",
+    "approx_kl": "(r - 1) - log r with the token's own ratio r, an estimate of KL(old || current)",
     "log_prob": "current log-probability of the token",
     "entropy": "entropy of the policy at the token, in nats (0 unless asked for)",
     "entropy_tokens": "counted tokens whose entropy was computed",
@@ -67,6 +67,8 @@ class PolicyLossStats:
     evidence_weight: Tensor
     """[N] exp(sign(A) gain), before its clip and whatever negative_only and rlsd_lambda make of it;
     1 where not counted, not scored, or the advantage is 0."""
+    advantages: Tensor
+    """[N] A^, the advantage after the evidence weight; 0 where not counted."""
     sum_vector: Tensor
     """[len(SUMMED)] float64."""
     max_vector: Tensor
@@ -143,6 +145,7 @@ def collect_stats(
         entropy=None if entropy is None else place(entropy, 0.0),
         privileged_info_gain=place(losses.privileged_info_gain, 0.0),
         evidence_weight=place(weight, 1.0),
+        advantages=place(losses.advantages, 0.0),
         sum_vector=torch.stack([sums[name].sum(dtype=torch.float64) for name in SUMMED]),
         max_vector=torch.stack([_max_or_zero(maxima[name]) for name in MAXIMA]),
     )

@@ -1,8 +1,9 @@
 """The loss of one token: group-relative advantage, evidence weight, clipped ratio, KL and entropy.
 
-This is the one place where the formula is written down. It sees each token's own numbers alone and
-returns, beside the loss, its derivative by the token's log-probability. The reference
-differentiates the same loss with autograd, so a wrong derivative shows.
+This is the one place where the formula is written down. It sees each token's own numbers alone (and
+the mean over its response, where the importance ratio is the response's) and returns, beside the
+loss, its derivative by the token's log-probability. The reference differentiates the same loss with
+autograd, so a wrong derivative shows.
 
 Shapes: N tokens; every tensor here is [N].
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ MAX_EXPONENT = 20.0
 class PolicyLossConfig:
     """Constants of the loss. Raises ValueError that names a setting outside its range."""
 
+    importance_ratio: Literal["token", "sequence"] = "token"
+    """token: each token's own ratio (PPO, GRPO). sequence: the geometric mean of the ratios of the
+    token's response, clipped as one (GSPO, arXiv:2507.18071)."""
     eps_clip_low: float = 0.2
     eps_clip_high: float = 0.28
     """The ratio is clipped to [1 - eps_clip_low, 1 + eps_clip_high]."""
@@ -45,6 +49,10 @@ class PolicyLossConfig:
 
     def __post_init__(self) -> None:
         expectations = {
+            "importance_ratio": (
+                self.importance_ratio in ("token", "sequence"),
+                "'token' or 'sequence'",
+            ),
             "eps_clip_low": (self.eps_clip_low >= 0, ">= 0"),
             "eps_clip_high": (self.eps_clip_high >= 0, ">= 0"),
             "dual_clip": (self.dual_clip is None or self.dual_clip > 1, "None or > 1"),
@@ -94,7 +102,8 @@ class TokenLoss:
     loss: Tensor
     """L, before loss_weights."""
     d_log_probs: Tensor
-    """dL / dlog_prob without the entropy term, which is no function of the log-probability."""
+    """d sum(loss_weights L) / dlog_prob without the entropy term, which is no function of the
+    log-probability."""
     scored: Tensor
     """bool: the teacher scored this token."""
     privileged_info_gain: Tensor
@@ -105,7 +114,7 @@ class TokenLoss:
     advantages: Tensor
     """A^ = A ((1 - lambda) + lambda clip(w))."""
     ratio: Tensor
-    """rho = exp(log_prob - old_log_prob)."""
+    """rho, as config.importance_ratio has it."""
     clipped_low: Tensor
     """bool: the ratio's lower bound decides the loss, no gradient passes."""
     clipped_high: Tensor
@@ -113,13 +122,18 @@ class TokenLoss:
     dual_clipped: Tensor
     """bool: dual_clip decides the loss, no gradient passes."""
     approx_kl: Tensor
-    """(rho - 1) - log rho, estimates KL(old || current)."""
+    """(r - 1) - log r with the token's own r = exp(log_prob - old_log_prob), estimates
+    KL(old || current)."""
     ref_kl: Tensor | None
     """k3(ref_log_prob, log_prob)."""
 
 
 def token_loss(
-    log_probs: Tensor, entropy: Tensor | None, inputs: TokenInputs, config: PolicyLossConfig
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    inputs: TokenInputs,
+    config: PolicyLossConfig,
+    sequence_mean: Callable[[Tensor], Tensor] | None = None,
 ) -> TokenLoss:
     """RLSD's loss of every token (arXiv:2604.03128, equations 13 to 15, over a clipped ratio).
 
@@ -137,11 +151,23 @@ def token_loss(
     With ``dual_clip`` c the maximum is at most -A^ c where A^ < 0. ``loss`` can be differentiated
     by ``log_probs`` and ``entropy`` with autograd.
 
+    With importance_ratio "sequence" all tokens of a response o share (GSPO's equation 7)
+
+        rho   = exp(mean over o of (log p - log p_old))
+
+    so each token's log-probability moves the loss of every token of o: with k the loss_weights,
+
+        d sum(k L) / dlog p_u = mean over o of (k dL/dlog rho) + k_u d(KL term)_u
+
+    which for one A^ and k = 1 / |o| in all of o is GSPO's -A^ rho / |o|; 0 where rho is clipped.
+
     Args:
         log_probs: [N] of the current policy.
         entropy: [N], or None where config.entropy_coef is 0.
         inputs: the other numbers of each token.
         config: constants.
+        sequence_mean: each row's mean over the rows of its response, [N] -> [N]; needed where
+            config.importance_ratio is "sequence".
     """
     current, A = log_probs.detach(), inputs.advantages
 
@@ -153,7 +179,11 @@ def token_loss(
     A_hat = torch.where(teacher_is_needed(inputs, config), reweighted, A)
 
     old = current if inputs.old_log_probs is None else inputs.old_log_probs
-    log_ratio = log_probs - old
+    token_log_ratio = log_probs - old
+    log_ratio = token_log_ratio
+    if config.importance_ratio == "sequence":
+        assert sequence_mean is not None
+        log_ratio = sequence_mean(token_log_ratio)
     ratio, d_ratio = exp_bounded(log_ratio), exp_bounded_slope(log_ratio.detach())
     unclipped = -A_hat * ratio
     clipped = -A_hat * ratio.clamp(1 - config.eps_clip_low, 1 + config.eps_clip_high)
@@ -164,12 +194,16 @@ def token_loss(
         bound = -A_hat * config.dual_clip
         dual_clipped = (A_hat < 0) & (loss > bound)
         loss = torch.where(dual_clipped, bound, loss)
-    d_log_probs = torch.where(is_clipped | dual_clipped, 0.0, -A_hat * d_ratio)
+    d_log_ratio = torch.where(is_clipped | dual_clipped, 0.0, -A_hat * d_ratio)
 
     if config.tis_clip is not None:
         assert inputs.rollout_log_probs is not None
         tis_weight = exp_bounded(old - inputs.rollout_log_probs).clamp(max=config.tis_clip)
-        loss, d_log_probs = loss * tis_weight, d_log_probs * tis_weight
+        loss, d_log_ratio = loss * tis_weight, d_log_ratio * tis_weight
+    d_log_probs = inputs.loss_weights * d_log_ratio
+    if config.importance_ratio == "sequence":
+        assert sequence_mean is not None
+        d_log_probs = sequence_mean(d_log_probs)  # the mean is its own transpose
     ref_kl = None
     if inputs.ref_log_probs is not None:
         log_ref_ratio = inputs.ref_log_probs - log_probs
@@ -177,7 +211,7 @@ def token_loss(
         if config.kl_coef != 0:
             loss = loss + config.kl_coef * ref_kl
             d_ref_kl = 1 - exp_bounded_slope(log_ref_ratio.detach())
-            d_log_probs = d_log_probs + config.kl_coef * d_ref_kl
+            d_log_probs = d_log_probs + inputs.loss_weights * config.kl_coef * d_ref_kl
     if config.entropy_coef != 0:
         assert entropy is not None
         loss = loss - config.entropy_coef * entropy
@@ -194,7 +228,7 @@ def token_loss(
         clipped_low=is_clipped & (ratio < 1),
         clipped_high=is_clipped & (ratio > 1),
         dual_clipped=dual_clipped,
-        approx_kl=(ratio - 1) - log_ratio,
+        approx_kl=(exp_bounded(token_log_ratio) - 1) - token_log_ratio,
         ref_kl=ref_kl,
     )
 
@@ -207,7 +241,10 @@ def teacher_is_needed(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
 
 
 def needs_gradient(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
-    """[N] bool: tokens whose gradient can differ from 0."""
+    """[N] bool: tokens whose loss, and so their gradient, can differ from 0.
+
+    With importance_ratio "sequence" the other tokens of their responses have a gradient too.
+    """
     has_loss = inputs.loss_weights != 0
     if config.kl_coef != 0 or config.entropy_coef != 0:
         return has_loss

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from megatron_rlsd.ops import PolicyLossConfig, policy_loss, token_log_probs
+from megatron_rlsd.ops import PolicyLossConfig, policy_loss
 from megatron_rlsd.ops.stats import MAXIMA, SUMMED
+from tests.unit.ops.products import Products
 
 N, D, V = 40, 6, 50
 CONFIG = PolicyLossConfig()
@@ -42,24 +41,6 @@ def call(
     }
     arguments = {"advantages": advantages, "loss_weights": weights, "config": CONFIG, **near}
     return policy_loss(hidden, weight, targets, **{**arguments, **changes})
-
-
-class Products(TorchDispatchMode):
-    """Counts rows through matrix products and remembers the largest tensor that was made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products: list[tuple[str, int]] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            self.products.append((name, out.shape[0]))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.largest = max([self.largest, *sizes])
-        return out
 
 
 def leaves(requires_hidden: bool = True, requires_weight: bool = True) -> dict[str, torch.Tensor]:
@@ -104,11 +85,27 @@ def test_masked_rows_never_enter_and_rows_without_advantage_are_only_scored():
     advantages[7:20] = 0
     with Products() as seen:
         _, stats = call(**leaves(), advantages=advantages, loss_weights=loss_weights)
-    assert seen.products == [("addmm", 20), ("mm", 20), ("addmm_", V), ("addmm", 13)]
+    assert seen.products == [("mm", 20), ("addmm_", 20), ("addmm_", V), ("mm", 13)]
     assert (stats.log_probs[:7] == 0).all()
     assert (stats.log_probs[7:] < 0).all()
     assert stats.sums()["tokens"] == 33
     assert stats.sums()["advantage_tokens"] == 20
+
+
+def test_rows_without_advantage_need_not_even_be_scored():
+    advantages, loss_weights = torch.ones(N), torch.ones(N)
+    loss_weights[:7] = 0
+    advantages[7:20] = 0
+    arguments = {"advantages": advantages, "loss_weights": loss_weights}
+    with Products() as seen:
+        loss, stats = call(**leaves(), **arguments, with_inactive=False)
+    assert seen.products == [("mm", 20), ("addmm_", 20), ("addmm_", V)]
+    assert stats.sums()["tokens"] == 20
+    torch.testing.assert_close(loss, call(**leaves(), **arguments)[0], rtol=1e-14, atol=0)
+    kl = PolicyLossConfig(kl_coef=0.1)  # here they have a gradient
+    with Products() as seen:
+        call(**leaves(), **arguments, config=kl, with_inactive=False)
+    assert seen.products[0] == ("mm", 33)
 
 
 def test_nothing_in_masked_rows_matters():
@@ -159,6 +156,50 @@ def test_backward_scales_by_what_comes_from_above_and_may_run_twice():
     loss.backward()
     for name, leaf in inputs.items():
         torch.testing.assert_close(leaf.grad, 4 * once[name])
+
+
+@pytest.mark.parametrize("grad_scale", [1.0, 64.0, torch.tensor(8.0)])
+def test_main_grad_is_added_to_and_backward_leaves_the_weight_an_empty_gradient(grad_scale):
+    inputs = leaves()
+    plain = torch.autograd.grad(call(**inputs)[0], list(inputs.values()))
+    before = torch.randn(V, D, dtype=torch.float64)
+    main_grad = before.clone()
+    scaling = {"weight_main_grad": main_grad, "grad_scale": grad_scale}
+    loss, _ = call(**inputs, **scaling, chunk_tokens=7)
+    (loss * grad_scale).backward()
+    torch.testing.assert_close(main_grad, before + grad_scale * plain[1])
+    torch.testing.assert_close(inputs["hidden"].grad, grad_scale * plain[0])
+    assert inputs["weight"].grad.is_sparse
+    assert inputs["weight"].grad._nnz() == 0
+    assert torch.equal(main_grad + inputs["weight"].grad, main_grad)
+    filled = main_grad.clone()
+    with torch.no_grad():
+        call(**inputs, **scaling)
+    assert torch.equal(main_grad, filled)
+
+
+def test_main_grad_with_another_scale_or_a_second_backward_is_refused():
+    main_grad = torch.zeros(V, D, dtype=torch.float64)
+    loss, _ = call(**leaves(), weight_main_grad=main_grad, grad_scale=2.0)
+    with pytest.raises(ValueError, match=r"grad_scale=2\.0, but backward was called with 1\.0"):
+        loss.backward()
+    loss, _ = call(**leaves(), weight_main_grad=main_grad)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran twice"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("with_hidden", [True, False])
+def test_a_weight_used_twice_keeps_the_other_gradient_beside_main_grad(with_hidden):
+    """Tied embeddings: the embedding's gradient arrives by autograd, the head's does not."""
+    inputs = leaves(requires_hidden=with_hidden)
+    main_grad = torch.zeros(V, D, dtype=torch.float64)
+    loss, _ = call(**inputs, weight_main_grad=main_grad)
+    (loss + inputs["weight"][3].sum()).backward()
+    expected = torch.zeros(V, D, dtype=torch.float64)
+    expected[3] = 1
+    assert torch.equal(inputs["weight"].grad.to_dense(), expected)
+    assert main_grad.any()
 
 
 def test_teacher_may_skip_tokens_that_do_not_need_it():
@@ -275,6 +316,9 @@ BAD_CALLS = [
     ({"temperature": 0.0}, "temperature"),
     ({"chunk_tokens": 0}, "chunk_tokens"),
     ({"backend": "cuda"}, "backend"),
+    ({"softcap": 0.0}, "softcap"),
+    ({"weight_main_grad": torch.zeros(V, D)}, r"weight_main_grad must be torch\.float64"),
+    ({"weight_main_grad": torch.zeros(V).double()}, "weight_main_grad must be"),
 ]
 
 
@@ -282,15 +326,3 @@ BAD_CALLS = [
 def test_inputs_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**changes)
-
-
-def test_triton_says_that_it_is_not_there():
-    with pytest.raises(NotImplementedError, match="triton"):
-        call(backend="triton")
-    with pytest.raises(NotImplementedError, match="triton"):
-        token_log_probs(
-            torch.zeros(1, D),
-            torch.zeros(V, D),
-            torch.zeros(1, dtype=torch.int64),
-            backend="triton",
-        )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rlsd.ops import PolicyLossConfig, policy_loss, token_log_probs
+from megatron_rlsd.ops import PolicyLossConfig, policy_loss, token_log_probs, torch_head
 from megatron_rlsd.ops.reference import reference_log_probs, reference_policy_loss
 from megatron_rlsd.ops.token_loss import TokenInputs
 
 CONFIGS = st.builds(
     PolicyLossConfig,
+    importance_ratio=st.sampled_from(["token", "sequence"]),
     dual_clip=st.none() | st.just(1.2),
     rlsd_lambda=st.sampled_from([0.0, 0.6]),
     negative_only=st.booleans(),
@@ -55,45 +57,59 @@ def gradients(loss, hidden, weight):
     V=st.integers(1, 70),
     chunk_tokens=st.none() | st.integers(1, 50),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    softcap=st.sampled_from([None, None, 0.5, 4.0]),
+    block=st.sampled_from([7, 32, 1024]),
     config=CONFIGS,
     seed=st.integers(0, 10**6),
 )
-def test_any_shape_equals_the_reference(N, D, V, chunk_tokens, temperature, config, seed):
+def test_any_shape_equals_the_reference(
+    N, D, V, chunk_tokens, temperature, softcap, block, config, seed
+):
     hidden, weight, targets, inputs = problem(N, D, V, seed)
+    # Responses of a few tokens each, out of order; only importance_ratio "sequence" looks at them.
+    ids = torch.randint(max(N // 4, 1), (N,), generator=torch.Generator().manual_seed(seed))
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss, stats = policy_loss(
-        hidden,
-        weight,
-        targets,
-        **vars(inputs),
-        config=config,
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-        with_entropy=True,
-    )
+    scaling = {"temperature": temperature, "softcap": softcap}
+    with mock.patch.dict(torch_head.VOCAB_BLOCK, cpu=block):
+        loss, stats = policy_loss(
+            hidden,
+            weight,
+            targets,
+            **vars(inputs),
+            config=config,
+            sequence_ids=ids,
+            chunk_tokens=chunk_tokens,
+            with_entropy=True,
+            **scaling,
+        )
     expected = reference_policy_loss(
-        hidden, weight, targets, tokens=inputs, config=config, temperature=temperature
+        hidden, weight, targets, tokens=inputs, config=config, sequence_ids=ids, **scaling
     )
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(
         gradients(loss, hidden, weight), gradients(expected, hidden, weight), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    log_probs, entropy = reference_log_probs(hidden, weight, targets, temperature=temperature)
+    log_probs, entropy = reference_log_probs(hidden, weight, targets, **scaling)
     counted = inputs.loss_weights != 0
     torch.testing.assert_close(stats.log_probs[counted], log_probs[counted])
     torch.testing.assert_close(stats.entropy[counted], entropy[counted])
     assert (stats.log_probs[~counted] == 0).all()
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("importance_ratio", ["token", "sequence"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(importance_ratio, softcap):
     hidden, weight, targets, inputs = problem(6, 4, 11, seed=3)
-    config = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.1)
+    config = PolicyLossConfig(importance_ratio=importance_ratio, kl_coef=0.1, entropy_coef=0.1)
+    fixed = {"softcap": softcap, "sequence_ids": torch.tensor([0, 2, 2, 0, 5, 2])}
     # Central differences move log_probs; the gain and the weights made of it are constants.
     inputs = replace(inputs, teacher_log_probs=None)
     assert torch.autograd.gradcheck(
-        lambda h, w: policy_loss(h, w, targets, **vars(inputs), config=config, chunk_tokens=4)[0],
+        lambda h, w: policy_loss(
+            h, w, targets, **vars(inputs), **fixed, config=config, chunk_tokens=4
+        )[0],
         (hidden.requires_grad_(), weight.requires_grad_()),
     )
 
@@ -169,6 +185,22 @@ def test_sums_over_a_large_vocabulary_keep_float32_precision():
     exact_log_probs, exact_entropy = reference_log_probs(hidden, weight, targets)
     torch.testing.assert_close(log_probs.double(), exact_log_probs, rtol=1e-6, atol=0)
     torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_columns_masked_with_minus_infinity_are_as_if_they_were_not_there(dtype):
+    """A whole block of them, and some of another block; entropy counts them as 0."""
+    hidden, weight, targets, _ = problem(12, 8, 60, seed=11, dtype=dtype)
+    hidden[:, 0] = 1
+    masked = torch.zeros(60, dtype=torch.bool)
+    masked[:20] = masked[25:30] = True
+    targets = (~masked).nonzero()[:, 0][targets % 35]
+    expected = reference_log_probs(hidden, weight[~masked], (~masked).cumsum(0)[targets] - 1)
+    weight[masked, 0] = -torch.inf
+    with mock.patch.dict(torch_head.VOCAB_BLOCK, cpu=10):
+        found = token_log_probs(hidden, weight, targets, with_entropy=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_rows_take_no_part_whatever_they_hold():

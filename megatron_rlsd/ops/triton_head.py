@@ -1,0 +1,276 @@
+"""The fused head on Triton: NVIDIA GPUs from compute capability 8.0 on, float16 to float32.
+
+Shapes: N rows given, n of them selected, C rows of a chunk, V vocabulary rows of this rank that are
+no padding, V_local with padding, B vocabulary blocks, D hidden size, K sums per row (3, or 4 with
+entropy).
+
+A chunk takes one product whose epilogue leaves softmax sums by vocabulary block and, where a
+gradient is wanted, E = exp(z - block maximum) in the inputs' dtype; then, with the row's softmax
+over all ranks known, a kernel that turns E into dz in place; then two library products,
+d_hidden = dz W and d_weight += dz^T h, which read operands of the inputs' dtype and add in float32.
+The weight is never copied, and no logit is stored.
+
+Other ways to the same result: logits of a library product in float32 take twice E's memory and one
+more pass over it, for log-probabilities too; logits in bfloat16 are wrong by 1e-2. With
+exp(z - z_target) in the place of E the second kernel would go, but rows whose target is unlikely
+would need an answer.
+
+No GPU was at hand when this was written: see ``triton_launch``.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from megatron_rlsd.ops.collectives import (
+    LogSoftmax,
+    gather_partials,
+    merge_log_softmax,
+    merge_partials,
+)
+from megatron_rlsd.ops.head import HeadGradient, HeadInputs, RowGradient
+
+EXP_BUDGET_BYTES = 2**30
+"""Memory of E where chunk_tokens is not given. Each chunk reads and writes all of d_weight, so more
+memory is less time: at V 151936 in bfloat16 this is 3,456 rows."""
+SUMS_BUDGET_BYTES = 2**27
+"""Memory of a chunk's block sums and of its rows' copy where nothing but sums is kept."""
+ROWS_ALIGNMENT = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST_TORCH = (2, 10)
+"""The first whose addmm adds a product of half-precision matrices to a float32 one in place."""
+NO_LOGIT = -1e30
+"""Largest logit of a shard that is all padding: exp of it is 0, and 0 times it is no NaN."""
+FLOAT16_PEAK = 2.0**14
+"""What the largest possible dz is scaled to in float16, whose smallest number is 6e-8."""
+FLOAT16_BLOCK_BYTES = 2**26
+"""Memory of a product that is scaled before it is added to d_weight."""
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why this backend cannot run, as the end of a sentence; None if it can.
+
+    On a CPU it can where TRITON_INTERPRET was set before triton was imported. That is for tests:
+    ``auto`` should not choose it there.
+
+    Args:
+        device: of the tensors.
+        dtype: the widest of the inputs; None: not asked about.
+    """
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from megatron_rlsd.ops.triton_launch import INTERPRETED
+
+    if dtype is not None and dtype not in DTYPES:
+        return f"it takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type} (or with TRITON_INTERPRET=1)"
+    if torch.version.cuda is None:
+        return "it has been written for NVIDIA GPUs only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, not {capability[0]}.{capability[1]}"
+    if _torch_version() < OLDEST_TORCH:
+        return f"it needs torch 2.10, not {torch.__version__}"
+    return None
+
+
+def score(inputs: HeadInputs, rows_n: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities [n] and entropies [n] (or None) of the given rows; one matrix product.
+
+    Sends one all-gather of K * n numbers for all chunks together.
+    """
+    chunk = _Chunk(inputs)
+    partials_Kn = chunk.new_partials(rows_n.numel())
+    for span in chunk.spans(rows_n.numel(), with_gradient=False):
+        partials_Kn[:, span] = chunk.forward(rows_n[span], keep_exp=False)
+    softmax = merge_log_softmax(gather_partials(partials_Kn, inputs.shard))
+    return softmax.log_probs, softmax.entropy if inputs.with_entropy else None
+
+
+def score_with_gradient(
+    inputs: HeadInputs,
+    rows_n: Tensor,
+    row_gradient: RowGradient,
+    d_entropy_n: Tensor | None,
+    *,
+    want_d_hidden: bool,
+    d_weight: Tensor | None,
+) -> HeadGradient:
+    """Forward and gradients of the given rows (see ``Backend``); three matrix products.
+
+    Sends one all-gather of K * C numbers a chunk. Products of float32 inputs that make gradients
+    follow torch's own TF32 setting; those that make log-probabilities never use TF32.
+    """
+    chunk = _Chunk(inputs)
+    n = rows_n.numel()
+    log_probs_n, entropy_n = chunk.new_partials(n)[:2]
+    d_hidden_nD = None
+    if want_d_hidden:
+        d_hidden_nD = inputs.hidden.new_zeros(
+            n, inputs.hidden.shape[1], dtype=inputs.d_hidden_dtype
+        )
+    d_weight_VD = None if d_weight is None else d_weight[: inputs.shard.num_real]
+    for span in chunk.spans(n, with_gradient=True):
+        partials_KC = chunk.forward(rows_n[span], keep_exp=True)
+        softmax = merge_log_softmax(gather_partials(partials_KC, inputs.shard))
+        log_probs_n[span], entropy_n[span] = softmax.log_probs, softmax.entropy
+        entropy_C = softmax.entropy if inputs.with_entropy else None
+        g_C = row_gradient(softmax.log_probs, entropy_C, span)
+        e_C = None if d_entropy_n is None else d_entropy_n[span]
+        d_hidden_CD = None if d_hidden_nD is None else d_hidden_nD[span]
+        chunk.backward(softmax, g_C, e_C, d_hidden_CD, d_weight_VD)
+    return HeadGradient(log_probs_n, entropy_n if inputs.with_entropy else None, d_hidden_nD)
+
+
+class _Chunk:
+    """The work on one chunk of rows, in a buffer that all chunks of a call share."""
+
+    def __init__(self, inputs: HeadInputs) -> None:
+        self.inputs = inputs
+        # Here, since triton may be missing where only unavailable_reason is asked for.
+        from megatron_rlsd.ops import triton_launch
+
+        self._launch = triton_launch
+        self.dtype = inputs.widest_dtype
+        # Converted only where hidden is of a wider dtype.
+        weight = inputs.shard.weight[: inputs.shard.num_real].to(self.dtype)
+        self.weight_VD = weight if weight.stride(1) == 1 else weight.contiguous()
+        self._hidden_CD = self._exp_CV = self.weight_VD.new_empty(0, 0)
+        self._target_ids_C = self._partials_BKC = self.weight_VD.new_empty(0)
+
+    @property
+    def V(self) -> int:
+        return self.weight_VD.shape[0]
+
+    def spans(self, n: int, with_gradient: bool) -> list[slice]:
+        """Slices of about equal size; as many on every rank, so padding rows count for them."""
+        size = self.inputs.chunk_tokens
+        if size is None:
+            largest = self._rows_in_budget(with_gradient)
+            chunks = -(-n // largest)
+            size = _round_up(-(-n // max(chunks, 1)), ROWS_ALIGNMENT)
+        return [slice(start, min(start + size, n)) for start in range(0, n, size or 1)]
+
+    def new_partials(self, n: int) -> Tensor:
+        return self.weight_VD.new_zeros(3 + self.inputs.with_entropy, n, dtype=torch.float32)
+
+    def forward(self, rows_C: Tensor, *, keep_exp: bool) -> Tensor:
+        """One product, and the softmax sums [K, C] of this shard (see merge_partials)."""
+        inputs, C = self.inputs, rows_C.numel()
+        if self.V == 0:
+            nothing_KC = self.new_partials(C)
+            nothing_KC[0] = NO_LOGIT
+            return nothing_KC
+        self._hidden_CD = inputs.hidden[rows_C].to(self.dtype)
+        target_C = inputs.targets[rows_C] - inputs.shard.first
+        is_own = (target_C >= 0) & (target_C < self.V)
+        self._target_ids_C = torch.where(is_own, target_C, -1).to(torch.int32)
+        if keep_exp and self._exp_CV.shape[0] < C:
+            self._exp_CV = self._launch.new_exp_buffer(C, self.V, self._hidden_CD)
+        self._partials_BKC = self._launch.launch_product(
+            self._hidden_CD,
+            self.weight_VD,
+            self._target_ids_C,
+            scale=1 / inputs.temperature,
+            softcap=inputs.softcap,
+            with_entropy=inputs.with_entropy,
+            exp_CV=self._exp_CV[:C] if keep_exp else None,
+        )
+        return merge_partials(self._partials_BKC)
+
+    def backward(
+        self,
+        softmax: LogSoftmax,
+        g_C: Tensor,
+        e_C: Tensor | None,
+        d_hidden_CD: Tensor | None,
+        d_weight_VD: Tensor | None,
+    ) -> None:
+        """Gradients of the rows of the last forward: into d_hidden, added to d_weight."""
+        if self.V == 0:
+            return
+        scale = 1 / self.inputs.temperature
+        gain_1 = None
+        if self.dtype == torch.float16:
+            gain_1 = FLOAT16_PEAK / (scale * _bound(softmax, g_C, e_C)).clamp(min=1e-30)
+        d_logits_CV = self._exp_CV[: g_C.numel()]
+        self._launch.launch_exp_to_gradient(
+            d_logits_CV,
+            self._partials_BKC,
+            self._target_ids_C,
+            log_probs_C=softmax.log_probs,
+            max_logits_C=softmax.max_logit,
+            log_sums_C=softmax.log_sum,
+            d_log_probs_C=g_C.float().contiguous(),
+            d_entropies_C=None if e_C is None else e_C.float().contiguous(),
+            entropies_C=None if e_C is None else softmax.entropy,
+            gain_1=gain_1,
+            scale=scale,
+            softcap=self.inputs.softcap,
+        )
+        if d_hidden_CD is not None:
+            product_CD = _float32_product(d_logits_CV, self.weight_VD)
+            d_hidden_CD.copy_(product_CD if gain_1 is None else product_CD.div_(gain_1))
+        if d_weight_VD is not None and gain_1 is None:
+            _add_product(d_weight_VD, d_logits_CV.T, self._hidden_CD)
+        elif d_weight_VD is not None and gain_1 is not None:
+            _add_scaled_product(d_weight_VD, d_logits_CV.T, self._hidden_CD, 1 / gain_1)
+
+    def _rows_in_budget(self, with_gradient: bool) -> int:
+        V_local, D = self.inputs.shard.weight.shape
+        if with_gradient:
+            size = EXP_BUDGET_BYTES // (V_local * self.dtype.itemsize)
+        else:
+            sums = 4 * (5 + 2 * self.inputs.with_entropy) * self._launch.vocab_blocks(V_local)
+            size = SUMS_BUDGET_BYTES // (sums + D * self.dtype.itemsize)
+        return size // ROWS_ALIGNMENT * ROWS_ALIGNMENT or max(size, 1)
+
+
+def _bound(softmax: LogSoftmax, g_C: Tensor, e_C: Tensor | None) -> Tensor:
+    """[1], at least the largest |dz| of the rows at temperature 1: |p (log p + H)| < 1 + H."""
+    bound_C = g_C.abs()
+    if e_C is not None:
+        bound_C = bound_C + e_C.abs() * (1 + softmax.entropy)
+    return bound_C.amax(0, keepdim=True)
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, from operands of one float dtype."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()  # the interpreter's device has no such product
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b in place, without a second buffer of total's size."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def _add_scaled_product(total: Tensor, a: Tensor, b: Tensor, factor_1: Tensor) -> None:
+    """total += factor a b, block by block, with a factor that stays on the device."""
+    rows = max(FLOAT16_BLOCK_BYTES // (total.shape[1] * total.itemsize), 1)
+    for first in range(0, total.shape[0], rows):
+        block = total[first : first + rows]
+        block.addcmul_(_float32_product(a[first : first + rows], b), factor_1)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)

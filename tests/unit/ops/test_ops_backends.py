@@ -1,0 +1,64 @@
+"""Which backend a call takes, and what is said where it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_rlsd.ops import BackendUnavailable, backend_choice, token_log_probs
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_torch_on_the_cpu_and_says_why():
+    choice = backend_choice(CPU)
+    assert choice.name == "torch"
+    assert "cpu" in choice.reason
+
+
+@pytest.mark.parametrize("call", ["policy_loss", "token_log_probs"])
+def test_a_forced_backend_that_cannot_run_says_why(call):
+    """In a fresh process, since other tests may have put triton into its interpreter."""
+    script = f"""
+import torch
+from megatron_rlsd.ops import *
+zeros = torch.zeros(1)
+row, weight, target = torch.zeros(1, 4), torch.zeros(3, 4), torch.zeros(1, dtype=torch.int64)
+try:
+    if {call!r} == "policy_loss":
+        policy_loss(row, weight, target, advantages=zeros, loss_weights=zeros,
+                    config=PolicyLossConfig(), backend="triton")
+    else:
+        token_log_probs(row, weight, target, backend="triton")
+except BackendUnavailable as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={"PATH": "", "PYTHONPATH": ":".join(p for p in sys.path if p)},
+    )
+    assert "backend='triton' cannot run" in done.stdout
+    assert "cpu" in done.stdout
+
+
+def test_triton_does_not_take_float64():
+    hidden, weight = torch.zeros(1, 4).double(), torch.zeros(3, 4).double()
+    with pytest.raises(BackendUnavailable, match=r"float64|cannot be imported|not installed"):
+        token_log_probs(hidden, weight, torch.zeros(1, dtype=torch.int64), backend="triton")
+
+
+def test_triton_is_not_imported_where_it_is_not_asked_for():
+    script = """
+import sys, torch
+from megatron_rlsd.ops import token_log_probs
+token_log_probs(torch.zeros(1, 4), torch.zeros(3, 4), torch.zeros(1, dtype=torch.int64))
+assert not any("triton" in m for m in sys.modules if m.startswith("megatron_rlsd"))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
