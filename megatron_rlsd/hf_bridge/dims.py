@@ -7,12 +7,56 @@ from typing import Literal
 
 from megatron_rlsd.hf_bridge.errors import HFConfigError
 
-Size = Literal["hidden_size", "attention_size", "ffn_hidden_size", "head_dim"]
+Size = Literal[
+    "hidden_size",
+    "attention_size",
+    "ffn_hidden_size",
+    "head_dim",
+    "num_experts",
+    "expert_ffn_size",
+    "shared_expert_ffn_size",
+    "q_lora_rank",
+    "q_up_size",
+    "kv_lora_rank",
+    "kv_down_size",
+    "kv_up_size",
+]
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Where a rank stands among those that share the parameters: whose slices it holds.
+
+    Dense parameters are split over tensor parallel (tp). The experts of each layer are dealt out
+    over expert parallel (ep) in blocks of equal size, and each expert is split over expert tensor
+    parallel (etp).
+    """
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    etp_rank: int = 0
+    etp_size: int = 1
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Sizes of multi-head latent attention (MLA): queries, keys and values through low ranks."""
+
+    q_lora_rank: int | None
+    """None: queries are projected in one step."""
+    kv_lora_rank: int
+    nope_head_dim: int
+    """Query and key channels of a head without position encoding."""
+    rope_head_dim: int
+    """Query channels of a head with position encoding; as many key channels serve all heads."""
+    value_head_dim: int
 
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Sizes of the whole model, before any split over tensor-parallel ranks."""
+    """Sizes of the whole model, before any split over ranks."""
 
     num_layers: int
     hidden_size: int
@@ -20,29 +64,73 @@ class ModelDims:
     num_query_groups: int
     """Key/value heads; each serves num_attention_heads / num_query_groups query heads."""
     head_dim: int
-    """Channels of one head; need not be hidden_size / num_attention_heads."""
+    """Channels of one head; need not be hidden_size / num_attention_heads. Unused with MLA."""
     ffn_hidden_size: int
+    """Width of the feed-forward layers that have no experts."""
     vocab_size: int
     """Rows of the embedding in the Hugging Face checkpoint."""
     padded_vocab_size: int
     """Rows of the embedding in the Megatron model, all tensor-parallel ranks together."""
     tied_embeddings: bool
     """The output layer uses the embedding's weight."""
+    moe_layers: frozenset[int] = frozenset()
+    """0-based numbers of the layers whose feed-forward part is a mixture of experts."""
+    num_experts: int = 0
+    """Routed experts of each such layer."""
+    expert_ffn_size: int = 0
+    """Width of one routed expert."""
+    shared_expert_ffn_size: int = 0
+    """Width of all shared experts of a layer together; 0: there are none."""
+    latent: LatentAttention | None = None
+    """Set for MLA only."""
+    num_mtp_layers: int = 0
+    """Layers for multi-token prediction that the checkpoint may hold after the model's own."""
 
     @property
     def attention_size(self) -> int:
         """Columns of the attention output projection."""
-        return self.num_attention_heads * self.head_dim
+        return self.num_attention_heads * (
+            self.latent.value_head_dim if self.latent else self.head_dim
+        )
 
     @property
     def queries_per_group(self) -> int:
         return self.num_attention_heads // self.num_query_groups
 
+    @property
+    def q_lora_rank(self) -> int:
+        return self._latent.q_lora_rank or 0
+
+    @property
+    def q_up_size(self) -> int:
+        """Channels of all heads' queries under MLA."""
+        return self.num_attention_heads * (self._latent.nope_head_dim + self._latent.rope_head_dim)
+
+    @property
+    def kv_lora_rank(self) -> int:
+        return self._latent.kv_lora_rank
+
+    @property
+    def kv_down_size(self) -> int:
+        """The latent and the keys' rope channels, which share one projection under MLA."""
+        return self._latent.kv_lora_rank + self._latent.rope_head_dim
+
+    @property
+    def kv_up_size(self) -> int:
+        """All heads' keys without position encoding and values under MLA."""
+        return self.num_attention_heads * (self._latent.nope_head_dim + self._latent.value_head_dim)
+
+    @property
+    def _latent(self) -> LatentAttention:
+        if self.latent is None:
+            raise HFConfigError("a latent attention size was asked of a model without MLA")
+        return self.latent
+
     def size(self, name: Size) -> int:
         return int(getattr(self, name))
 
-    def check(self, tp_size: int) -> None:
-        """Raise HFConfigError, with the numbers, where ``tp_size`` cannot split the sizes."""
+    def check(self, layout: ShardLayout) -> None:
+        """Raise HFConfigError, with the numbers, where ``layout`` cannot split the sizes."""
         if self.num_attention_heads % self.num_query_groups:
             raise HFConfigError(
                 f"num_key_value_heads={self.num_query_groups} must divide "
@@ -53,10 +141,29 @@ class ModelDims:
                 f"the model's vocabulary of {self.padded_vocab_size} rows cannot hold the "
                 f"checkpoint's vocab_size={self.vocab_size}"
             )
-        for name in ("num_query_groups", "ffn_hidden_size", "padded_vocab_size"):
-            value = getattr(self, name)
-            if value % tp_size:
-                raise HFConfigError(
-                    f"tensor parallel size {tp_size} must divide {name}={value}; "
-                    f"{value} mod {tp_size} = {value % tp_size}"
-                )
+        over_tp = ["num_query_groups", "padded_vocab_size"]
+        if len(self.moe_layers) < self.num_layers:
+            over_tp.append("ffn_hidden_size")
+        if self.shared_expert_ffn_size:
+            over_tp.append("shared_expert_ffn_size")
+        if self.latent is not None:
+            over_tp += ["q_lora_rank", "kv_down_size"]
+        splits = [("tensor parallel size", layout.tp_size, name) for name in over_tp]
+        if self.moe_layers:
+            splits += [
+                ("expert parallel size", layout.ep_size, "num_experts"),
+                ("expert tensor parallel size", layout.etp_size, "expert_ffn_size"),
+            ]
+        elif layout.ep_size > 1:
+            raise HFConfigError(
+                f"expert parallel size {layout.ep_size} needs a mixture of experts; "
+                "the model has none"
+            )
+        problems = [
+            f"{kind} {ranks} must divide {name}={getattr(self, name)}; "
+            f"{getattr(self, name)} mod {ranks} = {getattr(self, name) % ranks}"
+            for kind, ranks, name in splits
+            if getattr(self, name) % ranks
+        ]
+        if problems:
+            raise HFConfigError("\n".join(problems))

@@ -2,105 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from megatron_rlsd.hf_bridge.dims import ModelDims
-from megatron_rlsd.hf_bridge.errors import HFBridgeError, HFConfigError
+from megatron_rlsd.hf_bridge.config_table import ConfigTable, HFConfig
+from megatron_rlsd.hf_bridge.dims import LatentAttention, ModelDims, ShardLayout
+from megatron_rlsd.hf_bridge.errors import HFBridgeError
 from megatron_rlsd.hf_bridge.mappings import Mapping as ParameterMapping
 from megatron_rlsd.hf_bridge.mappings import Shape
-from megatron_rlsd.hf_bridge.rope import ROPE_KEYS, rope_model_fields
+from megatron_rlsd.hf_bridge.rope import rope_model_fields
 
-HFConfig = dict[str, Any]
-"""The parsed config.json."""
-
-IRRELEVANT_KEYS = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_model_name_or_path",  # written by transformers when it reads a GGUF file
-        "_name_or_path",
-        "architectures",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "initializer_range",
-        "is_llama_config",
-        "label2id",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "unk_token_id",
-        "use_cache",
-    }
-)
-"""Keys that do not change what a decoder computes from its weights."""
-
-SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
-    "attention_dropout": (0.0,),
-    "hidden_act": ("silu",),
-    "is_encoder_decoder": (False,),
-    "partial_rotary_factor": (1.0,),
-    "rope_interleaved": (False,),
-}
-"""Keys that must hold what every family here computes; absent or null means the same."""
+__all__ = ["Family", "HFConfig", "ParameterEntry", "ParameterRow", "ParameterTable"]
 
 
-@dataclass(frozen=True)
-class ConfigTable:
-    """Every key a family's config.json may hold. A key in none of the tables is an error."""
-
-    required: Mapping[str, str]
-    """HF key -> TransformerConfig field, for keys that must be there."""
-    derived: Mapping[str, tuple[str, Callable[[HFConfig], int]]]
-    """HF key -> (TransformerConfig field, value where the key is absent or null)."""
-    fixed: Mapping[str, Any]
-    """TransformerConfig fields that the architecture itself implies."""
-    supported: Mapping[str, tuple[Any, ...]]
-    """HF key -> the only values the model honours."""
-    checks: Mapping[str, Callable[[Any, HFConfig], str | None]]
-    """HF key -> function of (value, config) that returns what was expected, or None if it fits."""
-    irrelevant: frozenset[str] = IRRELEVANT_KEYS
-    rope_types: tuple[str, ...] = ("default",)
-
-    def check(self, hf_config: HFConfig) -> None:
-        """Raise HFConfigError naming every key that is missing, unknown or has another value."""
-        problems = []
-        for key in (*self.required, "vocab_size", "max_position_embeddings"):
-            if hf_config.get(key) is None:
-                problems.append(f"{key} is missing")
-            elif not _is_positive_number(hf_config[key]):
-                problems.append(f"{key}={hf_config[key]!r}: expected a positive number")
-        model_keys = {"vocab_size", "max_position_embeddings", "tie_word_embeddings", *ROPE_KEYS}
-        for key, value in hf_config.items():
-            if key in self.required or key in self.irrelevant or key in model_keys or value is None:
-                continue
-            if key in self.derived:
-                if not _is_positive_number(value):
-                    problems.append(f"{key}={value!r}: expected a positive number")
-            elif key in self.supported:
-                if value not in self.supported[key]:
-                    expected = " or ".join(repr(v) for v in self.supported[key])
-                    problems.append(f"{key}={value!r}: only {expected} is supported")
-            elif key in self.checks:
-                if expected_value := self.checks[key](value, hf_config):
-                    problems.append(f"{key}={value!r}: expected {expected_value}")
-            else:
-                problems.append(f"{key}={value!r}: unknown key, which the model would ignore")
-        if problems:
-            raise HFConfigError("config.json does not fit the model:\n  " + "\n  ".join(problems))
+def _always(dims: ModelDims) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -114,31 +33,58 @@ class ParameterRow:
     """The name under Transformer Engine specs, where the norm is part of the following linear."""
     tied_to: str | None = None
     """The Hugging Face tensor to use instead when embeddings are tied."""
+    when: Callable[[ModelDims], bool] = _always
+    """Whether a model of these sizes has the parameter."""
+    full_precision: bool = False
+    """Kept in float32 whatever the model's dtype, in Megatron and in the checkpoint."""
 
 
 @dataclass(frozen=True)
 class ParameterTable:
-    """Rows of the first stage, of each layer (named after the prefixes) and of the last stage."""
+    """Rows of the first stage, of the layers (named after the prefixes) and of the last stage."""
 
     first: tuple[ParameterRow, ...]
     layer: tuple[ParameterRow, ...]
+    """Of every layer."""
     last: tuple[ParameterRow, ...]
+    dense_layer: tuple[ParameterRow, ...] = ()
+    """Of the layers without experts, after those of every layer."""
+    moe_layer: tuple[ParameterRow, ...] = ()
+    """Of the layers with experts, after those of every layer and before the experts."""
+    expert: tuple[ParameterRow, ...] = ()
+    """Of each routed expert."""
     megatron_layer_prefix: str = "decoder.layers.{layer}."
     hf_layer_prefix: str = "model.layers.{layer}."
+    hf_expert_prefix: str = "mlp.experts.{expert}."
+
+    @property
+    def rows(self) -> tuple[ParameterRow, ...]:
+        layers = (*self.layer, *self.dense_layer, *self.moe_layer)
+        return (*self.first, *layers, *self.expert, *self.last)
 
 
 @dataclass(frozen=True)
 class ParameterEntry:
-    """A table row with its layer filled in."""
+    """A table row with its layer and expert filled in."""
 
     megatron_names: tuple[str, ...]
-    """The names it may have, with the 0-based layer number counted over the whole model."""
+    """The names it may have, with 0-based layer and expert numbers counted over the whole model."""
     hf_names: tuple[str, ...]
     mapping: ParameterMapping
     part: Literal["first", "layer", "last"]
     layer: int | None
+    expert: int | None = None
+    """The routed expert it belongs to, and is dealt out and split with; None: dense."""
     tied_alias: str | None = None
     """For a tied output layer: its own tensor's name, allowed in a checkpoint if it is equal."""
+    full_precision: bool = False
+    """Never cast: float32 whatever the model's dtype."""
+
+    def ranks(self, layout: ShardLayout) -> tuple[int, int]:
+        """(rank, size) of the ranks that split this parameter: etp for experts, else tp."""
+        if self.expert is None:
+            return layout.tp_rank, layout.tp_size
+        return layout.etp_rank, layout.etp_size
 
 
 @dataclass(frozen=True)
@@ -153,12 +99,15 @@ class Family:
     """Tensors that old checkpoints hold and that follow from the config."""
 
     def transformer_config_fields(self, hf_config: HFConfig) -> dict[str, Any]:
-        """Keyword arguments of Megatron's TransformerConfig. Raises HFConfigError."""
-        self.config.check(hf_config)
-        fields = {field: hf_config[key] for key, field in self.config.required.items()}
+        """Keyword arguments of Megatron's TransformerConfig. Raises HFConfigError.
+
+        With ``multi_latent_attention`` true they are those of MLATransformerConfig.
+        """
+        config = self.config.checked(hf_config)
+        fields = {field: config[key] for key, field in self.config.required.items()}
         for key, (field, default) in self.config.derived.items():
-            value = hf_config.get(key)
-            fields[field] = default(hf_config) if value is None else value
+            value = config.get(key)
+            fields[field] = default(config) if value is None else value
         return {
             **fields,
             "activation_func": torch.nn.functional.silu,
@@ -168,25 +117,32 @@ class Family:
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             **self.config.fixed,
+            **self.config.computed(config),
         }
 
     def model_fields(self, hf_config: HFConfig) -> dict[str, Any]:
         """Keyword arguments of GPTModel; vocab_size is not padded. Raises HFConfigError."""
-        self.config.check(hf_config)
-        return {
-            "vocab_size": hf_config["vocab_size"],
-            "max_sequence_length": hf_config["max_position_embeddings"],
+        config = self.config.checked(hf_config)
+        fields = {
+            "vocab_size": config["vocab_size"],
+            "max_sequence_length": config["max_position_embeddings"],
             "position_embedding_type": "rope",
-            "share_embeddings_and_output_weights": bool(hf_config.get("tie_word_embeddings")),
-            **rope_model_fields(hf_config, self.config.rope_types),
+            "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings")),
         }
+        if self.config.rope_in_transformer_config:
+            return fields
+        rope = rope_model_fields(config, self.config.rope_types, self.config.default_theta)
+        return {**fields, **rope}
 
     def dims(self, hf_config: HFConfig, padded_vocab_size: int | None = None) -> ModelDims:
         """The sizes of the model; ``padded_vocab_size`` defaults to the vocabulary's own size."""
         fields = self.transformer_config_fields(hf_config)
         model = self.model_fields(hf_config)
+        num_layers, num_experts = fields["num_layers"], fields.get("num_moe_experts") or 0
+        frequency = fields.get("moe_layer_freq", 1)
+        pattern = frequency if isinstance(frequency, list) else [1] * num_layers
         return ModelDims(
-            num_layers=fields["num_layers"],
+            num_layers=num_layers,
             hidden_size=fields["hidden_size"],
             num_attention_heads=fields["num_attention_heads"],
             num_query_groups=fields["num_query_groups"],
@@ -195,19 +151,33 @@ class Family:
             vocab_size=model["vocab_size"],
             padded_vocab_size=padded_vocab_size or model["vocab_size"],
             tied_embeddings=model["share_embeddings_and_output_weights"],
+            moe_layers=frozenset(i for i, moe in enumerate(pattern) if moe and num_experts),
+            num_experts=num_experts,
+            expert_ffn_size=fields.get("moe_ffn_hidden_size") or 0,
+            shared_expert_ffn_size=fields.get("moe_shared_expert_intermediate_size") or 0,
+            latent=_latent_attention(fields) if fields.get("multi_latent_attention") else None,
+            num_mtp_layers=self.config.checked(hf_config).get("num_nextn_predict_layers") or 0,
         )
 
     def entries(self, dims: ModelDims) -> list[ParameterEntry]:
         """Every parameter of the whole model: first stage, then layer by layer, then last stage."""
         table = self.parameters
-        entries = [_entry(row, dims, "first") for row in table.first]
+        entries = [_entry(row, dims, "first") for row in table.first if row.when(dims)]
         for layer in range(dims.num_layers):
-            prefixes = (
-                table.megatron_layer_prefix.format(layer=layer),
-                table.hf_layer_prefix.format(layer=layer),
-            )
-            entries += [_entry(row, dims, "layer", layer, *prefixes) for row in table.layer]
-        return entries + [_entry(row, dims, "last") for row in table.last]
+            moe = layer in dims.moe_layers
+            prefix = table.megatron_layer_prefix.format(layer=layer)
+            hf_prefix = table.hf_layer_prefix.format(layer=layer)
+            rows = (*table.layer, *(table.moe_layer if moe else table.dense_layer))
+            entries += [
+                _entry(row, dims, "layer", layer, prefix, hf_prefix)
+                for row in rows
+                if row.when(dims)
+            ]
+            if moe:
+                for expert in range(dims.num_experts):
+                    hf = hf_prefix + table.hf_expert_prefix.format(expert=expert)
+                    entries += [_expert(row, layer, expert, prefix, hf) for row in table.expert]
+        return entries + [_entry(row, dims, "last") for row in table.last if row.when(dims)]
 
     def hf_shapes(self, dims: ModelDims) -> dict[str, Shape]:
         """Every tensor of a complete checkpoint -> its shape, in the order of export."""
@@ -217,13 +187,34 @@ class Family:
             for name, shape in zip(entry.hf_names, entry.mapping.hf_shapes(dims), strict=True)
         }
 
+    def ignores(self, hf_name: str, dims: ModelDims) -> bool:
+        """Whether a checkpoint may hold this tensor although no parameter is made of it.
+
+        So it is with inverse frequencies, and with the layers for multi-token prediction, which
+        follow the model's own and which neither training nor export keeps.
+        """
+        mtp = tuple(
+            self.parameters.hf_layer_prefix.format(layer=dims.num_layers + extra)
+            for extra in range(dims.num_mtp_layers)
+        )
+        return hf_name.endswith(self.ignored_hf_suffixes) or hf_name.startswith(mtp)
+
     def unknown_parameter(self, name: str) -> HFBridgeError:
         """The error for a Megatron parameter that no row of the table names."""
-        rows = (*self.parameters.first, *self.parameters.layer, *self.parameters.last)
-        known = ", ".join(row.megatron for row in rows)
+        known = ", ".join(row.megatron for row in self.parameters.rows)
         return HFBridgeError(
             f"unknown Megatron parameter {name} in a model of family {self.name}; known: {known}"
         )
+
+
+def _latent_attention(fields: dict[str, Any]) -> LatentAttention:
+    return LatentAttention(
+        q_lora_rank=fields["q_lora_rank"],
+        kv_lora_rank=fields["kv_lora_rank"],
+        nope_head_dim=fields["qk_head_dim"],
+        rope_head_dim=fields["qk_pos_emb_head_dim"],
+        value_head_dim=fields["v_head_dim"],
+    )
 
 
 def _entry(
@@ -235,17 +226,36 @@ def _entry(
     hf_prefix: str = "",
 ) -> ParameterEntry:
     megatron = [row.megatron] if row.fused_megatron is None else [row.megatron, row.fused_megatron]
-    hf = (row.hf,) if isinstance(row.hf, str) else row.hf
     tied = row.tied_to if dims.tied_embeddings else None
     return ParameterEntry(
         megatron_names=tuple(megatron_prefix + name for name in megatron),
-        hf_names=(tied,) if tied else tuple(hf_prefix + name for name in hf),
+        hf_names=(tied,) if tied else tuple(hf_prefix + name for name in _hf(row)),
         mapping=row.mapping,
         part=part,
         layer=layer,
-        tied_alias=hf[0] if tied else None,
+        tied_alias=_hf(row)[0] if tied else None,
+        full_precision=row.full_precision,
     )
 
 
-def _is_positive_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _expert(
+    row: ParameterRow, layer: int, expert: int, megatron_prefix: str, hf_prefix: str
+) -> ParameterEntry:
+    experts = f"{megatron_prefix}mlp.experts."
+    return ParameterEntry(
+        # One module for each expert, or one for all with a parameter for each (grouped GEMM).
+        megatron_names=(
+            f"{experts}local_experts.{expert}.{row.megatron}",
+            f"{experts}{row.megatron}{expert}",
+        ),
+        hf_names=tuple(hf_prefix + name for name in _hf(row)),
+        mapping=row.mapping,
+        part="layer",
+        layer=layer,
+        expert=expert,
+        full_precision=row.full_precision,
+    )
+
+
+def _hf(row: ParameterRow) -> tuple[str, ...]:
+    return (row.hf,) if isinstance(row.hf, str) else row.hf

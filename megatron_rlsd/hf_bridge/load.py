@@ -9,25 +9,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron_rlsd.hf_bridge.dims import ModelDims
+from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
 from megatron_rlsd.hf_bridge.errors import HFCheckpointError, listed
 from megatron_rlsd.hf_bridge.family import Family, HFConfig, ParameterEntry
 from megatron_rlsd.hf_bridge.parameters import local_parameters, model_dims
-from megatron_rlsd.hf_bridge.reader import SafetensorsFolder
+from megatron_rlsd.hf_bridge.reader import SafetensorsFolder, Weights
 
 FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
+COMPARED_BYTES = 16 * 2**20
 
 
 def load_hf_weights(
     model_chunks: Sequence[nn.Module],
-    hf_path: str | Path,
+    hf_path: str | Path | Weights,
     family: Family,
     hf_config: HFConfig,
     *,
-    tp_rank: int = 0,
-    tp_size: int = 1,
+    layout: ShardLayout = ShardLayout(),  # noqa: B008 (frozen)
 ) -> None:
-    """Fill every parameter of this rank from the safetensors in ``hf_path``.
+    """Fill every parameter of this rank from the safetensors in ``hf_path``, or opened weights.
 
     ``model_chunks`` are the GPTModels of this rank (several with virtual pipeline stages), bare
     or wrapped. Values are cast to each parameter's dtype. No collective is called, and a rank reads
@@ -36,36 +36,38 @@ def load_hf_weights(
     Everything is checked before the first value is copied, so a failed load leaves the model as it
     was: HFCheckpointError for a damaged folder or for missing, extra, ill-shaped or non-float
     tensors anywhere in the checkpoint; HFBridgeError for Megatron parameters that the family does
-    not know or that the model lacks; HFConfigError for sizes that ``tp_size`` does not divide.
+    not know or that the model lacks; HFConfigError for sizes that ``layout`` does not divide.
     """
     dims = model_dims(model_chunks, family, hf_config)
-    dims.check(tp_size)
+    dims.check(layout)
     entries = family.entries(dims)
-    parameters = local_parameters(model_chunks, family, dims, tp_size)
-    folder = SafetensorsFolder(hf_path)
-    _check_tensors(folder, family, dims, entries)
-    _check_tied_aliases(folder, dims, entries, tp_rank, tp_size)
+    parameters = local_parameters(model_chunks, family, dims, layout)
+    folder = SafetensorsFolder(hf_path) if isinstance(hf_path, str | Path) else hf_path
+    check_tensors(folder, family, dims, entries)
+    check_tied_aliases(folder, dims, entries, layout)
     with torch.no_grad():
         for entry, parameter in parameters:
-            parameter.copy_(_shard(folder, entry, entry.hf_names, dims, tp_rank, tp_size))
+            parameter.copy_(_shard(folder, entry, dims, layout))
 
 
 def _shard(
-    folder: SafetensorsFolder,
+    folder: Weights,
     entry: ParameterEntry,
-    hf_names: tuple[str, ...],
     dims: ModelDims,
-    tp_rank: int,
-    tp_size: int,
+    layout: ShardLayout,
 ) -> torch.Tensor:
-    read = [partial(folder.slice, name) for name in hf_names]
-    return entry.mapping.shard(read, dims, tp_rank, tp_size)
+    read = [partial(folder.slice, name) for name in entry.hf_names]
+    return entry.mapping.shard(read, dims, *entry.ranks(layout))
 
 
-def _check_tensors(
-    folder: SafetensorsFolder, family: Family, dims: ModelDims, entries: list[ParameterEntry]
+def check_tensors(
+    folder: Weights, family: Family, dims: ModelDims, entries: list[ParameterEntry]
 ) -> None:
-    """Names, shapes and dtypes of the whole checkpoint, other ranks' tensors included."""
+    """Names, shapes and dtypes of the whole checkpoint, other ranks' tensors included.
+
+    Raises HFCheckpointError that lists every tensor that is missing, extra, of another shape or of
+    no floating-point dtype.
+    """
     expected = family.hf_shapes(dims)
     aliases = {entry.tied_alias for entry in entries if entry.tied_alias}
     problems = []
@@ -75,46 +77,56 @@ def _check_tensors(
     extra = [
         name
         for name in folder.tensors
-        if name not in expected
-        and name not in aliases
-        and not name.endswith(family.ignored_hf_suffixes)
+        if name not in expected and name not in aliases and not family.ignores(name, dims)
     ]
     if extra:
         problems.append(f"no part of a {family.name} model of this config: {listed(extra)}")
-    for name, shape in expected.items():
-        info = folder.tensors.get(name)
-        if info is None:
-            continue
-        if info.shape != shape:
-            problems.append(f"{name} has shape {info.shape}, expected {shape}")
-        if info.dtype not in FLOAT_DTYPES:
-            problems.append(
-                f"{name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
-            )
+    for entry in entries:
+        shapes = entry.mapping.hf_shapes(dims)
+        named = list(zip(entry.hf_names, shapes, strict=True))
+        if entry.tied_alias:
+            named = [(entry.tied_alias, shapes[0])]
+        for name, shape in named:
+            info = folder.tensors.get(name)
+            if info is None:
+                continue
+            if info.shape != shape:
+                why = ""
+                if len(shape) > 0 and shape[0] == dims.vocab_size != info.shape[:1]:
+                    why = f" (config.json says vocab_size={dims.vocab_size})"
+                problems.append(f"{name} has shape {info.shape}, expected {shape}{why}")
+            if info.dtype not in FLOAT_DTYPES:
+                problems.append(
+                    f"{name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
+                )
     if problems:
         raise HFCheckpointError(
             f"the tensors in {folder.path} are not the model's:\n  " + "\n  ".join(problems)
         )
 
 
-def _check_tied_aliases(
-    folder: SafetensorsFolder,
+def check_tied_aliases(
+    folder: Weights,
     dims: ModelDims,
     entries: list[ParameterEntry],
-    tp_rank: int,
-    tp_size: int,
+    layout: ShardLayout,
 ) -> None:
-    """A tied output layer's own tensor may be in the checkpoint only if it equals the embedding."""
+    """A tied output layer's own tensor may be in the checkpoint only if it equals the embedding.
+
+    Each rank compares its rows, a block at a time. Raises HFCheckpointError.
+    """
+    rows_per_rank = dims.padded_vocab_size // layout.tp_size
+    first = min(layout.tp_rank * rows_per_rank, dims.vocab_size)
+    last = min(first + rows_per_rank, dims.vocab_size)
+    step = max(1, COMPARED_BYTES // (dims.hidden_size * 4))
     for entry in entries:
         alias = entry.tied_alias
         if alias is None or alias not in folder.tensors:
             continue
-        own, tied = (
-            _shard(folder, entry, names, dims, tp_rank, tp_size)
-            for names in ((alias,), entry.hf_names)
-        )
-        if not torch.equal(own, tied):
-            raise HFCheckpointError(
-                f"tie_word_embeddings is true but {alias} differs from {entry.hf_names[0]} "
-                f"in {folder.path}"
-            )
+        for row in range(first, last, step):
+            rows = ((row, min(last, row + step)),)
+            if not torch.equal(folder.slice(alias, rows), folder.slice(entry.hf_names[0], rows)):
+                raise HFCheckpointError(
+                    f"tie_word_embeddings is true but {alias} differs from {entry.hf_names[0]} "
+                    f"in {folder.path}"
+                )

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rlsd.hf_bridge.errors import HFCheckpointError, HFConfigError, listed
-from megatron_rlsd.hf_bridge.mappings import Ranges, Shape
+from megatron_rlsd.hf_bridge.mappings import Ranges
+from megatron_rlsd.hf_bridge.safetensors_file import SafetensorsFile, TensorInfo
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says about one tensor."""
-
-    shape: Shape
-    dtype: str
-    """In safetensors' spelling: F32, BF16, F16, I64, ..."""
-    file: str
-    """Name of the file in the folder."""
-
-
 def load_hf_config(hf_path: str | Path) -> dict[str, Any]:
     """The parsed config.json. Raises HFCheckpointError if absent, HFConfigError if malformed."""
-    path = _folder(hf_path) / "config.json"
+    path = hf_folder(hf_path) / "config.json"
     if not path.is_file():
         raise HFCheckpointError(f"{path} is missing: not a Hugging Face model folder")
     try:
@@ -43,6 +31,19 @@ def load_hf_config(hf_path: str | Path) -> dict[str, Any]:
     return config
 
 
+class Weights(Protocol):
+    """The tensors of a folder, however they are stored."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+    def slice(self, name: str, ranges: Ranges = (), out: Tensor | None = None) -> Tensor:
+        """The part of a tensor within ``ranges``, (start, stop) of each leading dimension.
+
+        It is put into ``out``, contiguous and of the same shape and dtype, if that is given.
+        """
+
+
 class SafetensorsFolder:
     """The tensors of one folder: names, shapes and dtypes at once, values by slice on demand.
 
@@ -52,47 +53,41 @@ class SafetensorsFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = _folder(path)
+        self.path = hf_folder(path)
         index = self.path / INDEX_NAME
-        weight_map = _read_index(index) if index.is_file() else None
+        weight_map = read_index(index) if index.is_file() else None
         files = sorted(set(weight_map.values())) if weight_map else [_single_file(self.path)]
         missing = [name for name in files if not (self.path / name).is_file()]
         if missing:
             raise HFCheckpointError(
                 f"{index} names shards that are not in the folder: {listed(missing)}"
             )
-        self._handles = {name: _open(self.path / name) for name in files}
+        self._files = {name: SafetensorsFile(self.path / name) for name in files}
         self.tensors: dict[str, TensorInfo] = {}
         """Tensor name -> header."""
-        for file, handle in self._handles.items():
-            for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+        for file in self._files.values():
+            for name, info in file.tensors.items():
                 if name in self.tensors:
                     raise HFCheckpointError(
-                        f"tensor {name} is in both {self.tensors[name].file} and {file} "
+                        f"tensor {name} is in both {self.tensors[name].file} and {info.file} "
                         f"of {self.path}"
                     )
-                header = handle.get_slice(name)
-                self.tensors[name] = TensorInfo(
-                    tuple(header.get_shape()), str(header.get_dtype()), file
-                )
+                self.tensors[name] = info
         if weight_map is not None:
             self._check_index(weight_map)
 
-    def slice(self, name: str, ranges: Ranges = ()) -> Tensor:
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far."""
+        return sum(file.bytes_read for file in self._files.values())
+
+    def slice(self, name: str, ranges: Ranges = (), out: Tensor | None = None) -> Tensor:
         """The part of a tensor within ``ranges``: (start, stop) of each leading dimension.
 
         Reads only those bytes; an empty tuple reads the whole tensor. The result is a CPU tensor
-        of the stored dtype.
+        of the stored dtype; ``out``, contiguous and of the same shape and dtype, if it is given.
         """
-        handle = self._handles[self.tensors[name].file]
-        try:
-            if not ranges:
-                return handle.get_tensor(name)
-            return handle.get_slice(name)[tuple(slice(*pair) for pair in ranges)]
-        except SafetensorError as error:
-            raise HFCheckpointError(
-                f"reading {name} from {self.path / self.tensors[name].file}: {error}"
-            ) from error
+        return self._files[self.tensors[name].file].read(name, ranges, out)
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
         for name, file in weight_map.items():
@@ -109,14 +104,17 @@ class SafetensorsFolder:
             )
 
 
-def _folder(path: str | Path) -> Path:
+def hf_folder(path: str | Path) -> Path:
+    """The folder at ``path``. Raises HFCheckpointError if there is none."""
     folder = Path(path)
     if not folder.is_dir():
         raise HFCheckpointError(f"{folder} is not a folder with a Hugging Face model")
     return folder
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """The weight_map of an index file: tensor name -> file name."""
+
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = [name for name, count in Counter(key for key, _ in pairs).items() if count > 1]
         if repeated:
@@ -152,14 +150,8 @@ def _single_file(folder: Path) -> str:
     if pickled:
         raise HFCheckpointError(
             f"{folder} has only pickled weights ({listed(pickled)}), which are not read because "
-            "unpickling runs code; convert them once with transformers: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            "unpickling can run code; convert them once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), or give "
+            "the converter --allow-pickle"
         )
     raise HFCheckpointError(f"{folder} has no safetensors file")
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise HFCheckpointError(f"{path} is cut short or corrupt: {error}") from error

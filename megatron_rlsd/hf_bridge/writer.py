@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rlsd.hf_bridge.errors import HFCheckpointError
+from megatron_rlsd.hf_bridge.partial import move_into_place, sync
 from megatron_rlsd.hf_bridge.reader import INDEX_NAME, SINGLE_NAME, load_hf_config
+from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_name, write_safetensors
 
 COPIED_FILES = (
     "tokenizer*",
@@ -66,14 +66,12 @@ def save_hf_folder(
     partial.mkdir()
     try:
         written = _write_shards(tensors, partial, dtype, max_shard_bytes)
-        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        config[key] = str(written).removeprefix("torch.")
-        _write_json(partial / "config.json", config)
+        write_config(partial, config, written)
         if source_folder is not None:
-            _copy_companions(source_folder, partial)
+            copy_companions(source_folder, partial)
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
-        _move_into_place(partial, out)
+            sync(path)
+        move_into_place(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -91,7 +89,8 @@ def _write_shards(
 
     def flush() -> None:
         nonlocal shard, shard_bytes
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        described = {name: Described(tuple(t.shape), t.dtype) for name, t in shard.items()}
+        write_safetensors(folder / f"shard-{len(shards)}", described, shard.items())
         shards.append(list(shard))
         shard, shard_bytes = {}, 0
 
@@ -115,17 +114,29 @@ def _write_shards(
     for number, names in enumerate(shards):
         file = SINGLE_NAME
         if count > 1:
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            file = shard_name(number, count)
         (folder / f"shard-{number}").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
     if count > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_json(folder / INDEX_NAME, index)
+        write_index(folder, weight_map, total_bytes)
     # Norms may be kept in a wider dtype; the config names that of most tensors.
     return max(set(dtypes), key=dtypes.count)
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def write_config(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """config.json that names the dtype of the weights beside it."""
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    write_json(folder / "config.json", config | {key: str(dtype).removeprefix("torch.")})
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """The index that goes with several safetensors files."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    write_json(folder / INDEX_NAME, index)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy ``COPIED_FILES``: tokenizer, generation settings, chat template, licence."""
     for pattern in COPIED_FILES:
         for path in source.glob(pattern):
             if path.is_dir():
@@ -143,23 +154,5 @@ def _check_replaceable(out: Path, source: Path | None) -> None:
         raise HFCheckpointError(f"{out} exists and is no model folder; it is left alone")
 
 
-def _move_into_place(partial: Path, out: Path) -> None:
-    replaced = out.parent / f".{out.name}.replaced"
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        out.rename(replaced)
-    partial.rename(out)
-    _sync(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

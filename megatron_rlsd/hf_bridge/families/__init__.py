@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from megatron_rlsd.hf_bridge.errors import HFConfigError
-from megatron_rlsd.hf_bridge.families import llama, qwen3
+from megatron_rlsd.hf_bridge.families import (
+    deepseek_v3,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_rlsd.hf_bridge.family import Family, HFConfig
 
 __all__ = ["FAMILIES", "Family", "family_for"]
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
+    mixtral.FAMILY,
+    deepseek_v3.FAMILY,
+)
 
 
 def family_for(hf_config: HFConfig) -> Family:

@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
-from megatron_rlsd.hf_bridge.families import llama
-from megatron_rlsd.hf_bridge.family import (
-    SUPPORTED_VALUES,
-    ConfigTable,
-    Family,
-    HFConfig,
-    ParameterRow,
-)
-from megatron_rlsd.hf_bridge.mappings import Replicated
-
-
-def _full_attention_everywhere(layer_types: Any, hf_config: HFConfig) -> str | None:
-    expected = ["full_attention"] * hf_config["num_hidden_layers"]
-    if layer_types == expected:
-        return None
-    return f"{len(expected)} times 'full_attention'"
-
+from megatron_rlsd.hf_bridge.config_table import SUPPORTED_VALUES, ConfigTable
+from megatron_rlsd.hf_bridge.families import decoder
+from megatron_rlsd.hf_bridge.family import Family, ParameterTable
 
 FAMILY = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
     config=ConfigTable(
-        required={**llama.FAMILY.config.required, "head_dim": "kv_channels"},
-        derived={
-            "num_key_value_heads": llama.FAMILY.config.derived["num_key_value_heads"],
+        # transformers takes absent keys for the sizes of one model: head_dim 128, 32 KV heads.
+        required={
+            **decoder.REQUIRED,
+            "head_dim": "kv_channels",
+            "num_key_value_heads": "num_query_groups",
         },
+        derived={},
         fixed={"qk_layernorm": True, "add_qkv_bias": False},
         supported={**SUPPORTED_VALUES, "use_sliding_window": (False,)},
         checks={
-            "layer_types": _full_attention_everywhere,
+            "layer_types": decoder.full_attention_everywhere,
             # Both only matter with use_sliding_window, which must be false.
-            "sliding_window": lambda value, hf_config: None,
-            "max_window_layers": lambda value, hf_config: None,
+            "sliding_window": decoder.anything,
+            "max_window_layers": decoder.anything,
         },
     ),
-    parameters=replace(
-        llama.FAMILY.parameters,
-        layer=(
-            *llama.FAMILY.parameters.layer,
-            ParameterRow(
-                "self_attention.q_layernorm.weight",
-                "self_attn.q_norm.weight",
-                Replicated("head_dim"),
-            ),
-            ParameterRow(
-                "self_attention.k_layernorm.weight",
-                "self_attn.k_norm.weight",
-                Replicated("head_dim"),
-            ),
-        ),
+    parameters=ParameterTable(
+        first=decoder.FIRST,
+        layer=(*decoder.NORMS, *decoder.ATTENTION, *decoder.QK_NORMS),
+        dense_layer=decoder.DENSE_MLP,
+        last=decoder.LAST,
     ),
 )

@@ -6,70 +6,22 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
+from real_configs import (
+    DEEPSEEK_V3,
+    KIMI_K2,
+    LLAMA_2_7B,
+    LLAMA_31_70B,
+    LLAMA_32_1B,
+    MISTRAL_7B_V03,
+    MIXTRAL_8X7B,
+    QWEN3_8B,
+    QWEN3_30B_A3B,
+    QWEN25_7B,
+)
+from transformers import LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_rlsd.hf_bridge import HFBridgeError, HFConfigError, family_for
-
-LLAMA_31_70B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "hidden_act": "silu",
-    "hidden_size": 8192,
-    "initializer_range": 0.02,
-    "intermediate_size": 28672,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 64,
-    "num_hidden_layers": 80,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.42.3",
-    "use_cache": True,
-    "vocab_size": 128256,
-}
-QWEN3_8B: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 12288,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 36,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
 
 
 def fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -77,36 +29,142 @@ def fields(config: dict[str, Any]) -> dict[str, Any]:
     return {**family.transformer_config_fields(config), **family.model_fields(config)}
 
 
-def test_llama_31_70b() -> None:
-    expected = {
-        "num_layers": 80,
-        "hidden_size": 8192,
-        "num_attention_heads": 64,
-        "num_query_groups": 8,
-        "kv_channels": 128,
-        "ffn_hidden_size": 28672,
-        "layernorm_epsilon": 1e-05,
-        "qk_layernorm": False,
-        "vocab_size": 128256,
-        "max_sequence_length": 131072,
-        "rotary_base": 500000,
-        "rope_scaling": True,
-        "rope_scaling_factor": 8.0,
-        "share_embeddings_and_output_weights": False,
-    }
-    assert expected.items() <= fields(LLAMA_31_70B).items()
+MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama_2_7b": (
+        LLAMA_2_7B,
+        {"num_query_groups": 32, "kv_channels": 128, "rotary_base": 10000, "rope_scaling": False},
+    ),
+    "llama_31_70b": (
+        LLAMA_31_70B,
+        {
+            "num_layers": 80,
+            "hidden_size": 8192,
+            "num_attention_heads": 64,
+            "num_query_groups": 8,
+            "kv_channels": 128,
+            "ffn_hidden_size": 28672,
+            "layernorm_epsilon": 1e-05,
+            "qk_layernorm": False,
+            "vocab_size": 128256,
+            "max_sequence_length": 131072,
+            "rotary_base": 500000,
+            "rope_scaling": True,
+            "rope_scaling_factor": 8.0,
+            "share_embeddings_and_output_weights": False,
+        },
+    ),
+    "llama_32_1b": (
+        LLAMA_32_1B,
+        {
+            "kv_channels": 64,
+            "rope_scaling_factor": 32.0,
+            "share_embeddings_and_output_weights": True,
+        },
+    ),
+    "mistral_7b": (MISTRAL_7B_V03, {"kv_channels": 128, "num_query_groups": 8}),
+    "qwen25_7b": (
+        QWEN25_7B,
+        {"add_qkv_bias": True, "add_bias_linear": False, "kv_channels": 128, "num_query_groups": 4},
+    ),
+    "qwen3_8b": (
+        QWEN3_8B,
+        {
+            "num_layers": 36,
+            "num_query_groups": 8,
+            "kv_channels": 128,
+            "qk_layernorm": True,
+            "rotary_base": 1000000,
+            "rope_scaling": False,
+        },
+    ),
+    "qwen3_30b_a3b": (
+        QWEN3_30B_A3B,
+        {
+            "num_moe_experts": 128,
+            "moe_router_topk": 8,
+            "moe_ffn_hidden_size": 768,
+            "moe_layer_freq": 1,
+            "moe_router_pre_softmax": False,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+        },
+    ),
+    "mixtral_8x7b": (
+        MIXTRAL_8X7B,
+        {
+            "num_moe_experts": 8,
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": 14336,
+            "moe_router_pre_softmax": False,
+        },
+    ),
+    "deepseek_v3": (
+        DEEPSEEK_V3,
+        {
+            "multi_latent_attention": True,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_head_dim": 128,
+            "qk_pos_emb_head_dim": 64,
+            "v_head_dim": 128,
+            "moe_layer_freq": [0] * 3 + [1] * 58,
+            "moe_shared_expert_intermediate_size": 2048,
+            "moe_router_num_groups": 8,
+            "moe_router_group_topk": 4,
+            "moe_router_topk_scaling_factor": 2.5,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.0,
+            "rope_type": "yarn",
+            "rotary_scaling_factor": 40,
+            "mscale_all_dim": 1.0,
+        },
+    ),
+    "kimi_k2": (
+        KIMI_K2,
+        {
+            "num_moe_experts": 384,
+            "moe_layer_freq": [0] + [1] * 60,
+            # One group of which one is chosen limits nothing.
+            "moe_router_num_groups": None,
+            "moe_router_group_topk": None,
+            "beta_fast": 1.0,
+        },
+    ),
+}
 
 
-def test_qwen3_8b() -> None:
+@pytest.mark.parametrize("name", MAPPED)
+def test_fields_of_published_models(name: str) -> None:
+    config, expected = MAPPED[name]
+    assert expected.items() <= fields(config).items()
+
+
+def test_sizes_of_published_models() -> None:
+    """As the tensors of the published checkpoints have them."""
+    shapes = {}
+    for config in (QWEN25_7B, QWEN3_30B_A3B, MIXTRAL_8X7B, DEEPSEEK_V3):
+        family = family_for(config)
+        shapes[family.name] = family.hf_shapes(family.dims(config))
+    layer = "model.layers.5."
     expected = {
-        "num_layers": 36,
-        "num_query_groups": 8,
-        "kv_channels": 128,
-        "qk_layernorm": True,
-        "rotary_base": 1000000,
-        "rope_scaling": False,
+        ("qwen2", "self_attn.k_proj.bias"): (512,),
+        ("qwen3_moe", "mlp.gate.weight"): (128, 2048),
+        ("qwen3_moe", "mlp.experts.127.down_proj.weight"): (2048, 768),
+        ("mixtral", "block_sparse_moe.experts.7.w1.weight"): (14336, 4096),
+        ("mixtral", "block_sparse_moe.experts.7.w2.weight"): (4096, 14336),
+        ("deepseek_v3", "self_attn.q_a_proj.weight"): (1536, 7168),
+        ("deepseek_v3", "self_attn.q_b_proj.weight"): (24576, 1536),
+        ("deepseek_v3", "self_attn.kv_a_proj_with_mqa.weight"): (576, 7168),
+        ("deepseek_v3", "self_attn.kv_b_proj.weight"): (32768, 512),
+        ("deepseek_v3", "self_attn.o_proj.weight"): (7168, 16384),
+        ("deepseek_v3", "mlp.gate.e_score_correction_bias"): (256,),
+        ("deepseek_v3", "mlp.shared_experts.gate_proj.weight"): (2048, 7168),
+        ("deepseek_v3", "mlp.experts.255.up_proj.weight"): (2048, 7168),
     }
-    assert expected.items() <= fields(QWEN3_8B).items()
+    assert {key: shapes[key[0]][layer + key[1]] for key in expected} == expected
+    assert "model.layers.2.mlp.gate_proj.weight" in shapes["deepseek_v3"]
+    assert "model.layers.3.mlp.gate_proj.weight" not in shapes["deepseek_v3"]
 
 
 def test_absent_llama_keys_mean_what_transformers_takes_them_for() -> None:
@@ -123,12 +181,14 @@ def test_absent_llama_keys_mean_what_transformers_takes_them_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "config_class"), [(LLAMA_31_70B, LlamaConfig), (QWEN3_8B, Qwen3Config)]
-)
-def test_old_and_new_spelling_of_rope_give_the_same_model(
-    config: dict[str, Any], config_class: Any
-) -> None:
-    new = config_class(**deepcopy(config)).to_dict()  # it edits nested settings in place
+    "name", ["llama_31_70b", "mistral_7b", "qwen25_7b", "qwen3_8b", "qwen3_30b_a3b",
+             "mixtral_8x7b", "deepseek_v3"]
+)  # fmt: skip
+def test_old_and_new_spelling_give_the_same_model(name: str) -> None:
+    """What transformers 5 makes of an older config.json: other keys for RoPE, experts, windows."""
+    config = MAPPED[name][0]
+    # It edits nested settings in place.
+    new = CONFIG_MAPPING[config["model_type"]](**deepcopy(config)).to_dict()
     assert "rope_parameters" in new
     assert "rope_theta" not in new
     assert fields(new | {"architectures": config["architectures"]}) == fields(config)
@@ -152,6 +212,36 @@ def test_old_and_new_spelling_of_rope_give_the_same_model(
         (QWEN3_8B, "use_sliding_window", True),
         (QWEN3_8B, "layer_types", ["full_attention"] * 35 + ["sliding_attention"]),
         (QWEN3_8B, "mlp_bias", False),
+        (MISTRAL_7B_V03, "sliding_window", 4096),
+        (QWEN25_7B, "use_sliding_window", True),
+        (QWEN25_7B, "use_mrope", True),
+        (QWEN25_7B, "attention_bias", False),
+        (QWEN3_30B_A3B, "mlp_only_layers", [48]),
+        (QWEN3_30B_A3B, "mlp_only_layers", list(range(48))),
+        (QWEN3_30B_A3B, "decoder_sparse_step", 0),
+        (QWEN3_30B_A3B, "num_experts_per_tok", 129),
+        (QWEN3_30B_A3B, "norm_topk_prob", 1),
+        (QWEN3_30B_A3B, "num_local_experts", 64),
+        (QWEN3_30B_A3B, "shared_expert_intermediate_size", 512),
+        (MIXTRAL_8X7B, "num_experts_per_tok", 1),
+        (MIXTRAL_8X7B, "sliding_window", 4096),
+        (MIXTRAL_8X7B, "router_jitter_noise", 0.1),
+        (DEEPSEEK_V3, "quantization_config", {"quant_method": "fp8"}),
+        (DEEPSEEK_V3, "scoring_func", "softmax"),
+        (DEEPSEEK_V3, "topk_method", "greedy"),
+        (DEEPSEEK_V3, "norm_topk_prob", False),
+        (DEEPSEEK_V3, "rope_interleave", False),
+        (DEEPSEEK_V3, "rms_norm_eps", 1e-5),
+        (DEEPSEEK_V3, "num_key_value_heads", 8),
+        (DEEPSEEK_V3, "head_dim", 192),
+        (DEEPSEEK_V3, "qk_head_dim", 128),
+        (DEEPSEEK_V3, "n_group", 3),
+        (DEEPSEEK_V3, "topk_group", 2),
+        (DEEPSEEK_V3, "topk_group", 9),
+        (DEEPSEEK_V3, "first_k_dense_replace", 61),
+        (DEEPSEEK_V3, "moe_layer_freq", 2),
+        (DEEPSEEK_V3, "num_nextn_predict_layers", -1),
+        (DEEPSEEK_V3, "index_topk", 2048),
     ],
 )
 def test_a_value_the_model_would_ignore_is_refused_by_name(
@@ -160,6 +250,63 @@ def test_a_value_the_model_would_ignore_is_refused_by_name(
     with pytest.raises(HFConfigError) as error:
         fields(base | {key: value})
     assert f"{key}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (QWEN25_7B, "num_key_value_heads"),
+        (MISTRAL_7B_V03, "sliding_window"),
+        (MIXTRAL_8X7B, "rope_theta"),
+        (MIXTRAL_8X7B, "num_local_experts"),
+        (QWEN3_30B_A3B, "num_experts_per_tok"),
+        (DEEPSEEK_V3, "q_lora_rank"),
+        (DEEPSEEK_V3, "first_k_dense_replace"),
+        (DEEPSEEK_V3, "topk_group"),
+    ],
+)
+def test_a_key_that_transformers_would_fill_with_its_own_value_must_be_there(
+    config: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(HFConfigError, match="rope_theta=None|num_experts is missing|" + key):
+        fields({k: v for k, v in config.items() if k != key})
+
+
+def test_a_window_as_long_as_the_longest_sequence_is_none() -> None:
+    windowed = MISTRAL_7B_V03 | {"sliding_window": 32768}
+    assert fields(windowed) == fields(MISTRAL_7B_V03)
+
+
+def test_dense_layers_among_those_with_experts() -> None:
+    mixed = QWEN3_30B_A3B | {"num_hidden_layers": 7, "mlp_only_layers": [3]}
+    mixed |= {"decoder_sparse_step": 2}
+    assert fields(mixed)["moe_layer_freq"] == [0, 1, 0, 0, 0, 1, 0]
+    assert family_for(mixed).dims(mixed).moe_layers == {1, 5}
+
+
+def test_weights_of_unnormalised_experts_come_of_all_scores() -> None:
+    unnormalised = QWEN3_30B_A3B | {"norm_topk_prob": False}
+    assert fields(unnormalised)["moe_router_pre_softmax"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mscale": None}, "both mscale and mscale_all_dim"),
+        ({"factor": None}, "factor=None must be a positive number"),
+        ({"truncate": False}, "truncate must be true"),
+        ({"attention_factor": 1.2}, "would ignore rope_scaling.attention_factor=1.2"),
+        ({"type": "linear"}, "rope_type='linear' is not supported; supported: default, yarn"),
+    ],
+)
+def test_yarn_settings_that_megatron_would_not_follow(
+    changes: dict[str, Any], message: str
+) -> None:
+    scaling = {**DEEPSEEK_V3["rope_scaling"], **changes}
+    if scaling["mscale"] is None:
+        del scaling["mscale"]
+    with pytest.raises(HFConfigError, match=message):
+        fields(DEEPSEEK_V3 | {"rope_scaling": scaling})
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "rms_norm_eps"])

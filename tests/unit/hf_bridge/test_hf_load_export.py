@@ -18,6 +18,7 @@ from megatron_rlsd.hf_bridge import (
     HFCheckpointError,
     HFConfigError,
     SafetensorsFolder,
+    ShardLayout,
     export_hf_tensors,
     family_for,
     load_hf_config,
@@ -30,7 +31,8 @@ SMOLLM2 = Path(__file__).parents[3] / "models" / "SmolLM2-135M-Instruct"
 
 def load(chunks: list[nn.Module], folder: Path, tp_size: int = 1) -> None:
     hf_config = load_hf_config(folder)
-    load_hf_weights(chunks, folder, family_for(hf_config), hf_config, tp_size=tp_size)
+    layout = ShardLayout(tp_size=tp_size)
+    load_hf_weights(chunks, folder, family_for(hf_config), hf_config, layout=layout)
 
 
 def export(chunks: list[nn.Module], folder: Path, **options) -> dict[str, Tensor]:

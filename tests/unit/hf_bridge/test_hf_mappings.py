@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_rlsd.hf_bridge.dims import ModelDims
+from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
 from megatron_rlsd.hf_bridge.errors import HFConfigError
 from megatron_rlsd.hf_bridge.mappings import (
     ColumnParallel,
@@ -133,4 +133,4 @@ def test_sizes_that_cannot_be_split_are_refused_with_the_numbers(
     change: dict[str, int], tp_size: int, message: str
 ) -> None:
     with pytest.raises(HFConfigError, match=message):
-        ModelDims(**{**DIMS.__dict__, **change}).check(tp_size)
+        ModelDims(**{**DIMS.__dict__, **change}).check(ShardLayout(tp_size=tp_size))

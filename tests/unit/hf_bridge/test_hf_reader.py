@@ -140,3 +140,101 @@ def test_config_that_is_missing_or_malformed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(HFConfigError, match="must hold an object, got list"):
         load_hf_config(tmp_path)
+
+
+def bytes_read_by_process() -> int:
+    """By read system calls, cached or not; mapped files would not show."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"),
+    [
+        ((), 2_400_000),
+        (((100, 700),), 1_440_000),
+        (((0, 1000), (300, 400)), 400_000),
+        (((10, 20), (0, 7)), 280),
+        (((5, 5),), 0),
+    ],
+)
+def test_a_slice_costs_its_own_bytes(tmp_path: Path, ranges: tuple, expected: int) -> None:
+    value = torch.randn(1000, 600)
+    save_file({"before": torch.ones(3), "a": value}, tmp_path / "model.safetensors")
+    folder = SafetensorsFolder(tmp_path)
+    before = bytes_read_by_process()
+    part = folder.slice("a", ranges)
+    read = bytes_read_by_process() - before
+    assert torch.equal(part, value[tuple(slice(*pair) for pair in ranges)])
+    assert folder.bytes_read == expected
+    assert expected <= read < expected + 4096
+
+
+def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
+    values = {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "one": torch.ones(1)}
+    save_file(values, tmp_path / "model.safetensors")
+    folder = SafetensorsFolder(tmp_path)
+    for name, value in values.items():
+        assert torch.equal(folder.slice(name), value)
+
+
+def test_range_outside_the_tensor(sharded: Path) -> None:
+    with pytest.raises(IndexError, match=r"a\[7, 5\]: no range \(3, 8\) of axis 0"):
+        SafetensorsFolder(sharded).slice("a", ((3, 8),))
+
+
+def test_file_that_shrinks_after_it_was_opened(sharded: Path) -> None:
+    folder = SafetensorsFolder(sharded)
+    with open(sharded / "one.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(HFCheckpointError, match=r"one\.safetensors ended inside a"):
+        folder.slice("a")
+
+
+@pytest.mark.parametrize(
+    ("header", "payload", "message"),
+    [
+        ([], b"", "is a list, expected an object"),
+        ({"a": 3}, b"", "the header entry of a"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, b"", "the header entry of a"),
+        ({"a": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}, b"1234", "'F33'"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"1234", r"shape \[-1\]"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"1234", "needs 8"),
+        ({"a": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}, b"123", "a gap before a"),
+        ({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}, b"123", "1 bytes that belo"),
+        (
+            {
+                "a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},
+                "b": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]},
+            },
+            b"123",
+            "an overlap with b",
+        ),
+    ],
+)
+def test_header_that_contradicts_itself_or_the_file(
+    tmp_path: Path, header: object, payload: bytes, message: str
+) -> None:
+    encoded = json.dumps(header).encode()
+    content = len(encoded).to_bytes(8, "little") + encoded + payload
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(HFCheckpointError, match=rf"model\.safetensors is cut short.*{message}"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("length", [2**63, 200_000_000, 1000])
+def test_header_length_beyond_the_file(sharded: Path, length: int) -> None:
+    path = sharded / "one.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(HFCheckpointError, match=f"a header of {length} bytes in a file of"):
+        SafetensorsFolder(sharded)
+
+
+def test_dtype_that_torch_does_not_have_is_listed_but_not_read(tmp_path: Path) -> None:
+    entry = {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}
+    encoded = json.dumps({"a": entry}).encode()
+    content = len(encoded).to_bytes(8, "little") + encoded + b"123"
+    (tmp_path / "model.safetensors").write_bytes(content)
+    folder = SafetensorsFolder(tmp_path)
+    assert folder.tensors["a"].dtype == "F6_E2M3"
+    with pytest.raises(HFCheckpointError, match=r"a in .* has dtype F6_E2M3, which is not read"):
+        folder.slice("a")
