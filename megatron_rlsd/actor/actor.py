@@ -1,11 +1,13 @@
 """The actor: passes over packed sequences with the model of this rank's layout.
 
 Every method is collective: all ranks call it with the same sequences, sharded by data-parallel
-rank. R is the number of response tokens of this data-parallel rank, in the order of its sequences.
+rank. R is the number of response tokens of this data-parallel rank, in the order of its sequences;
+its context-parallel ranks, which share those sequences, all give and get all R.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from megatron_rlsd.actor.balance import StepPlan, pack_shape, plan_micro_batches
 from megatron_rlsd.actor.model import (
     Head,
     HeadGPTModel,
@@ -32,11 +37,10 @@ from megatron_rlsd.actor.packing import (
     MicroBatch,
     Sequence,
     build_micro_batch,
-    plan_micro_batches,
     response_offsets,
 )
 from megatron_rlsd.config import Config
-from megatron_rlsd.hf_bridge import Family, export_hf_tensors, load_hf_weights
+from megatron_rlsd.hf_bridge import Family, ShardLayout, export_hf_tensors, load_hf_weights
 from megatron_rlsd.ops import PolicyLossConfig, PolicyLossStats, policy_loss, token_log_probs
 from megatron_rlsd.ops.stats import MAXIMA, SUMMED
 from megatron_rlsd.parallel.exchange import all_reduce_metrics
@@ -68,10 +72,12 @@ class UpdateResult:
     grad_norm: float
     learning_rate: float
     skipped: bool
-    """Megatron's optimizer found a gradient that is no finite number and left the weights alone."""
+    """A loss or gradient was no finite number: weights and optimizer were left alone."""
     tokens: int
     """Tokens that entered the model on all data-parallel ranks, padding included."""
     padding: int
+    waiting: int
+    """Tokens that ranks could have taken while the busiest data-parallel rank worked."""
 
 
 class Actor:
@@ -91,6 +97,7 @@ class Actor:
         self.family, self.hf_config, self.groups = family, hf_config, groups
         self.vocab_size: int = hf_config["vocab_size"]
         self._max_tokens = config.train.max_tokens_per_microbatch
+        self._pack_shape = pack_shape(config.parallel)
         self._config = transformer_config(config.model, config.parallel, family, hf_config)
         self.chunks: list[HeadGPTModel] = build_model(self._config, family, hf_config, groups)
         # Before the optimizer, whose float32 master copy of 16-bit weights is made from them.
@@ -109,8 +116,11 @@ class Actor:
             hf_path,
             self.family,
             self.hf_config,
-            tp_rank=self.groups.tp.rank(),
-            tp_size=self.groups.tp.size(),
+            layout=ShardLayout(
+                *(self.groups.tp.rank(), self.groups.tp.size()),
+                *(self.groups.ep.rank(), self.groups.ep.size()),
+                *(self.groups.expert_tp.rank(), self.groups.expert_tp.size()),
+            ),
         )
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -121,11 +131,27 @@ class Actor:
             self.hf_config,
             tp_group=self.groups.tp,
             pp_group=self.groups.pp,
+            ep_group=self.groups.ep,
+            etp_group=self.groups.expert_tp,
         )
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters by name: what teacher snapshots are made of."""
         return named_parameters(self.chunks)
+
+    @property
+    def trains(self) -> bool:
+        """Was it built with an optimizer?"""
+        return hasattr(self, "_optimizer")
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        """For checkpoints."""
+        return self._optimizer
+
+    @property
+    def scheduler(self) -> OptimizerParamScheduler:
+        return self._scheduler
 
     def token_log_probs(
         self, sequences_by_rank: list[list[Sequence]], temperature: float
@@ -147,15 +173,17 @@ class Actor:
 
             return head
 
-        micro_batches = self._micro_batches(sequences_by_rank)
+        plan, micro_batches = self._micro_batches(sequences_by_rank)
         with torch.no_grad():
-            outputs = self._run(micro_batches, head_for, forward_only=True)
+            outputs = self._run(plan, micro_batches, head_for, forward_only=True)
         if not self.groups.is_last_stage:
             return None
         mine = sequences_by_rank[self.groups.dp.rank()]
         flat = torch.zeros(sum(len(s.response_ids) for s in mine), device=self.groups.device)
         for micro_batch, log_probs in zip(micro_batches, outputs, strict=True):
             flat[micro_batch.response_indices] = log_probs.float()
+        # Each context-parallel rank has filled in the tokens that it holds.
+        dist.all_reduce(flat, group=self.groups.cp)
         return flat
 
     def update(
@@ -166,8 +194,12 @@ class Actor:
         temperature: float,
         *,
         with_entropy: bool = False,
+        on_tokens: Callable[[MicroBatch, PolicyLossStats], None] | None = None,
     ) -> UpdateResult:
-        """One optimizer step on the policy loss over the sequences of all data-parallel ranks."""
+        """One optimizer step on the policy loss over the sequences of all data-parallel ranks.
+
+        ``on_tokens`` gets each micro-batch's per-token results, where the loss is formed.
+        """
         collected: list[PolicyLossStats] = []
 
         def head_for(micro_batch: MicroBatch) -> Head:
@@ -185,14 +217,22 @@ class Actor:
                     teacher_log_probs=scatter(values.teacher_log_probs),
                     ref_log_probs=scatter(values.ref_log_probs),
                     rollout_log_probs=scatter(values.rollout_log_probs),
+                    # Over the context-parallel ranks, which number the responses alike.
+                    sequence_ids=micro_batch.sequence_ids,
+                    cp_group=self.groups.cp,
                     config=loss_config,
                     temperature=temperature,
                     tp_group=self.groups.tp,
                     sequence_parallel=self._config.sequence_parallel,
                     vocab_size=self.vocab_size,
                     with_entropy=with_entropy,
+                    # Megatron's float32 gradient of the weight, which needs no second one then.
+                    weight_main_grad=getattr(weight, "main_grad", None),
+                    grad_scale=self._optimizer.get_loss_scale(),
                 )
                 collected.append(stats)
+                if on_tokens is not None:
+                    on_tokens(micro_batch, stats)
                 return loss
 
             return head
@@ -200,15 +240,18 @@ class Actor:
         for chunk in self._model:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        micro_batches = self._micro_batches(sequences_by_rank)
-        self._run(micro_batches, head_for, forward_only=False)
+        plan, micro_batches = self._micro_batches(sequences_by_rank)
+        self._run(plan, micro_batches, head_for, forward_only=False)
         rate = learning_rate(self._optimizer)
-        succeeded, grad_norm, _ = self._optimizer.step()
+        succeeded, grad_norm = False, math.nan
+        if self._all_finite(collected):
+            succeeded, grad_norm, _ = self._optimizer.step()
         self._scheduler.step(increment=1)
-        return self._reduce(collected, micro_batches, float(grad_norm), rate, succeeded)
+        return self._reduce(collected, plan, micro_batches, float(grad_norm), rate, succeeded)
 
     def _run(
         self,
+        plan: StepPlan,
         micro_batches: list[MicroBatch],
         head_for: Callable[[MicroBatch], Head],
         *,
@@ -233,29 +276,43 @@ class Actor:
             no_tokens = torch.zeros([], dtype=torch.int, device=output.device)
             return output, no_tokens, None
 
+        chunks = len(self._model)
+        iterators = [iter(micro_batches) for _ in range(chunks)]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=self._model if len(self._model) > 1 else self._model[0],
+            data_iterator=iterators if chunks > 1 else iterators[0],
+            model=self._model if chunks > 1 else self._model[0],
             num_microbatches=len(micro_batches),
-            seq_length=1,  # unused: packs announce their lengths
+            # Between interleaved stages all packs have this length; others announce theirs.
+            seq_length=plan.pack_lengths[self.groups.dp.rank()][0],
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
 
-    def _micro_batches(self, sequences_by_rank: list[list[Sequence]]) -> list[MicroBatch]:
+    def _micro_batches(
+        self, sequences_by_rank: list[list[Sequence]]
+    ) -> tuple[StepPlan, list[MicroBatch]]:
         """This rank's packs; every data-parallel rank makes the same number of them."""
         lengths = [[s.num_inputs for s in sequences] for sequences in sequences_by_rank]
+        plan = plan_micro_batches(lengths, self._max_tokens, self._pack_shape)
         rank = self.groups.dp.rank()
         mine = sequences_by_rank[rank]
         offsets = response_offsets(mine)
-        multiple_of = self.groups.tp.size() if self._config.sequence_parallel else 1
-        return [
+        return plan, [
             build_micro_batch(
-                mine, members, offsets, multiple_of=multiple_of, device=self.groups.device
+                mine,
+                members,
+                offsets,
+                pack_length=pack_length,
+                shape=self._pack_shape,
+                cp_rank=self.groups.cp.rank(),
+                cp_size=self.groups.cp.size(),
+                device=self.groups.device,
             )
-            for members in plan_micro_batches(lengths, self._max_tokens)[rank]
+            for members, pack_length in zip(
+                plan.members[rank], plan.pack_lengths[rank], strict=True
+            )
         ]
 
     def _full_rows(self, hidden: Tensor) -> Tensor:
@@ -267,15 +324,31 @@ class Actor:
         dist.all_gather_into_tensor(full, hidden.contiguous(), group=tp)
         return full
 
+    def _all_finite(self, collected: Iterable[PolicyLossStats]) -> bool:
+        """Are the loss and all gradients finite on every rank? Asked before the optimizer runs:
+        without loss scaling Megatron's would take NaN into weights and moments.
+        """
+        sums = [
+            buffer.grad_data.sum().float()
+            for chunk in self._model
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        ]
+        losses = [float(stats.sums()["weighted_loss"]) for stats in collected]
+        finite = all(map(math.isfinite, losses)) and bool(torch.stack(sums).isfinite().all())
+        bad = torch.tensor([int(not finite)])
+        dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.groups.control)
+        return not bad.item()
+
     def _reduce(
         self,
         collected: Iterable[PolicyLossStats],
+        plan: StepPlan,
         micro_batches: list[MicroBatch],
         grad_norm: float,
         rate: float,
         succeeded: bool,
     ) -> UpdateResult:
-        sums = dict.fromkeys((*SUMMED, "tokens_in", "padding"), 0.0)
+        sums = dict.fromkeys((*SUMMED, "padding"), 0.0)
         maxima = dict.fromkeys(MAXIMA, 0.0)
         if self.groups.reports_stats:
             for stats in collected:
@@ -283,7 +356,6 @@ class Actor:
                     sums[name] += float(value)
                 for name, value in stats.maxima().items():
                     maxima[name] = max(maxima[name], float(value))
-            sums["tokens_in"] = float(sum(m.targets.shape[0] for m in micro_batches))
             sums["padding"] = float(sum(m.num_padding for m in micro_batches))
         sums, maxima = all_reduce_metrics(sums, maxima, self.groups.control)
         return UpdateResult(
@@ -292,6 +364,7 @@ class Actor:
             grad_norm=grad_norm,
             learning_rate=rate,
             skipped=not succeeded,
-            tokens=int(sums.pop("tokens_in")),
+            tokens=plan.num_tokens,
             padding=int(sums.pop("padding")),
+            waiting=plan.waiting_tokens,
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rlsd.actor.layers import local_block_spec
@@ -62,11 +62,23 @@ class HeadGPTModel(GPTModel):
 def model_shape(family: Family, hf_config: dict[str, Any]) -> ModelShape:
     """The sizes that a parallel layout must divide."""
     fields = family.transformer_config_fields(hf_config)
+    dims = family.dims(hf_config)
     return ModelShape(
-        num_layers=fields["num_layers"],
-        num_attention_heads=fields["num_attention_heads"],
-        num_query_groups=fields.get("num_query_groups") or fields["num_attention_heads"],
-        ffn_hidden_size=fields["ffn_hidden_size"],
+        num_layers=dims.num_layers,
+        num_attention_heads=dims.num_attention_heads,
+        num_query_groups=dims.num_query_groups,
+        ffn_hidden_size=dims.ffn_hidden_size,
+        hidden_size=dims.hidden_size,
+        head_dim=dims.head_dim,
+        vocab_size=dims.vocab_size,
+        tied_embeddings=dims.tied_embeddings,
+        qkv_bias=bool(fields.get("add_qkv_bias")),
+        qk_norm=bool(fields.get("qk_layernorm")),
+        moe_layers=dims.moe_layers,
+        num_experts=dims.num_experts,
+        expert_ffn_hidden_size=dims.expert_ffn_size,
+        shared_expert_ffn_hidden_size=dims.shared_expert_ffn_size,
+        latent_attention=dims.latent is not None,
     )
 
 
@@ -75,6 +87,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration: the family's fields, this layout, this precision."""
     dtype = getattr(torch, model.dtype)
+    interleaved = parallel.virtual_pipeline > 1
     recompute: dict[str, Any] = {}
     if model.recompute == "full":
         recompute = {
@@ -87,17 +100,27 @@ def transformer_config(
             "recompute_granularity": "selective",
             "recompute_modules": list(model.recompute_modules),
         }
-    return TransformerConfig(
-        **family.transformer_config_fields(hf_config),
+    fields = family.transformer_config_fields(hf_config)
+    latent = fields.get("multi_latent_attention", False)
+    config_class = MLATransformerConfig if latent else TransformerConfig
+    return config_class(
+        **fields,
         **recompute,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        num_layers_in_first_pipeline_stage=parallel.pipeline_first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.pipeline_last_stage_layers,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.dtype == "bfloat16",
-        # Packs differ in length, which Megatron allows with this dispatcher only.
-        variable_seq_lengths=parallel.pipeline > 1,
+        # Packs differ in length, which Megatron allows with this dispatcher only; between
+        # interleaved stages they may not differ (it hangs or crashes).
+        variable_seq_lengths=parallel.pipeline > 1 and not interleaved,
         moe_token_dispatcher_type="alltoall",
         # Our loss carries its own normaliser; gradients are summed, never averaged.
         calculate_per_token_loss=True,
@@ -107,8 +130,10 @@ def transformer_config(
         init_method=_leave_unset,
         output_layer_init_method=_leave_unset,
         embedding_init_method=_leave_unset,
-        # Batched point-to-point calls give wrong gradients over gloo with interleaved pipelines.
-        batch_p2p_comm=torch.cuda.is_available(),
+        # Over gloo batched or overlapped point-to-point calls give wrong gradients between
+        # interleaved stages; over NCCL those are overlapped, and others batched, as usual.
+        batch_p2p_comm=torch.cuda.is_available() and not interleaved,
+        overlap_p2p_comm=torch.cuda.is_available() and interleaved,
         # The fused variants are CUDA kernels of apex or Transformer Engine.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -127,16 +152,22 @@ def build_model(
     config: TransformerConfig, family: Family, hf_config: dict[str, Any], groups: ParallelGroups
 ) -> list[HeadGPTModel]:
     """This rank's model chunks (one, unless pipeline stages are interleaved), weights unset."""
-    model = HeadGPTModel(
-        config,
-        local_block_spec(config),
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        pg_collection=groups.megatron,
-        **family.model_fields(hf_config)
-        | {"vocab_size": padded_vocab_size(hf_config["vocab_size"], config)},
-    )
-    return [model.to(groups.device)]
+    num_chunks = config.virtual_pipeline_model_parallel_size or 1
+    chunks = []
+    for number in range(num_chunks):
+        vp_stage = number if num_chunks > 1 else None
+        chunk = HeadGPTModel(
+            config,
+            local_block_spec(config, vp_stage),
+            pre_process=groups.is_first_stage and number == 0,
+            post_process=groups.is_last_stage and number == num_chunks - 1,
+            pg_collection=groups.megatron,
+            vp_stage=vp_stage,
+            **family.model_fields(hf_config)
+            | {"vocab_size": padded_vocab_size(hf_config["vocab_size"], config)},
+        )
+        chunks.append(chunk.to(groups.device))
+    return chunks
 
 
 def padded_vocab_size(vocab_size: int, config: TransformerConfig) -> int:

@@ -1,17 +1,22 @@
 """Pack sequences of different lengths into micro-batches, and know where each response token lies.
 
-T: packed tokens of a micro-batch. R: response tokens of a micro-batch, or of a whole batch.
+T: packed tokens of a micro-batch on this rank. R: those that predict a response token.
+
+Context parallelism splits each sequence of a pack (see ``context_parallel``); a MicroBatch then
+speaks of this rank's tokens.
 """
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from megatron_rlsd.actor.balance import PackShape
+from megatron_rlsd.actor.context_parallel import held_positions
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,17 @@ class MicroBatch:
     """[1, T] int64, from 0 in each sequence."""
     targets: Tensor
     """[T] int64: the response token predicted at each position; 0 where there is none."""
+    sequence_ids: Tensor
+    """[T] int64: the sequence's index in the rank's list of sequences, -1 where no response token
+    is predicted."""
     response_positions: Tensor
     """[R] int64: the positions in T that predict a response token, in order."""
     response_indices: Tensor
     """[R] int64: where each of them lies in the batch's flat response tokens."""
     packed_seq_params: PackedSeqParams
+    """Bounds of the padded sequences of the whole pack, all context-parallel ranks together."""
     num_padding: int
-    """Tokens that belong to no sequence."""
+    """Tokens of this rank that belong to no sequence."""
 
     def scatter(self, flat: Tensor, fill: float = 0.0) -> Tensor:
         """Batch-wide per-response-token values [R_batch] -> [T], ``fill`` where no response is."""
@@ -61,104 +70,77 @@ def response_offsets(sequences: list[Sequence]) -> list[int]:
     return offsets
 
 
-def plan_micro_batches(lengths_by_rank: list[list[int]], max_tokens: int) -> list[list[list[int]]]:
-    """Split each data-parallel rank's sequences into the same number of micro-batches.
-
-    The number is the smallest at which no rank has a micro-batch of several sequences and more than
-    ``max_tokens`` tokens; a sequence longer than that gets one of its own. Some may be empty on a
-    rank with few sequences.
-
-    Returns:
-        For each rank, for each micro-batch, the indices of its sequences.
-    """
-    orders = [_longest_first(each) for each in lengths_by_rank]
-    count = max(1, max(-(-sum(each) // max_tokens) for each in lengths_by_rank))
-    while True:
-        plan = [
-            _spread(order, each, count) for order, each in zip(orders, lengths_by_rank, strict=True)
-        ]
-        if all(
-            len(members) <= 1 or sum(each[i] for i in members) <= max_tokens
-            for each, bins in zip(lengths_by_rank, plan, strict=True)
-            for members in bins
-        ):
-            return [[sorted(members) for members in bins] for bins in plan]
-        count += 1
-
-
-def balanced_partition(lengths: list[int], parts: int) -> list[list[int]]:
-    """Indices split over ``parts`` (data-parallel ranks) tokens as even as greed gets."""
-    return [sorted(b) for b in _spread(_longest_first(lengths), lengths, parts)]
-
-
-def _longest_first(lengths: list[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-
-
-def _spread(order: list[int], lengths: list[int], count: int) -> list[list[int]]:
-    """Longest first, each to the bin with the fewest tokens so far (ties: the lowest bin)."""
-    heap = [(0, b) for b in range(count)]
-    bins: list[list[int]] = [[] for _ in range(count)]
-    for i in order:
-        tokens, b = heapq.heappop(heap)
-        bins[b].append(i)
-        heapq.heappush(heap, (tokens + lengths[i], b))
-    return bins
-
-
 def build_micro_batch(
     sequences: list[Sequence],
     members: list[int],
     offsets: list[int],
     *,
-    multiple_of: int,
+    pack_length: int,
+    shape: PackShape,
+    cp_rank: int = 0,
+    cp_size: int = 1,
     device: torch.device,
 ) -> MicroBatch:
-    """Pack ``sequences[i] for i in members``; T is padded to ``multiple_of`` by a last sequence.
+    """Pack ``sequences[i] for i in members`` and keep this context-parallel rank's chunks.
 
-    With no members the pack is padding alone: the rank takes part in the collectives and adds
-    nothing.
+    A last sequence of padding fills up to ``pack_length``. With no members the pack is padding
+    alone: the rank takes part in the collectives and adds nothing.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    targets: list[int] = []
-    response_positions: list[int] = []
-    response_indices: list[int] = []
-    bounds = [0]
-    for i in members:
-        sequence = sequences[i]
-        first = len(tokens) + len(sequence.prompt_ids) - 1
-        length = len(sequence.response_ids)
-        tokens += sequence.prompt_ids + sequence.response_ids[:-1]
-        positions += range(sequence.num_inputs)
-        targets += [0] * (len(sequence.prompt_ids) - 1) + sequence.response_ids
-        response_positions += range(first, first + length)
-        response_indices += range(offsets[i], offsets[i] + length)
-        bounds.append(len(tokens))
-    padding = -len(tokens) % multiple_of if tokens else multiple_of
-    if padding:
-        tokens += [0] * padding
-        positions += range(padding)
-        targets += [0] * padding
-        bounds.append(len(tokens))
-
-    def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    cu_seqlens = tensor(bounds, torch.int32)
+    table = [_columns_of(sequences[i], i, offsets[i], shape) for i in members]
+    bounds = [0, *accumulate(part.shape[1] for part in table)]
+    if bounds[-1] > pack_length:
+        raise ValueError(f"{bounds[-1]} tokens do not fit a pack of {pack_length}")
+    if bounds[-1] < pack_length:
+        table.append(_padding(pack_length - bounds[-1]))
+        bounds.append(pack_length)
+    columns = torch.cat(table, dim=1)
+    if cp_size > 1:
+        columns = columns[:, held_positions(bounds, cp_rank, cp_size)]
+    tokens, positions, targets, sequence_ids, response_indices, is_padding = columns.to(device)
+    response_positions = (response_indices >= 0).nonzero()[:, 0]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = max(b - a for a, b in pairwise(bounds))
     return MicroBatch(
-        tokens=tensor(tokens)[None],
-        position_ids=tensor(positions)[None],
-        targets=tensor(targets),
-        response_positions=tensor(response_positions),
-        response_indices=tensor(response_indices),
+        tokens=tokens[None],
+        position_ids=positions[None],
+        targets=targets,
+        sequence_ids=sequence_ids,
+        response_positions=response_positions,
+        response_indices=response_indices[response_positions],
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
+            # Transformer Engine asks for these where context parallelism splits the sequences.
+            cu_seqlens_q_padded=cu_seqlens if cp_size > 1 else None,
+            cu_seqlens_kv_padded=cu_seqlens if cp_size > 1 else None,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         ),
-        num_padding=padding,
+        num_padding=int(is_padding.sum()),
     )
+
+
+def _columns_of(sequence: Sequence, number: int, offset: int, shape: PackShape) -> Tensor:
+    """[6, padded length] int64: token, position, target, sequence id, response index, is padding.
+
+    The sequence id and the response index are -1 where no response token is predicted.
+    """
+    before, count = len(sequence.prompt_ids) - 1, len(sequence.response_ids)
+    columns = _padding(shape.padded(sequence.num_inputs))
+    length = sequence.num_inputs
+    columns[0, :length] = torch.tensor(sequence.prompt_ids + sequence.response_ids[:-1])
+    columns[2, before:length] = torch.tensor(sequence.response_ids)
+    columns[3, before:length] = number
+    columns[4, before:length] = torch.arange(offset, offset + count)
+    columns[5, :length] = 0
+    return columns
+
+
+def _padding(length: int) -> Tensor:
+    """The columns of ``length`` tokens that belong to no sequence."""
+    columns = torch.zeros(6, length, dtype=torch.int64)
+    columns[1] = torch.arange(length)
+    columns[3:5] = -1
+    columns[5] = 1
+    return columns

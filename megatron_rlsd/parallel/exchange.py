@@ -93,19 +93,27 @@ def all_reduce_metrics(
 
 def pack_train_batch(batch: TrainBatch) -> bytes:
     """A step's trajectories as one message."""
-    return pack_message(
-        None,
-        ragged("prompt_ids", batch.prompt_ids)
-        | ragged("teacher_prompt_ids", batch.teacher_prompt_ids)
-        | ragged("response_ids", batch.response_ids)
-        | ragged("rollout_log_probs", batch.rollout_log_probs, torch.float32)
-        | {"advantages": torch.tensor(batch.advantages, dtype=torch.float64)},
-    )
+    return pack_message(None, train_batch_tensors(batch))
 
 
 def unpack_train_batch(payload: bytes) -> TrainBatch:
     """The inverse of pack_train_batch."""
-    _, tensors = unpack_message(payload)
+    return train_batch_of(unpack_message(payload)[1])
+
+
+def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
+    """The columns of a batch as named tensors."""
+    return (
+        ragged("prompt_ids", batch.prompt_ids)
+        | ragged("teacher_prompt_ids", batch.teacher_prompt_ids)
+        | ragged("response_ids", batch.response_ids)
+        | ragged("rollout_log_probs", batch.rollout_log_probs, torch.float32)
+        | {"advantages": torch.tensor(batch.advantages, dtype=torch.float64)}
+    )
+
+
+def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
+    """The inverse of train_batch_tensors."""
     return TrainBatch(
         prompt_ids=unragged("prompt_ids", tensors),
         teacher_prompt_ids=unragged("teacher_prompt_ids", tensors),

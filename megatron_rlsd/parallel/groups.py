@@ -47,20 +47,52 @@ class ParallelGroups:
         return self.megatron.pp
 
     @property
+    def cp(self) -> dist.ProcessGroup:
+        """Context parallel: ranks that hold chunks of the same sequences."""
+        return self.megatron.cp
+
+    @property
     def dp(self) -> dist.ProcessGroup:
+        """Data parallel without context parallel: ranks with different sequences."""
         return self.megatron.dp
 
     @property
+    def dp_cp(self) -> dist.ProcessGroup:
+        """Ranks with the same dense parameters: their gradients are summed."""
+        return self.megatron.dp_cp
+
+    @property
+    def ep(self) -> dist.ProcessGroup:
+        """Expert parallel: ranks that share out the experts of each layer."""
+        return self.megatron.ep
+
+    @property
+    def expert_tp(self) -> dist.ProcessGroup:
+        """Expert tensor parallel: ranks that split each expert."""
+        return self.megatron.expt_tp
+
+    @property
+    def expert_dp(self) -> dist.ProcessGroup:
+        """Ranks with the same expert parameters."""
+        return self.megatron.expt_dp
+
+    @property
     def is_last_stage(self) -> bool:
+        """Does this rank hold the head (on its last model chunk)?"""
         return self.pp.rank() == self.pp.size() - 1
 
     @property
     def is_first_stage(self) -> bool:
+        """Does this rank hold the embedding (on its first model chunk)?"""
         return self.pp.rank() == 0
 
     @property
     def reports_stats(self) -> bool:
-        """True on exactly one rank of each data-parallel replica: there the loss is formed."""
+        """True on one of the ranks that hold the same rows of the loss.
+
+        Each context-parallel rank has rows of its own, so the sums over all ranks for which this is
+        true are those of the global batch.
+        """
         return self.is_last_stage and self.tp.rank() == 0
 
 
@@ -90,6 +122,12 @@ def parallel_world(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+            ),
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
             distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
         )
         model_parallel_cuda_manual_seed(seed)

@@ -7,18 +7,13 @@ that checks the version and does nothing else.
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from megatron_rlsd.platform import cpu
+from megatron_rlsd.platform.megatron_versions import PlatformError, check_megatron_version
 
-SUPPORTED_MEGATRON = ((0, 16, 1), (0, 20, 0))
-"""Lowest supported Megatron-Core release, and the first one that is not."""
-
-
-class PlatformError(RuntimeError):
-    """The machine or its installed versions cannot run this program."""
+__all__ = ["PlatformError", "collectives_backend", "device", "enable_megatron"]
 
 
 def enable_megatron() -> None:
@@ -29,23 +24,6 @@ def enable_megatron() -> None:
     check_megatron_version()
     if not torch.cuda.is_available():
         cpu.install()
-
-
-def check_megatron_version() -> None:
-    low, high = (".".join(map(str, bound)) for bound in SUPPORTED_MEGATRON)
-    try:
-        installed = version("megatron-core")
-    except PackageNotFoundError:
-        raise PlatformError(
-            f"megatron-core is not installed; expected >= {low}, < {high}"
-        ) from None
-    release = tuple(
-        int("".join(filter(str.isdigit, part)) or 0) for part in installed.split(".")[:3]
-    )
-    if not SUPPORTED_MEGATRON[0] <= release < SUPPORTED_MEGATRON[1]:
-        raise PlatformError(
-            f"megatron-core {installed} is not supported; expected >= {low}, < {high}"
-        )
 
 
 def device() -> torch.device:

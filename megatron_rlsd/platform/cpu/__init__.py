@@ -140,6 +140,64 @@ def _patch_jit(names: dict[str, Any]) -> None:
     _replace(names, "jit_fuser", lambda function: function)
 
 
+def _patch_mappings(names: dict[str, Any]) -> None:
+    """Gloo gathers and scatters equal parts only; experts split over several ranks need others."""
+    gather = names["_gather_along_first_dim"]
+    scatter = names["_reduce_scatter_along_first_dim"]
+
+    def padded(part: torch.Tensor, length: int) -> torch.Tensor:
+        return torch.cat([part, part.new_zeros(length - len(part), *part.shape[1:])])
+
+    def gather_parts(
+        input_: torch.Tensor,
+        group: Any,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, use_global_buffer)
+        longest = max(output_split_sizes)
+        parts = gather(padded(input_, longest), group).split(longest)
+        sizes = map(int, output_split_sizes)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def scatter_parts(
+        input_: torch.Tensor,
+        group: Any,
+        input_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, None, use_global_buffer)
+        longest = max(input_split_sizes)
+        parts = input_.split([int(size) for size in input_split_sizes])
+        whole = torch.cat([padded(part, longest) for part in parts])
+        return scatter(whole, group)[: input_split_sizes[group.rank()]]
+
+    _replace(names, "_gather_along_first_dim", gather_parts)
+    _replace(names, "_reduce_scatter_along_first_dim", scatter_parts)
+
+
+def _patch_moe(names: dict[str, Any]) -> None:
+    """The dispatcher wants counts as numpy arrays, and makes them of CUDA tensors only.
+
+    The router's matrix product asks for Transformer Engine's by a name that 0.16.1 leaves undefined
+    where that library is missing.
+    """
+
+    def counts_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _replace(names, "maybe_move_tensor_to_cpu", counts_on_cpu)
+    names.setdefault("te_general_gemm", None)
+
+
+def _patch_latent_attention(names: dict[str, Any]) -> None:
+    """0.16.1 takes Transformer Engine for present because Megatron's own adapter imports."""
+    if not isinstance(names.get("TELinear"), type):
+        names["HAVE_TE"] = False
+
+
 def _replace(names: dict[str, Any], name: str, value: Any) -> None:
     if name not in names:
         raise RuntimeError(
@@ -150,7 +208,10 @@ def _replace(names: dict[str, Any], name: str, value: Any) -> None:
 
 PATCHES: dict[str, Callable[[dict[str, Any]], None]] = {
     "megatron.core.jit": _patch_jit,
+    "megatron.core.tensor_parallel.mappings": _patch_mappings,
     "megatron.core.tensor_parallel.random": _patch_random,
+    "megatron.core.transformer.moe.moe_utils": _patch_moe,
+    "megatron.core.transformer.multi_latent_attention": _patch_latent_attention,
 }
 """Module -> what is replaced in its namespace right after it was executed."""
 

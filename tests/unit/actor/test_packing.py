@@ -2,16 +2,9 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megatron_rlsd.actor.packing import (
-    Sequence,
-    balanced_partition,
-    build_micro_batch,
-    plan_micro_batches,
-    response_offsets,
-)
+from megatron_rlsd.actor.balance import PackShape
+from megatron_rlsd.actor.packing import Sequence, build_micro_batch, response_offsets
 
 CPU = torch.device("cpu")
 
@@ -27,17 +20,29 @@ def random_sequences(seed, count):
     ]
 
 
-@pytest.mark.parametrize("multiple_of", [1, 2, 8])
-def test_each_response_token_sits_behind_the_token_it_follows(multiple_of):
+def pack(sequences, members, shape=PackShape(), pack_length=None, **rank):  # noqa: B008 (frozen)
+    if pack_length is None:
+        pack_length = shape.pack_length(sequences[i].num_inputs for i in members)
+    return build_micro_batch(
+        sequences,
+        members,
+        response_offsets(sequences),
+        pack_length=pack_length,
+        shape=shape,
+        device=CPU,
+        **rank,
+    )
+
+
+@pytest.mark.parametrize("pack_multiple", [1, 2, 8])
+def test_each_response_token_sits_behind_the_token_it_follows(pack_multiple):
     sequences = random_sequences(0, 7)
     offsets = response_offsets(sequences)
     members = [5, 0, 3]
-    micro_batch = build_micro_batch(
-        sequences, members, offsets, multiple_of=multiple_of, device=CPU
-    )
+    micro_batch = pack(sequences, members, PackShape(pack_multiple=pack_multiple))
     flat = [token for s in sequences for token in s.response_ids]
     tokens = micro_batch.tokens[0].tolist()
-    assert len(tokens) % multiple_of == 0
+    assert len(tokens) % pack_multiple == 0
     seen = []
     for position, index in zip(
         micro_batch.response_positions.tolist(), micro_batch.response_indices.tolist(), strict=True
@@ -53,51 +58,71 @@ def test_each_response_token_sits_behind_the_token_it_follows(multiple_of):
         start, end = bounds[number], bounds[number + 1]
         assert tokens[start:end] == whole[:-1]
         assert micro_batch.position_ids[0, start:end].tolist() == list(range(end - start))
+        responses = micro_batch.sequence_ids[start:end].tolist()
+        count = len(sequences[i].response_ids)
+        assert responses == [-1] * (end - start - count) + [i] * count
     padding = bounds[-1] - bounds[len(members)]
-    assert micro_batch.num_padding == padding < multiple_of
+    assert micro_batch.num_padding == padding < pack_multiple
 
 
 def test_scatter_puts_values_where_their_targets_are():
     sequences = random_sequences(1, 4)
-    offsets = response_offsets(sequences)
-    micro_batch = build_micro_batch(sequences, [1, 2], offsets, multiple_of=1, device=CPU)
+    micro_batch = pack(sequences, [1, 2])
     flat = torch.tensor([float(t) for s in sequences for t in s.response_ids])
     scattered = micro_batch.scatter(flat, fill=0.0)
     assert torch.equal(scattered, micro_batch.targets.float())
 
 
 def test_a_pack_without_members_is_padding_alone():
-    micro_batch = build_micro_batch([], [], [], multiple_of=4, device=CPU)
+    micro_batch = pack([], [], PackShape(pack_multiple=4))
     assert micro_batch.tokens.shape == (1, 4)
     assert micro_batch.num_padding == 4
     assert micro_batch.response_positions.numel() == 0
+    assert (micro_batch.sequence_ids == -1).all()
 
 
 def test_a_one_token_prompt_and_response():
-    micro_batch = build_micro_batch([Sequence([3], [9])], [0], [0], multiple_of=1, device=CPU)
+    micro_batch = pack([Sequence([3], [9])], [0])
     assert micro_batch.tokens.tolist() == [[3]]
     assert micro_batch.targets.tolist() == [9]
 
 
-lengths_strategy = st.lists(st.lists(st.integers(1, 300), max_size=20), min_size=1, max_size=4)
+def test_a_pack_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="4 tokens do not fit a pack of 3"):
+        pack([Sequence([1, 2], [3, 4, 5])], [0], pack_length=3)
 
 
-@given(lengths_by_rank=lengths_strategy, max_tokens=st.integers(1, 400))
-@settings(max_examples=200, deadline=None)
-def test_micro_batches_hold_everything_once_within_the_bound(lengths_by_rank, max_tokens):
-    plan = plan_micro_batches(lengths_by_rank, max_tokens)
-    assert len({len(bins) for bins in plan}) == 1
-    assert len(plan[0]) >= 1
-    for lengths, bins in zip(lengths_by_rank, plan, strict=True):
-        assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
-        for members in bins:
-            assert len(members) <= 1 or sum(lengths[i] for i in members) <= max_tokens
+@pytest.mark.parametrize("cp_size", [2, 3])
+def test_context_parallel_ranks_hold_every_token_once(cp_size):
+    sequences = random_sequences(2, 6)
+    members = [0, 2, 3, 5]
+    shape = PackShape(sequence_multiple=2 * cp_size, pack_multiple=4 * cp_size)
+    whole = pack(sequences, members, shape)
+    parts = [pack(sequences, members, shape, cp_rank=r, cp_size=cp_size) for r in range(cp_size)]
+    length = whole.tokens.shape[1]
+    assert all(part.tokens.shape == (1, length // cp_size) for part in parts)
+    assert sum(part.num_padding for part in parts) == whole.num_padding
+    for part in parts:
+        params = part.packed_seq_params
+        assert torch.equal(params.cu_seqlens_q, whole.packed_seq_params.cu_seqlens_q)
+        assert torch.equal(params.cu_seqlens_q_padded, params.cu_seqlens_q)
+
+    def triples(micro_batch):
+        columns = (micro_batch.tokens[0], micro_batch.position_ids[0], micro_batch.sequence_ids)
+        return sorted(zip(*(column.tolist() for column in columns), strict=True))
+
+    assert sorted(t for part in parts for t in triples(part)) == triples(whole)
+    indices = [i for part in parts for i in part.response_indices.tolist()]
+    assert sorted(indices) == sorted(whole.response_indices.tolist())
+    flat = torch.tensor([t for s in sequences for t in s.response_ids])
+    for part in parts:
+        assert torch.equal(part.targets[part.response_positions], flat[part.response_indices])
 
 
-@given(lengths=st.lists(st.integers(1, 1000), max_size=50), parts=st.integers(1, 8))
-@settings(max_examples=200, deadline=None)
-def test_partition_is_no_more_uneven_than_its_longest_sequence(lengths, parts):
-    partition = balanced_partition(lengths, parts)
-    assert sorted(i for part in partition for i in part) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in part) for part in partition]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
+def test_chunks_are_dealt_out_early_with_late():
+    """As Transformer Engine does it: chunk r and chunk 2 * cp - 1 - r."""
+    sequences = [Sequence(list(range(1, 9)), [9]), Sequence(list(range(11, 15)), [15])]
+    shape = PackShape(sequence_multiple=4, pack_multiple=4)
+    first, second = (pack(sequences, [0, 1], shape, cp_rank=r, cp_size=2) for r in range(2))
+    assert first.tokens[0].tolist() == [1, 2, 7, 8, 11, 14]
+    assert second.tokens[0].tolist() == [3, 4, 5, 6, 12, 13]

@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_rlsd import platform
+from megatron_rlsd.platform import megatron_versions
 
 platform.enable_megatron()
 
 from megatron.core import jit  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 
 needs_no_cuda = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the CPU layer stays away on a CUDA machine"
@@ -92,6 +96,15 @@ def test_recompute_without_output_asks_for_no_fp8():
 
 
 @needs_no_cuda
+def test_moe_counts_become_arrays():
+    counts = moe_utils.maybe_move_tensor_to_cpu(torch.tensor([3, 1]), as_numpy=True)
+    assert isinstance(counts, np.ndarray)
+    assert counts.tolist() == [3, 1]
+    assert moe_utils.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+    assert moe_utils.te_general_gemm is None
+
+
+@needs_no_cuda
 def test_fused_helpers_are_not_compiled():
     def function(x):
         return x
@@ -125,21 +138,21 @@ def test_installing_after_megatron_is_refused():
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.20.0", "1.0.0rc1"])
 def test_unsupported_megatron_is_named(monkeypatch, version):
-    monkeypatch.setattr(platform, "version", lambda name: version)
+    monkeypatch.setattr(megatron_versions, "version", lambda name: version)
     with pytest.raises(platform.PlatformError, match=rf"{version}.*expected >= 0.16.1, < 0.20.0"):
-        platform.check_megatron_version()
+        megatron_versions.check_megatron_version()
 
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.17.0", "0.19.2", "0.19.0rc3"])
 def test_supported_megatron_passes(monkeypatch, version):
-    monkeypatch.setattr(platform, "version", lambda name: version)
-    platform.check_megatron_version()
+    monkeypatch.setattr(megatron_versions, "version", lambda name: version)
+    megatron_versions.check_megatron_version()
 
 
 def test_missing_megatron_is_named(monkeypatch):
     def absent(name):
-        raise platform.PackageNotFoundError(name)
+        raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(platform, "version", absent)
+    monkeypatch.setattr(megatron_versions, "version", absent)
     with pytest.raises(platform.PlatformError, match="not installed"):
-        platform.check_megatron_version()
+        megatron_versions.check_megatron_version()

@@ -1,0 +1,51 @@
+"""What differs between the supported Megatron-Core releases: the one place that asks which it is.
+
+Nothing here imports Megatron, so that a layout can be judged before anything is loaded. Where both
+ends of the range can be served by the same code, the rest of the package does that instead.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED = ((0, 16, 1), (0, 20, 0))
+"""Lowest supported release, and the first one that is not."""
+
+
+class PlatformError(RuntimeError):
+    """The machine or its installed versions cannot run this program."""
+
+
+def check_megatron_version() -> tuple[int, ...]:
+    """The installed release, as (0, 16, 1). PlatformError when it is missing or not supported."""
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    try:
+        installed = version("megatron-core")
+    except PackageNotFoundError:
+        raise PlatformError(
+            f"megatron-core is not installed; expected >= {low}, < {high}"
+        ) from None
+    release = tuple(
+        int("".join(filter(str.isdigit, part)) or 0) for part in installed.split(".")[:3]
+    )
+    if not SUPPORTED[0] <= release < SUPPORTED[1]:
+        raise PlatformError(
+            f"megatron-core {installed} is not supported; expected >= {low}, < {high}"
+        )
+    return release
+
+
+def expert_tensor_problem(tensor: int, expert: int, expert_tensor: int) -> str | None:
+    """Why this release cannot split experts otherwise than the dense layers, or None if it can.
+
+    Before 0.19 experts count as dense parameters where expert parallel is 1, and their gradients
+    are then summed over the wrong ranks.
+    """
+    release = check_megatron_version()
+    if expert_tensor == tensor or expert > 1 or release >= (0, 19):
+        return None
+    return (
+        f"parallel.expert_tensor={expert_tensor} with parallel.tensor={tensor} and "
+        f"parallel.expert=1 gives wrong gradients on Megatron-Core "
+        f"{'.'.join(map(str, release))}; valid there: expert_tensor={tensor}, or expert > 1"
+    )
