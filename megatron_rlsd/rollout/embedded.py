@@ -6,7 +6,6 @@ caches, fused kernels, tensor parallelism) is left out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from megatron_rlsd.rollout.checks import check_request
 from megatron_rlsd.rollout.decoding import DecodingBatch
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.types import Generation, GenerationRequest
@@ -80,7 +80,7 @@ class EmbeddedEngine:
         if self._weight_version is None:
             raise EngineError("the engine has no weights yet: it waits for update_weights")
         for index, request in enumerate(requests):
-            self._check(request, index)
+            check_request(request, index, self._vocab_size, self._max_positions)
         if not requests:
             return []
         rows = DecodingBatch(model, requests, self.max_batch_size, self.device).run()
@@ -145,36 +145,6 @@ class EmbeddedEngine:
         if self._model is None:
             raise EngineError("the engine is closed")
         return self._model
-
-    def _check(self, request: GenerationRequest, index: int) -> None:
-        params = request.params
-        prompt_length = len(request.prompt_ids)
-        total = prompt_length + params.max_new_tokens
-        outside = [
-            token
-            for token in (*request.prompt_ids, *params.stop_token_ids)
-            if not 0 <= token < self._vocab_size
-        ]
-        if prompt_length == 0:
-            problem = "the prompt is empty"
-        elif outside:
-            problem = f"token ids {outside[:8]} are outside the vocabulary of {self._vocab_size}"
-        elif params.max_new_tokens < 1:
-            problem = f"max_new_tokens must be at least 1, got {params.max_new_tokens}"
-        elif not (math.isfinite(params.temperature) and params.temperature >= 0):
-            problem = f"temperature must be finite and at least 0, got {params.temperature}"
-        elif not 0 < params.top_p <= 1:
-            problem = f"top_p must lie in (0, 1], got {params.top_p}"
-        elif params.top_k < 0:
-            problem = f"top_k must be at least 0, got {params.top_k}"
-        elif self._max_positions is not None and total > self._max_positions:
-            problem = (
-                f"{prompt_length} prompt tokens + {params.max_new_tokens} max_new_tokens = {total} "
-                f"exceed the model's max_position_embeddings of {self._max_positions}"
-            )
-        else:
-            return
-        raise EngineError(f"request {index}: {problem}")
 
 
 def _load(hf_path: str | Path, dtype: torch.dtype) -> Any:

@@ -1,0 +1,54 @@
+"""Servers as every trainer rank sees them: rank 0 speaks to them, all ranks feed them weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlsd.parallel.exchange import broadcast_bytes, pack_message
+from megatron_rlsd.rollout.sglang import SGLangEngine
+from megatron_rlsd.types import Generation, GenerationRequest
+
+Result = TypeVar("Result")
+Publish = Callable[[Iterable[tuple[str, torch.Tensor]], int], None]
+"""A transport's ``publish`` (megatron_rlsd.weight_sync)."""
+
+
+class ServedEngine:
+    """Takes CollectiveEngine's place where servers generate. ``engine`` is None but on rank 0."""
+
+    def __init__(
+        self, engine: SGLangEngine | None, publish: Publish, control: dist.ProcessGroup
+    ) -> None:
+        self._engine, self._publish, self._control = engine, publish, control
+        self._version = 0
+
+    @property
+    def weight_version(self) -> int:
+        return self._version
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Called on every rank, each with the full stream."""
+        self._publish(tensors, version)
+        self._version = version
+
+    def run_on_rank_zero(self, work: Callable[[], Result]) -> Result | None:
+        """Run ``work`` on rank 0; the others wait for it, within the process group's time limit."""
+        if dist.get_rank() != 0:
+            broadcast_bytes(None, self._control)
+            return None
+        result = work()
+        broadcast_bytes(pack_message("release", {}), self._control)
+        return result
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """Rank 0 only."""
+        assert self._engine is not None
+        return self._engine.generate(requests)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()

@@ -1,0 +1,149 @@
+"""One SGLang server over HTTP: generation, and what weight updates ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+import httpx2
+
+from megatron_rlsd.rollout.engine import EngineError
+
+CONNECT_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 2.0
+"""Shorter than the server's 5 s: a connection that it closes just as it is used again would look
+like a server that died."""
+
+
+class ServerFault(EngineError):
+    """A server did not answer, or not as it should; another one may serve the request."""
+
+
+class RequestRefused(EngineError):
+    """The server is well and refuses this request, so every other server would too."""
+
+
+class SGLangClient:
+    """Speaks to the server at ``url``. Every call is bounded and belongs to one event loop.
+
+    All calls raise ServerFault where the server cannot be reached in time, breaks off or answers
+    with a server error, and RequestRefused where it refuses; both name the server and the call.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, max_connections: int) -> None:
+        self.url = url
+        self._http = httpx2.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            # Calls bound themselves as a whole: a response may be silent for long and still come.
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
+            limits=httpx2.Limits(
+                max_connections=max_connections,
+                max_keepalive_connections=max_connections,
+                keepalive_expiry=KEEP_ALIVE_SECONDS,
+            ),
+            # Proxy variables are for the world outside; servers are inside.
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def generate(self, body: dict[str, Any], *, timeout: float) -> Any:
+        """POST /generate; the parsed answer, unchecked (see replies.py)."""
+        return await self.call("POST", "/generate", body, timeout=timeout)
+
+    async def abort(self, rid: str, *, timeout: float = 5.0) -> None:
+        """Stop a request that nobody waits for any more, if it still runs.
+
+        SGLang aborts every request whose id *begins* with ``rid``.
+        """
+        await self.call("POST", "/abort_request", {"rid": rid}, timeout=timeout)
+
+    async def ready(self, *, timeout: float) -> None:
+        """ServerFault until the model is loaded and the server takes requests."""
+        await self.call("GET", "/ready", timeout=timeout)
+
+    async def health(self, *, timeout: float) -> None:
+        """ServerFault unless the scheduler has answered something, or a probe of one token."""
+        await self.call("GET", "/health", timeout=timeout)
+
+    async def weight_version(self, *, timeout: float) -> str:
+        """The label that the last weight update gave."""
+        info = await self.call("GET", "/model_info", timeout=timeout)
+        if not isinstance(info, dict) or "weight_version" not in info:
+            raise ServerFault(
+                f"{self.url}/model_info: expected a weight_version, got {info!r:.200}"
+            )
+        return str(info["weight_version"])
+
+    async def pause(self, mode: Literal["abort", "retract", "in_place"], *, timeout: float) -> None:
+        """Stop generating until ``resume``; ``abort`` ends running requests with what they have."""
+        await self.call("POST", "/pause_generation", {"mode": mode}, timeout=timeout)
+
+    async def resume(self, *, timeout: float) -> None:
+        await self.call("POST", "/continue_generation", {}, timeout=timeout)
+
+    async def update_weights_from_disk(self, folder: str, version: int, *, timeout: float) -> None:
+        """Load a Hugging Face folder; the server keeps its old weights if it refuses."""
+        await self.call(
+            "POST",
+            "/update_weights_from_disk",
+            {"model_path": folder, "weight_version": str(version), "flush_cache": True},
+            timeout=timeout,
+        )
+
+    async def checksums(self, *, timeout: float) -> list[dict[str, str]]:
+        """Per tensor-parallel rank: SGLang's own (fused) parameter names -> hash of the bits."""
+        reply = await self.call("POST", "/weights_checker", {"action": "checksum"}, timeout=timeout)
+        try:
+            return [dict(rank["checksums"]) for rank in reply["ranks"]]
+        except (KeyError, TypeError) as error:
+            raise ServerFault(
+                f"{self.url}/weights_checker: expected checksums per rank, got {reply!r:.200}"
+            ) from error
+
+    async def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float
+    ) -> Any:
+        """One HTTP request within ``timeout`` seconds; the JSON of the answer, None if empty."""
+        where = f"{self.url}{path}"
+        try:
+            async with asyncio.timeout(timeout):
+                response = await self._http.request(method, path, json=body)
+        except TimeoutError:
+            raise ServerFault(f"{where}: no answer within {timeout:g} s") from None
+        except httpx2.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise ServerFault(f"{where}: {reason}") from error
+        except RuntimeError as error:
+            if not self._http.is_closed:
+                raise
+            raise ServerFault(f"{where}: the server was stopped") from error
+        status = response.status_code
+        if status in (408, 429) or status >= 500:
+            raise ServerFault(f"{where}: HTTP {status}: {_message(response)}")
+        if status >= 400:
+            hint = ""
+            if status in (401, 403):
+                hint = "; is rollout.sglang.api_key the server's?"
+            raise RequestRefused(f"{where}: HTTP {status}: {_message(response)}{hint}")
+        if not response.content:
+            return None
+        try:
+            return response.json()
+        except ValueError as error:
+            if path in ("/ready", "/health"):
+                return None
+            raise ServerFault(f"{where}: expected JSON, got {response.text!r:.200}") from error
+
+
+def _message(response: httpx2.Response) -> str:
+    try:
+        content = response.json()
+    except ValueError:
+        return response.text.strip()[:500] or "(no message)"
+    error = content.get("error", content) if isinstance(content, dict) else content
+    if isinstance(error, dict):
+        error = error.get("message", error)
+    return str(error)[:500]

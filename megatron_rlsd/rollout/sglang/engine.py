@@ -1,0 +1,185 @@
+"""The fleet as the trainer's main thread sees it: plain calls, each bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_rlsd.config import SGLangConfig
+from megatron_rlsd.rollout.checks import check_request
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.sglang.fleet import Fleet, PauseMode, Update
+from megatron_rlsd.rollout.sglang.server import Server, State
+from megatron_rlsd.types import Generation, GenerationRequest
+
+Result = TypeVar("Result")
+SLACK_SECONDS = 60.0
+"""On top of the limits inside the event loop, which come first and say more."""
+
+
+class SGLangEngine:
+    """Generates on SGLang servers, its own or those at ``config.urls``.
+
+    Servers begin to start on construction; the first call waits for them. Requests, supervision
+    and health checks run in an event loop in a thread of its own, so they go on while the caller
+    trains.
+
+    config: rollout.sglang; hf_path: the model that own servers load and its config.json; dtype: of
+    their weights; vocab_size, max_positions: bounds on requests (a server dies of a token id
+    beyond its vocabulary); run_dir: logs go to run_dir/sglang.
+    Raises EngineError for an API key that is not set.
+    """
+
+    def __init__(
+        self,
+        config: SGLangConfig,
+        *,
+        hf_path: str | Path,
+        dtype: str,
+        vocab_size: int,
+        max_positions: int | None,
+        run_dir: Path,
+    ) -> None:
+        self._config = config
+        self._vocab_size, self._max_positions = vocab_size, max_positions
+        self._ready = self._closed = False
+        api_key = _api_key(config.api_key)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
+        self._thread.start()
+        self.fleet: Fleet = self.call(
+            self._new_fleet(
+                model=str(Path(hf_path).absolute()),
+                dtype=dtype,
+                vocab_size=vocab_size,
+                api_key=api_key,
+                log_dir=run_dir / "sglang",
+            ),
+            SLACK_SECONDS,
+        )
+
+    async def _new_fleet(self, **settings: Any) -> Fleet:
+        fleet = Fleet(self._config, **settings)
+        await fleet.start()
+        return fleet
+
+    @property
+    def weight_version(self) -> int:
+        """Version that every server serves; 0: the weights they were started with."""
+        return self.fleet.weights.version
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """One generation per request, in order; see ``RolloutEngine.generate``.
+
+        The seeds are passed on, but only servers with ``enable_deterministic_inference`` obey them.
+        Raises EngineError, before anything is generated, for a request that cannot be served; later
+        when requests fail on ``max_attempts`` servers, when no server is left, and when
+        ``generate_timeout_seconds`` have passed.
+        """
+        for index, request in enumerate(requests):
+            check_request(request, index, self._vocab_size, self._max_positions)
+        self.wait_until_ready()
+        limit = self._config.generate_timeout_seconds + SLACK_SECONDS
+        return self.call(self.fleet.generate(requests), limit)
+
+    def wait_until_ready(self) -> None:
+        """Wait for the first start of every server; EngineError says which failed and why."""
+        if not self._ready:
+            limit = self._config.start_timeout_seconds + SLACK_SECONDS
+            self.call(self.fleet.wait_until_ready(), limit)
+            self._ready = True
+
+    def score_on_each(self, sequences: list[list[int]]) -> dict[str, list[list[float]]]:
+        """By server that is ready: log_softmax(logits) of every token but each sequence's first.
+
+        sequences: token ids, each of at least 2 and short of the model's longest by some.
+        """
+        self.wait_until_ready()
+
+        async def score() -> dict[str, list[list[float]]]:
+            await self.fleet.wait_for_one()
+            ready = [s for s in self.fleet.servers if s.state is State.READY]
+            return {str(s): await self.fleet.score(s, sequences) for s in ready}
+
+        limit = self._config.request_timeout_seconds * len(self.fleet.servers)
+        limit += self._config.start_timeout_seconds + SLACK_SECONDS
+        return self.call(score(), limit)
+
+    def counted(self) -> Counter[str]:
+        """Since the start: ``requests``, ``request_retries``, ``cached_prompt_tokens`` and
+        ``server_restarts``."""
+        counted = Counter(self.fleet.counters)
+        counted["server_restarts"] = sum(max(0, s.starts - 1) for s in self.fleet.servers)
+        return counted
+
+    @contextmanager
+    def publishing(self, version: int, pause: PauseMode = "abort") -> Iterator[Update]:
+        """``Fleet.publishing`` for plain code; use ``call`` or ``submit`` inside."""
+        self.wait_until_ready()
+        update = self.fleet.publishing(version, pause)
+        # Servers that came back may be loading weights just now.
+        others = 1 + len(self.fleet.servers)
+        limit = 4 * others * self._config.update_timeout_seconds + SLACK_SECONDS
+        opened = self.call(update.__aenter__(), limit)
+        try:
+            yield opened
+        except BaseException as error:
+            self.call(update.__aexit__(type(error), error, error.__traceback__), limit)
+            raise
+        self.call(update.__aexit__(None, None, None), limit)
+
+    def call(self, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
+        """Run ``work`` in the event loop and wait for it, at most ``seconds``."""
+        future = self.submit(work)
+        try:
+            return future.result(seconds)
+        except TimeoutError:
+            if future.done():
+                raise
+            future.cancel()
+            name = getattr(work, "__qualname__", "its work")
+            raise EngineError(
+                f"the rollout client did not finish {name} within {seconds:g} s"
+            ) from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Run ``work`` in the event loop while the caller goes on."""
+        if self._closed:
+            work.close()
+            raise EngineError("the engine is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def set_loader(self, load_current: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
+        """From now on servers that come back get the current weights by ``load_current``."""
+        self.fleet.weights.load_current = load_current
+
+    def close(self) -> None:
+        """End own servers with all their processes; it serves no request after."""
+        if self._closed:
+            return
+        try:
+            self.call(self.fleet.close(), SLACK_SECONDS)
+        finally:
+            self._closed = True
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(SLACK_SECONDS)
+            self._loop.close()
+
+
+def _api_key(configured: str | None) -> str | None:
+    if configured is None or not configured.startswith("env:"):
+        return configured
+    name = configured.removeprefix("env:")
+    if not (key := os.environ.get(name)):
+        raise EngineError(f"rollout.sglang.api_key={configured}: {name} is not set")
+    return key

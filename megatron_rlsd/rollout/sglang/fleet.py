@@ -1,0 +1,457 @@
+"""All servers together: requests spread over them, and weight updates that reach all of them.
+
+Everything here runs in one event loop, so no state needs a lock; ``Weights.lock`` only orders
+weight updates and the servers that come back in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import uuid
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from megatron_rlsd.config import SGLangConfig
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.sglang.balance import choose
+from megatron_rlsd.rollout.sglang.client import ServerFault, SGLangClient
+from megatron_rlsd.rollout.sglang.replies import (
+    generate_body,
+    parse_generation,
+    parse_scores,
+    score_body,
+)
+from megatron_rlsd.rollout.sglang.server import Server, State, Supervisor, new_client
+from megatron_rlsd.types import Generation, GenerationRequest
+
+Result = TypeVar("Result")
+PauseMode = Literal["abort", "retract", "in_place"]
+
+
+@dataclass
+class Weights:
+    """The weights that every server is to have; see FleetWeights."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    publications: int = 0
+    version: int = 0
+    load_current: Callable[[Server], Awaitable[None]] | None = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One ``generate``: a place for each result, filled once."""
+
+    requests: list[GenerationRequest]
+    version: int
+    done: asyncio.Future[None]
+    results: list[Generation | None]
+    remaining: int
+    running: set[Stay] = field(default_factory=set)
+    servers: dict[tuple[int, ...], Server] = field(default_factory=dict)
+    """Prompt -> the server that had it last."""
+    slack: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """Prompt -> tokens by which its server may be busier than the others: the group's own, but no
+    more than a server's fair share of the call."""
+
+    def fail(self, error: EngineError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@dataclass(eq=False)
+class Work:
+    """A request that waits for a server."""
+
+    call: Call
+    index: int
+    number: int
+    """Unique in the fleet's life."""
+    attempts: int = 0
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.call.requests[self.index]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.request.prompt_ids) + self.request.params.max_new_tokens
+
+
+class Stay:
+    """A request at a server (server.Attempt)."""
+
+    def __init__(self, work: Work, server: Server, rid: str) -> None:
+        self.work, self.server, self.rid = work, server, rid
+        self.task: asyncio.Task[Generation] | None = None
+        self.lost_reason: str | None = None
+
+    def lost(self, reason: str) -> None:
+        self.lost_reason = reason
+        if self.task is not None:
+            self.task.cancel()
+
+
+class Fleet:
+    """Servers of one configuration. ``start`` first; ``close`` ends the ones that are our own."""
+
+    def __init__(
+        self,
+        config: SGLangConfig,
+        *,
+        model: str,
+        dtype: str,
+        vocab_size: int,
+        api_key: str | None,
+        log_dir: Path,
+    ) -> None:
+        self._config, self._vocab_size = config, vocab_size
+        self.weights = Weights()
+        self.counters = Counter(requests=0, request_retries=0, cached_prompt_tokens=0)
+        """See SGLangEngine.counted."""
+        urls = config.urls or [""] * config.num_servers
+        self.servers = [
+            Server(i, url, new_client(url, config, api_key), is_own=not config.urls)
+            for i, url in enumerate(urls)
+        ]
+        self._supervisors = [
+            Supervisor(
+                server,
+                config,
+                self.weights,
+                self._server_changed,
+                model=model,
+                dtype=dtype,
+                api_key=api_key,
+                log_dir=log_dir,
+            )
+            for server in self.servers
+        ]
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pending: deque[Work] = deque()
+        self._calls: set[Call] = set()
+        self._changed = asyncio.Event()
+        self._numbers = itertools.count()
+        self._name = uuid.uuid4().hex[:12]
+        self._closing = False
+
+    async def start(self) -> None:
+        """Begin to start or find all servers; ``wait_until_ready`` says how it went."""
+        for supervisor in self._supervisors:
+            self._spawn(supervisor.run())
+
+    async def wait_until_ready(self) -> None:
+        """EngineError if a server does not start; each is bounded by start_timeout_seconds."""
+        while any(server.state is State.STARTING for server in self.servers):
+            self._raise_if_given_up()
+            self._changed.clear()
+            await self._changed.wait()
+        self._raise_if_given_up()
+
+    async def wait_for_one(self) -> None:
+        """Until a server is ready. EngineError if none is left, or after start_timeout_seconds."""
+        limit = self._config.start_timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                while not any(server.state is State.READY for server in self.servers):
+                    self._raise_if_none_is_left()
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            states = "; ".join(f"{s} is {s.state.value}: {s.reason}" for s in self.servers)
+            raise EngineError(f"no server was ready within {limit:g} s: {states}") from None
+
+    def _raise_if_none_is_left(self) -> None:
+        if all(server.state is State.GIVEN_UP for server in self.servers):
+            reasons = "; ".join(f"{server}: {server.reason}" for server in self.servers)
+            raise EngineError(f"no rollout server is left: {reasons}")
+
+    def _raise_if_given_up(self) -> None:
+        for server in self.servers:
+            if server.state is State.GIVEN_UP:
+                raise EngineError(server.reason)
+
+    async def close(self) -> None:
+        """End own servers; those at ``urls`` are left as they are."""
+        self._closing = True
+        for call in list(self._calls):
+            call.fail(EngineError("the engine was closed"))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._pending.clear()
+        processes = [server.process for server in self.servers if server.process is not None]
+        for process in processes:
+            process.ask_to_stop()
+        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in processes))
+        for server in self.servers:
+            server.lose("the engine was closed", State.GIVEN_UP)
+            await server.client.close()
+
+    # Generation
+
+    async def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """One generation per request, in order, all sampled by the weights that are current now.
+
+        Cancelling it, or the time limit, aborts what still runs on the servers.
+        """
+        loop = asyncio.get_running_loop()
+        call = Call(
+            requests,
+            self.weights.version,
+            loop.create_future(),
+            results=[None] * len(requests),
+            remaining=len(requests),
+        )
+        if not requests:
+            return []
+        self._raise_if_none_is_left()
+        works = [Work(call, index, next(self._numbers)) for index in range(len(requests))]
+        fair_share = sum(work.tokens for work in works) // len(self.servers)
+        for work in works:
+            prompt = tuple(work.request.prompt_ids)
+            call.slack[prompt] = min(call.slack.get(prompt, 0) + work.tokens, fair_share)
+        self._calls.add(call)
+        self._pending.extend(works)
+        self.counters["requests"] += len(works)
+        limit = self._config.generate_timeout_seconds
+        try:
+            self._pump()
+            async with asyncio.timeout(limit):
+                await call.done
+        except TimeoutError:
+            raise EngineError(
+                f"{call.remaining} of {len(requests)} responses were not there after "
+                f"rollout.sglang.generate_timeout_seconds={limit:g}: {self._whereabouts(call)}"
+            ) from None
+        finally:
+            self._calls.discard(call)
+            self._pending = deque(work for work in self._pending if work.call is not call)
+            for stay in list(call.running):
+                if stay.task is not None:
+                    stay.task.cancel()
+        return [result for result in call.results if result is not None]
+
+    def _pump(self) -> None:
+        """Hand waiting requests, in order, to servers with room."""
+        while self._pending:
+            room = {
+                server: server.outstanding_tokens
+                for server in self.servers
+                if server.state is State.READY and len(server.attempts) < self._config.max_in_flight
+            }
+            if not room:
+                break
+            work = self._pending.popleft()
+            prompt = tuple(work.request.prompt_ids)
+            call = work.call
+            server = choose(room, call.servers.get(prompt), call.slack[prompt])
+            call.servers[prompt] = server
+            # SGLang aborts by prefix, so no id may begin another.
+            stay = Stay(work, server, f"{self._name}-{work.number}-{work.attempts}.")
+            call.running.add(stay)
+            server.attempts.add(stay)
+            server.outstanding_tokens += work.tokens
+            stay.task = asyncio.create_task(self._ask(stay))
+            stay.task.add_done_callback(functools.partial(self._stayed, stay))
+
+    def _stayed(self, stay: Stay, task: asyncio.Task[Generation]) -> None:
+        """A request has its result, goes back to the queue, or is not wanted any more.
+
+        A callback rather than the end of ``_ask``, which never runs if it is cancelled early.
+        """
+        work, server = stay.work, stay.server
+        work.call.running.discard(stay)
+        server.attempts.discard(stay)
+        server.outstanding_tokens -= work.tokens
+        error = None if task.cancelled() else task.exception()
+        if stay.lost_reason is not None:
+            self._retry(work, f"{server} was lost: {stay.lost_reason}")
+        elif task.cancelled():
+            self._abort(server.client, stay.rid)
+        elif isinstance(error, ServerFault):
+            server.distrust(str(error))
+            self._abort(server.client, stay.rid)
+            self._retry(work, str(error))
+        elif isinstance(error, EngineError):
+            work.call.fail(EngineError(f"request {work.index}: {error}"))
+        elif error is not None:
+            work.call.fail(_bug(error))
+        else:
+            server.answered_well()
+            self._finish(work, task.result())
+        self._pump()
+
+    async def _ask(self, stay: Stay) -> Generation:
+        work, server = stay.work, stay.server
+        reply = await server.client.generate(
+            generate_body(work.request, stay.rid), timeout=self._config.request_timeout_seconds
+        )
+        generation = parse_generation(
+            reply,
+            work.request,
+            rid=stay.rid,
+            vocab_size=self._vocab_size,
+            version=work.call.version,
+            server=str(server),
+        )
+        self.counters["cached_prompt_tokens"] += int(reply["meta_info"].get("cached_tokens") or 0)
+        return generation
+
+    def _finish(self, work: Work, generation: Generation) -> None:
+        call = work.call
+        assert call.results[work.index] is None, "a request was answered twice"
+        call.results[work.index] = generation
+        call.remaining -= 1
+        if call.remaining == 0 and not call.done.done():
+            call.done.set_result(None)
+
+    def _retry(self, work: Work, reason: str) -> None:
+        work.attempts += 1
+        if work.call.done.done():
+            return
+        if work.attempts >= self._config.max_attempts:
+            work.call.fail(
+                EngineError(
+                    f"request {work.index} ({len(work.request.prompt_ids)} prompt tokens) failed "
+                    f"{work.attempts} times, the last time because {reason}"
+                )
+            )
+            return
+        self.counters["request_retries"] += 1
+        self._pending.appendleft(work)
+
+    def _abort(self, client: SGLangClient, rid: str) -> None:
+        async def abort() -> None:
+            # Whether it still runs there or the server is gone: nothing waits for it any more.
+            with contextlib.suppress(EngineError):
+                await client.abort(rid)
+
+        if not self._closing:
+            self._spawn(abort())
+
+    async def score(self, server: Server, sequences: list[list[int]]) -> list[list[float]]:
+        """``server``'s log-probabilities, at temperature 1, of every token but each first."""
+        rid = f"{self._name}-score-{next(self._numbers)}"
+        seconds = self._config.request_timeout_seconds
+
+        async def one(index: int, token_ids: list[int]) -> list[float]:
+            body = score_body(token_ids, f"{rid}-{index}.")
+            reply = await server.client.generate(body, timeout=seconds)
+            return parse_scores(reply, token_ids, vocab_size=self._vocab_size, server=str(server))
+
+        return await asyncio.gather(*(one(i, ids) for i, ids in enumerate(sequences)))
+
+    # Weights
+
+    @contextlib.asynccontextmanager
+    async def publishing(self, version: int, pause: PauseMode = "abort") -> AsyncIterator[Update]:
+        """Pause every ready server, let the caller bring the weights, verify, continue.
+
+        When the block ends, every server still in the update must report ``version``. A server that
+        fails on the way drops out: its supervisor brings it back with ``weights.load_current``. An
+        exception in the block leaves the version as it was and goes on to the caller.
+        """
+        async with self.weights.lock:
+            self.weights.publications += 1
+            update = Update(self, version, self._config.update_timeout_seconds)
+            seconds = update.seconds
+            paused = list(update.servers)
+            try:
+                await update.on_each(lambda s: s.client.pause(pause, timeout=seconds))
+                yield update
+                await update.on_each(self._verify_version(version, seconds))
+                self.weights.version = version
+                await update.on_each(lambda s: s.client.resume(timeout=seconds))
+            except BaseException:
+                # Servers that outlive this trainer must not stay paused for ever.
+                await asyncio.gather(
+                    *(server.client.resume(timeout=5.0) for server in paused),
+                    return_exceptions=True,
+                )
+                raise
+        self._pump()
+
+    def _verify_version(self, version: int, seconds: float) -> Callable[[Server], Awaitable[None]]:
+        async def verify(server: Server) -> None:
+            found = await server.client.weight_version(timeout=seconds)
+            if found != str(version):
+                raise ServerFault(f"{server}: expected weight_version {version}, got {found}")
+
+        return verify
+
+    # Bookkeeping
+
+    def _server_changed(self) -> None:
+        self._changed.set()
+        try:
+            self._raise_if_none_is_left()
+        except EngineError as error:
+            for call in list(self._calls):
+                call.fail(error)
+        self._pump()
+
+    def _whereabouts(self, call: Call) -> str:
+        places = Counter(str(stay.server) for stay in call.running)
+        waiting = sum(work.call is call for work in self._pending)
+        parts = [f"{count} at {name}" for name, count in sorted(places.items())]
+        if waiting:
+            states = ", ".join(f"{s} is {s.state.value}" for s in self.servers)
+            parts.append(f"{waiting} waiting for a server ({states})")
+        return "; ".join(parts)
+
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        assert isinstance(task, asyncio.Task)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Nobody awaits these tasks, and silence would look like a hang.
+            for call in list(self._calls):
+                call.fail(_bug(error))
+
+
+def _bug(error: BaseException) -> EngineError:
+    wrapped = EngineError(f"{type(error).__name__} in the rollout client: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+class Update:
+    """A weight update under way. ``servers`` are those that still take part."""
+
+    def __init__(self, fleet: Fleet, version: int, seconds: float) -> None:
+        self.version, self.seconds = version, seconds
+        self.servers = [s for s in fleet.servers if s.state is State.READY]
+
+    async def on_each(self, action: Callable[[Server], Awaitable[Result]]) -> dict[Server, Result]:
+        """``action`` on all servers at once; one with a ServerFault drops out of the update.
+
+        Any other exception is raised, after all are done.
+        """
+        servers = list(self.servers)
+        results = await asyncio.gather(*map(action, servers), return_exceptions=True)
+        done: dict[Server, Result] = {}
+        errors: list[BaseException] = []
+        for server, result in zip(servers, results, strict=True):
+            if isinstance(result, ServerFault):
+                self.servers.remove(server)
+                server.distrust(str(result))
+            elif isinstance(result, BaseException):
+                errors.append(result)
+            else:
+                done[server] = result
+        if errors:
+            raise errors[0]
+        return done

@@ -1,0 +1,183 @@
+"""A server process of our own: its command line, its log, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_rlsd.config import SGLangConfig
+from megatron_rlsd.rollout.engine import EngineError
+
+HERE = Path(__file__).parent
+PROJECT_PYTHON = Path(__file__).parents[3] / ".venv-sglang" / "bin" / "python"
+STOP_SECONDS = 10.0
+LOG_LINES = 15
+FREE_PORTS = range(20000, 32000)
+"""Below the range that outgoing connections take their ports from."""
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+"""With MASTER_* and TORCHELASTIC_*: what torchrun tells the trainer, and no server."""
+
+
+class ServerProcess:
+    """Starts on construction; ``log`` gets its output, in addition to what is there already."""
+
+    def __init__(self, command: list[str], env: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as output:
+            shown = _without_key(command)
+            print(time.strftime("==== %F %T"), " ".join(shown), file=output, flush=True)
+            self._start = output.tell()
+            self._guard = subprocess.Popen(
+                # Isolated and without site-packages: it starts at once and stays small.
+                [sys.executable, "-I", "-S", str(HERE / "guard.py"), str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                start_new_session=True,
+            )
+
+    @property
+    def group(self) -> int:
+        """Process group of the server and all its workers."""
+        return self._guard.pid
+
+    @property
+    def running(self) -> bool:
+        return self._guard.poll() is None
+
+    def kill(self) -> None:
+        """End the whole group at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.group, signal.SIGKILL)
+        self._guard.wait()
+
+    def stop(self) -> None:
+        """Let the server end in order, within seconds; then end what is left of the group."""
+        self.ask_to_stop()
+        try:
+            self._guard.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def ask_to_stop(self) -> None:
+        if self.running:
+            self._guard.terminate()
+
+    def last_lines(self) -> str:
+        """The end of the log since this start, indented."""
+        with self.log.open("rb") as output:
+            output.seek(self._start)
+            lines = output.read().decode(errors="replace").splitlines()
+        return "\n".join(f"    {line[:300]}" for line in lines[-LOG_LINES:]) or "    (empty)"
+
+
+def server_command(
+    config: SGLangConfig, *, model: str, dtype: str, index: int, port: int, api_key: str | None
+) -> list[str]:
+    """Command line of server ``index`` on ``port``; ``config.args`` overrides any default.
+
+    Raises EngineError if SGLang's environment is missing.
+    """
+    python = Path(config.python) if config.python else PROJECT_PYTHON
+    if not python.is_file():
+        raise EngineError(
+            f"no SGLang environment: {python} does not exist; run `make sglang-cpu`, or set "
+            "rollout.sglang.python or rollout.sglang.urls"
+        )
+    flags: dict[str, Any] = {
+        "model_path": model,
+        # Names the weights that a server starts with, until the first update.
+        "weight_version": "0",
+        "dtype": dtype,
+        "host": config.host,
+        "port": port,
+        "tp_size": config.tensor_parallel,
+        # Token ids in, token ids out: the trainer's tokenizer need not be one that SGLang reads.
+        "skip_tokenizer_init": True,
+        "api_key": api_key,
+        # Or every request would make a line of the log.
+        "log_level_http": "warning",
+    }
+    if on_cpu(config):
+        launcher = [str(HERE / "cpu" / "launch.py")]
+        flags |= {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            "max_total_tokens": 16384,
+            "mem_fraction_static": 0.1,
+            "max_running_requests": 64,
+        }
+    else:
+        launcher = ["-m", "sglang.launch_server"]
+        flags["base_gpu_id"] = config.first_gpu + index * config.tensor_parallel
+    flags |= {key.replace("-", "_"): value for key, value in config.args.items()}
+    # The environment's python may be a link; resolved, it would lose its environment.
+    return [str(python.absolute()), *launcher, *_as_arguments(flags)]
+
+
+def server_environment(config: SGLangConfig) -> dict[str, str]:
+    """The trainer's variables without those of its launcher, with ``config.env`` on top."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith(("MASTER_", "TORCHELASTIC_"))
+    }
+    if on_cpu(config):
+        # More threads than cores cost a factor of ten.
+        env.setdefault("OMP_NUM_THREADS", "1")
+    return env | {"HF_HUB_OFFLINE": "1"} | config.env
+
+
+def on_cpu(config: SGLangConfig) -> bool:
+    if config.device != "auto":
+        return config.device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on just now."""
+    for port in random.SystemRandom().sample(FREE_PORTS, 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise EngineError(f"found no free port on {host} in {FREE_PORTS}")
+
+
+def _without_key(command: list[str]) -> list[str]:
+    """For the log: the word after --api-key is nobody's business."""
+    return [
+        "***" if before == "--api-key" else word
+        for before, word in zip(["", *command], command, strict=False)
+    ]
+
+
+def _as_arguments(flags: dict[str, Any]) -> list[str]:
+    arguments: list[str] = []
+    for key, value in flags.items():
+        if value is None or value is False:
+            continue
+        arguments.append("--" + key.replace("_", "-"))
+        if isinstance(value, dict):
+            arguments.append(json.dumps(value))
+        elif isinstance(value, list):
+            arguments += map(str, value)
+        elif value is not True:
+            arguments.append(str(value))
+    return arguments

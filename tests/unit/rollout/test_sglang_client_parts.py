@@ -1,0 +1,217 @@
+"""The parts of the SGLang client that decide something without a server."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rlsd.config import SGLangConfig
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.sglang import guard
+from megatron_rlsd.rollout.sglang.balance import choose
+from megatron_rlsd.rollout.sglang.client import ServerFault
+from megatron_rlsd.rollout.sglang.process import server_command, server_environment
+from megatron_rlsd.rollout.sglang.replies import generate_body, parse_generation, parse_scores
+from megatron_rlsd.types import GenerationRequest, SamplingParams
+
+REQUEST = GenerationRequest([5, 6, 7], SamplingParams(4, 0.7, stop_token_ids=(2, 9)), seed=3)
+ANSWER = {
+    "output_ids": [30, 31, 2],
+    "meta_info": {
+        "id": "r.",
+        "finish_reason": {"type": "stop", "matched": 2},
+        "prompt_tokens": 3,
+        "weight_version": "8",
+        "weight_versions": [{"version": "8", "start": 0, "end": 3}],
+        "output_token_logprobs": [[-0.5, 30, None], [-1.25, 31, None], [0.0, 2, None]],
+        "completion_tokens": 3,
+    },
+}
+
+
+def parse(answer):
+    return parse_generation(
+        answer, REQUEST, rid="r.", vocab_size=40, version=8, server="server 1 (http://x)"
+    )
+
+
+def changed(path, value):
+    answer = copy.deepcopy(ANSWER)
+    node = answer
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return answer
+
+
+def test_a_consistent_answer_is_taken_as_it_is():
+    generation = parse(ANSWER)
+    assert generation.token_ids == [30, 31, 2]
+    assert generation.log_probs == [-0.5, -1.25, 0.0]
+    assert (generation.finish_reason, generation.weight_version) == ("stop", 8)
+
+
+META = "meta_info"
+LOG_PROBS = (META, "output_token_logprobs")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (("output_ids",), [30, 2], r"expected 2 output_token_logprobs, got 3"),
+        (("output_ids",), [30, 40, 2], r"output_ids below 40"),
+        (("output_ids",), [30, -1, 2], r"output_ids below 40"),
+        (("output_ids",), [30, True, 2], r"output_ids below 40"),
+        (("output_ids",), "30", r"output_ids below 40"),
+        (("output_ids",), [30, 9, 2], r"no token after a stop token"),
+        (("output_ids",), [], r"1 to 4 output_ids"),
+        (("output_ids",), [30] * 4 + [2], r"1 to 4 output_ids"),
+        ((META, "finish_reason"), {"type": "length"}, r"4 output_ids at finish_reason=length"),
+        ((META, "finish_reason"), {"type": "abort"}, r"finish_reason length or stop"),
+        ((META, "finish_reason"), None, r"finish_reason length or stop"),
+        ((META, "id"), "other.", r"an answer to this request, got 'other\.'"),
+        ((META, "prompt_tokens"), 4, r"prompt_tokens=3, got 4"),
+        ((META, "weight_version"), "7", r"weight_version=8 throughout, got \['7', '8'\]"),
+        ((META, "weight_versions"), [{"version": "7"}, {"version": "8"}], r"weight_version=8"),
+        (LOG_PROBS, None, r"3 output_token_logprobs"),
+        ((*LOG_PROBS, 1), [-1.0, 30, None], r"the log-probability of token 31"),
+        ((*LOG_PROBS, 1), [None, 31, None], r"a finite log-probability"),
+        ((*LOG_PROBS, 1), [float("nan"), 31, None], r"a finite log-probability"),
+        ((*LOG_PROBS, 1), [0.4, 31, None], r"a finite log-probability"),
+        ((META,), None, r"an object with output_ids and meta_info"),
+    ],
+)
+def test_an_inconsistent_answer_names_server_request_and_expectation(path, value, expected):
+    with pytest.raises(ServerFault, match=rf"server 1 \(http://x\), request 'r\.'.*{expected}"):
+        parse(changed(path, value))
+
+
+def test_a_stop_that_nobody_asked_for_is_told_with_its_remedy():
+    answer = changed((*LOG_PROBS, 2), [0.0, 12, None])
+    answer["output_ids"][2] = 12
+    with pytest.raises(EngineError, match=r"after token 12.*rollout\.stop_token_ids") as caught:
+        parse(answer)
+    # Not the server's fault: another one would do the same.
+    assert not isinstance(caught.value, ServerFault)
+
+
+def test_the_body_leaves_nothing_to_a_servers_defaults():
+    params = generate_body(REQUEST, "r.")["sampling_params"]
+    assert params["top_k"] == -1
+    assert (params["repetition_penalty"], params["min_p"]) == (1.0, 0.0)
+    assert params["stop_token_ids"] == [2, 9]
+
+
+def test_scores_know_that_sglang_reports_the_last_id_as_zero():
+    def answer(*ids):
+        return {META: {"input_token_logprobs": [[None if i == 0 else -1.0, t] for i, t in ids]}}
+
+    reply = answer(*enumerate([4, 0, 6]))
+    assert parse_scores(reply, [4, 39, 6], vocab_size=40, server="s") == [-1.0, -1.0]
+    with pytest.raises(ServerFault, match="not of the tokens sent"):
+        parse_scores(reply, [4, 38, 6], vocab_size=40, server="s")
+
+
+def test_a_prompt_stays_with_its_server_until_that_is_too_busy():
+    loads = {"a": 100, "b": 60}
+    assert choose(loads, None, slack=0) == "b"
+    assert choose(loads, "a", slack=40) == "a"
+    assert choose(loads, "a", slack=39) == "b"
+    assert choose(loads, "gone", slack=1000) == "b"
+
+
+def test_flags_reach_the_command_line(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.touch()
+    config = SGLangConfig(
+        python=str(python),
+        device="cuda",
+        tensor_parallel=2,
+        first_gpu=4,
+        args={
+            "mem_fraction_static": 0.8,
+            "enable_memory_saver": True,
+            "disable_radix_cache": False,
+            "dtype": "float16",
+            "cuda-graph-bs": [1, 2],
+            "json_model_override_args": {"a": 1},
+        },
+        env={"NCCL_DEBUG": "WARN"},
+    )
+    command = server_command(config, model="/m", dtype="bfloat16", index=1, port=30, api_key=None)
+    line = " ".join(command)
+    assert "-m sglang.launch_server --model-path /m" in line
+    assert "--tp-size 2" in line
+    assert "--base-gpu-id 6" in line
+    assert "--mem-fraction-static 0.8 --enable-memory-saver --cuda-graph-bs 1 2" in line
+    assert "--dtype float16" in line
+    assert "radix" not in line
+    assert "api-key" not in line
+    assert command[-1] == '{"a": 1}'
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    env = server_environment(config)
+    # Or SGLang would join the trainer's process group.
+    assert not {"RANK", "MASTER_PORT"} & env.keys()
+    assert env["NCCL_DEBUG"] == "WARN"
+
+
+WORKER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+STARTER = """
+import os, subprocess, sys, time
+command = [sys.executable, sys.argv[1], str(os.getpid()), sys.executable, "-c", sys.argv[2]]
+print(subprocess.Popen(command, start_new_session=True).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def alive(group: int) -> list[int]:
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def wait_for_size(group: int, size: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(alive(group)) != size:
+        assert time.monotonic() < deadline, f"{alive(group)} are alive, expected {size}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("killed", ["starter", "guard"])
+def test_a_command_ends_with_its_starter_and_with_its_guard(killed):
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(Path(guard.__file__)), WORKER],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    group = int(starter.stdout.readline())
+    try:
+        # The guard, the command and its own worker.
+        wait_for_size(group, 3)
+        if killed == "starter":
+            starter.kill()
+            wait_for_size(group, 0)
+        else:
+            os.kill(group, signal.SIGKILL)
+            # The command at once; what it started knows nothing of a guard.
+            wait_for_size(group, 1)
+    finally:
+        starter.kill()
+        starter.wait()
+        for pid in alive(group):
+            os.kill(pid, signal.SIGKILL)
