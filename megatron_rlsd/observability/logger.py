@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_rlsd.config import ObservabilityConfig
 from megatron_rlsd.observability.display import Display, StepLine, make_display
@@ -20,14 +20,15 @@ from megatron_rlsd.observability.metrics_file import (
     keep_before,
     move_aside,
 )
+from megatron_rlsd.observability.profiler import StepProfiler
 from megatron_rlsd.observability.samples import drop_samples_from, write_samples
 from megatron_rlsd.observability.tables import evaluation_table, phase_lines, summary_table
+from megatron_rlsd.observability.trace import Gather, PhaseTrace
+from megatron_rlsd.observability.trackers import Tracker, build_trackers
 from megatron_rlsd.types import Group
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-EVALUATION_PHASE = "evaluation"
+BETWEEN_STEPS = ("evaluation", "checkpoint")
+"""Phases that no step's own time counts."""
 STEPS_FOR_TIME_LEFT = 20
 
 
@@ -45,8 +46,12 @@ class MetricsLogger:
     ``step`` numbers count from 0, as the training loop does; an evaluation's step is the number of
     steps done before it. With ``resume_step`` (the first step to be run) the lines of earlier steps
     are kept and later ones dropped; without it, what an earlier run left in ``run_dir`` is moved
-    aside to metrics.jsonl.1, samples.1 and tensorboard.1. ``enabled=False`` (every rank but 0)
-    writes, shows and times nothing.
+    aside to metrics.jsonl.1, samples.1, tensorboard.1 and trace.1. ``enabled=False`` (every rank
+    but 0) writes and shows nothing; only a trace and a profile are made on other ranks too.
+
+    ``gather`` brings every rank's bytes to rank 0 for a trace (None: there is one rank only);
+    ``step`` and ``summary`` are then collective. ``settings`` is the configuration, shown by
+    trackers.
     """
 
     def __init__(
@@ -56,6 +61,10 @@ class MetricsLogger:
         total_steps: int,
         resume_step: int | None = None,
         enabled: bool = True,
+        *,
+        rank: int = 0,
+        gather: Gather | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         run_dir = Path(run_dir)
         self.metrics_path = run_dir / "metrics.jsonl"
@@ -63,13 +72,22 @@ class MetricsLogger:
         self.tensorboard_dir = run_dir / "tensorboard"
         self._run_dir = run_dir
         self._config = config
+        self._settings = settings or {}
+        self._trace: PhaseTrace | None = None
+        if config.trace:
+            alone = gather or (lambda payload: [payload])
+            self._trace = PhaseTrace(run_dir / "trace" / "trace.json", alone)
+        profiled = config.profile_steps if rank in config.profile_ranks else ()
+        self._profiler = StepProfiler(run_dir / "profile", profiled, rank)
+        self._next_step = resume_step or 0
+        self._in_step = False
         self._total_steps = total_steps
         self._resume_step = resume_step
         self._enabled = enabled
         self._display: Display = Display()
         self._line = StepLine(total_steps)
         self._file: MetricsFile | None = None
-        self._tensorboard: SummaryWriter | None = None
+        self._trackers: list[Tracker] = []
         self._steps: list[dict[str, float | None]] = []
         self._evaluations: list[dict[str, float]] = []
         self._phases: list[str] = []
@@ -88,8 +106,9 @@ class MetricsLogger:
             moved = self._move_earlier_run_aside()
         else:
             self._take_up_earlier_run(self._resume_step)
-        if self._config.tensorboard:
-            self._tensorboard = _summary_writer(self.tensorboard_dir, self._resume_step)
+        self._trackers = build_trackers(
+            self._config, self._run_dir, self._settings, self._resume_step
+        )
         self._file = MetricsFile(self.metrics_path)
         self._run_start = time.monotonic()
         self._display = make_display(
@@ -107,8 +126,9 @@ class MetricsLogger:
         trace: TracebackType | None,
     ) -> None:
         self._display.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._profiler.end()
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
         if self._file is not None:
             self._file.close()
 
@@ -116,14 +136,20 @@ class MetricsLogger:
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of a step as ``time/<name>_s``, summed over its occurrences in that step.
 
-        A step's own time starts with its first phase that is not called ``evaluation``.
+        A step's own time starts with its first phase that is not one of BETWEEN_STEPS.
         """
-        if not self._enabled:
+        if not self._in_step and name not in BETWEEN_STEPS:
+            self._in_step = True
+            self._profiler.begin(self._next_step)
+        traced = self._trace.phase(name, self._next_step) if self._trace else nullcontext()
+        with traced, self._timed(name) if self._enabled else nullcontext():
             yield
-            return
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         start = time.monotonic()
-        if self._step_start is None and name != EVALUATION_PHASE:
-            self._step_start = start  # neither start-up nor an evaluation belongs to the step
+        if self._step_start is None and name not in BETWEEN_STEPS:
+            self._step_start = start  # nor does the start-up belong to the step
         inner = bool(self._phases)
         self._phases.append(name)
         self._display.phase(name)
@@ -140,12 +166,16 @@ class MetricsLogger:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log step number ``step`` (from 0); adds the times since the step before.
 
-        Adds ``time/step_s``, ``time/<phase>_s`` (that of an evaluation which preceded the step too)
-        and, unless given, ``perf/tokens_per_second``: the step's sampled tokens
+        Adds ``time/step_s``, ``time/<phase>_s`` (that of an evaluation or a checkpoint before the
+        step too) and, unless given, ``perf/tokens_per_second``: the step's sampled tokens
         (``rollout/response_tokens``), or else trained ones (``train/tokens``), over its time; and
         ``perf/<phase>_tokens_per_second`` for the phases of PHASE_TOKENS.
         Raises TypeError for a metric that is no number.
         """
+        self._profiler.end()
+        self._in_step, self._next_step = False, step + 1
+        if self._trace is not None:
+            self._trace.flush()
         if not self._enabled:
             return
         now = time.monotonic()
@@ -181,14 +211,21 @@ class MetricsLogger:
         self._evaluations.append(values)
         self._display.show(evaluation_table(step, values, self._evaluations[0]))
 
-    def samples(self, step: int, groups: list[Group]) -> None:
-        """Write the step's first ``samples_per_step`` groups to samples/step_<step>.jsonl."""
+    def samples(
+        self, step: int, groups: list[Group], decode: Callable[[list[int]], str] | None = None
+    ) -> None:
+        """Write the step's first ``samples_per_step`` groups to samples/step_<step>.jsonl.
+
+        With ``decode`` (token ids to text) token by token too.
+        """
         count = self._config.samples_per_step
         if self._enabled and count and groups:
-            write_samples(self.samples_dir, step, groups[:count])
+            write_samples(self.samples_dir, step, groups[:count], decode)
 
     def summary(self) -> None:
         """Show how the run went and where its files are."""
+        if self._trace is not None:
+            self._trace.flush()  # an evaluation after the last step
         if not self._enabled:
             return
         first, last = (self._evaluations[i] if self._evaluations else {} for i in (0, -1))
@@ -198,9 +235,9 @@ class MetricsLogger:
             if total := sum(step.get(name) or 0 for step in self._steps):
                 lines.append(f"{name} in all: {total:,.0f}")
         lines.append(f"metrics      {self.metrics_path}")
-        for title, folder in (("samples", self.samples_dir), ("tensorboard", self.tensorboard_dir)):
-            if folder.exists():
-                lines.append(f"{title:<12} {folder}")
+        for name in ("samples", "tensorboard", "wandb", "mlflow", "trace", "profile"):
+            if (self._run_dir / name).exists():
+                lines.append(f"{name:<12} {self._run_dir / name}")
         self._display.show("\n".join(lines))
 
     def _recent_seconds_per_step(self, last_step_seconds: float) -> float:
@@ -212,15 +249,19 @@ class MetricsLogger:
         if self._file is None:
             raise RuntimeError("MetricsLogger is used outside its `with` block")
         self._file.append(step, values)
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if finite_or_none(value) is not None:
-                    self._tensorboard.add_scalar(name, value, step)
+        finite = {name: v for name, v in values.items() if finite_or_none(v) is not None}
+        for tracker in list(self._trackers):
+            try:
+                tracker.write(step, finite)
+            except Exception as error:  # metrics.jsonl has it all: no reason to stop the run
+                self._trackers.remove(tracker)
+                self._display.show(f"{type(tracker).__name__} is given up at step {step}: {error}")
 
     def _move_earlier_run_aside(self) -> list[Path]:
         if not self.metrics_path.exists() or not self.metrics_path.stat().st_size:
             return []
-        return move_aside([self.metrics_path, self.samples_dir, self.tensorboard_dir])
+        trace_dir = self._run_dir / "trace"
+        return move_aside([self.metrics_path, self.samples_dir, self.tensorboard_dir, trace_dir])
 
     def _take_up_earlier_run(self, resume_step: int) -> None:
         for record in keep_before(self.metrics_path, resume_step):
@@ -231,17 +272,6 @@ class MetricsLogger:
             else:
                 self._steps.append(values)
         drop_samples_from(self.samples_dir, resume_step)
-
-
-def _summary_writer(folder: Path, resume_step: int | None) -> SummaryWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(
-            f"observability.tensorboard=true needs the package tensorboard ({error}); install it "
-            "or set observability.tensorboard=false"
-        ) from error
-    return SummaryWriter(str(folder), purge_step=resume_step, flush_secs=10)
 
 
 def _flattened(results: Mapping[str, Any]) -> dict[str, Any]:

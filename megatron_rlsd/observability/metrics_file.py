@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-GROUP_ORDER = ("rollout", "reward", "algorithm", "teacher", "train", "eval", "perf", "time")
+GROUP_ORDER = (
+    "rollout",
+    "reward",
+    "algorithm",
+    "teacher",
+    "leakage",
+    "train",
+    "eval",
+    "perf",
+    "time",
+)
 EVALUATION_PREFIX = "eval/"
 
 

@@ -3,28 +3,67 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_rlsd.observability.leakage import leakage
 from megatron_rlsd.observability.metrics_file import finite_or_none
-from megatron_rlsd.types import Group, Trajectory
+from megatron_rlsd.observability.token_text import token_texts
+from megatron_rlsd.types import Group, TokenCredit, Trajectory
+
+SIGNIFICANT_DIGITS = 5
 
 
-def write_samples(folder: Path, step: int, groups: list[Group]) -> Path:
-    """One line per trajectory to ``folder``/step_000012.jsonl, in the order of the groups."""
+def write_samples(
+    folder: Path, step: int, groups: list[Group], decode: Callable[[list[int]], str] | None = None
+) -> Path:
+    """One line per trajectory to ``folder``/step_000012.jsonl, in the order of the groups.
+
+    With ``decode`` (token ids to text) each line has its tokens' columns, see ``token_columns``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06d}.jsonl"
-    rows = [sample_row(t) for group in groups for t in group.trajectories]
+    rows = [sample_row(t, decode) for group in groups for t in group.trajectories]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def sample_row(trajectory: Trajectory) -> dict[str, Any]:
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of one step's file. Raises ValueError that names the line that is no sample."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if line:
+            try:
+                row = json.loads(line)
+                row["response"], row["problem_id"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number} is no sample: {line[:80]!r}") from error
+            rows.append(row)
+    return rows
+
+
+def sample_files(folder: Path) -> dict[int, Path]:
+    """Step -> its file, in the order of the steps."""
+    files = {}
+    for path in sorted(folder.glob("step_*.jsonl")):
+        number = path.stem.removeprefix("step_")
+        if number.isdigit():
+            files[int(number)] = path
+    return files
+
+
+def sample_row(
+    trajectory: Trajectory, decode: Callable[[list[int]], str] | None = None
+) -> dict[str, Any]:
     problem, generation, reward = trajectory.problem, trajectory.generation, trajectory.reward
-    return {
+    question = problem.messages[-1]["content"]
+    leaks = leakage(trajectory.response_text, question, problem.answer)
+    row: dict[str, Any] = {
         "problem_id": problem.id,
         "source": problem.source,
-        "question": problem.messages[-1]["content"],
+        "question": question,
         "answer": problem.answer,
         "response": trajectory.response_text,
         "reward": None if reward is None else finite_or_none(reward.value),
@@ -34,12 +73,39 @@ def sample_row(trajectory: Trajectory) -> dict[str, Any]:
         "finish_reason": generation.finish_reason,
         "tokens": len(generation.token_ids),
         "weight_version": generation.weight_version,
+        "leakage": {"phrases": leaks.phrases, "answer_first": leaks.answer_first},
     }
+    if decode is not None:
+        row["token_columns"] = token_columns(trajectory, decode)
+    return row
+
+
+def token_columns(
+    trajectory: Trajectory, decode: Callable[[list[int]], str]
+) -> dict[str, list[Any]]:
+    """Columns of one entry per response token; a number that nobody computed is null.
+
+    ``text`` (joined: the response), ``id``, ``rollout_log_probs`` of the engine, and where the
+    update used the response those of TokenCredit.
+    """
+    generation = trajectory.generation
+    columns: dict[str, list[Any]] = {
+        "id": generation.token_ids,
+        "text": token_texts(decode, generation.token_ids),
+        "rollout_log_probs": [_rounded(value) for value in generation.log_probs],
+    }
+    if trajectory.credit is not None:
+        for name in TokenCredit.__dataclass_fields__:
+            columns[name] = [_rounded(value) for value in getattr(trajectory.credit, name)]
+    return columns
 
 
 def drop_samples_from(folder: Path, step: int) -> None:
     """Remove the files of ``step`` and later, which a resumed run writes again."""
-    for path in folder.glob("step_*.jsonl"):
-        number = path.stem.removeprefix("step_")
-        if number.isdigit() and int(number) >= step:
+    for number, path in sample_files(folder).items():
+        if number >= step:
             path.unlink()
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if math.isfinite(value) else None

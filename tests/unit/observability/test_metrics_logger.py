@@ -229,6 +229,7 @@ def test_samples_hold_what_became_of_each_response(logger: MakeLogger) -> None:
         "finish_reason": "stop",
         "tokens": 3,
         "weight_version": 4,
+        "leakage": {"answer_first": None, "phrases": []},
     }
     assert rows[1]["reward"] is None
     assert rows[2]["advantage"] is None

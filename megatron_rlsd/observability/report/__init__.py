@@ -1,0 +1,6 @@
+"""One self-contained HTML page about one or several runs: curves, phases, credit of tokens."""
+
+from megatron_rlsd.observability.report.page import report_page
+from megatron_rlsd.observability.report.run_data import Limits, run_data
+
+__all__ = ["Limits", "report_page", "run_data"]

@@ -1,0 +1,90 @@
+// Where the time went: stacked bars by step, and one step's phases on every rank.
+
+function showPhases(runs) {
+  const phaseNames = [...new Set(runs.flatMap((run) => [
+    ...Object.keys(run.phases.seconds),
+    ...(run.trace ? run.trace.steps.flatMap((step) => step.events.map((event) => event[1])) : []),
+  ]))];
+  const colours = new Map([...phaseNames, "other"].map((name, index) => [name, colourOf(index)]));
+  fillSelect(byId("phase-run"), runs.map((run, index) => [index, run.name]));
+
+  function draw() {
+    const run = runs[byId("phase-run").value];
+    byId("phase-legend").replaceChildren(...[...colours].map(([name, colour]) => swatch(colour, name)));
+    byId("phase-chart").replaceChildren(phaseBars(run.phases, colours));
+    byId("trace").hidden = !(run.trace && run.trace.steps.length);
+    if (!byId("trace").hidden) {
+      fillSelect(byId("trace-step"), run.trace.steps.map((step, index) => [index, step.step]));
+      byId("trace-step").value = run.trace.steps.length - 1;
+      const cut = run.trace.shown_ranks < run.trace.ranks;
+      byId("trace-note").textContent = cut ? `the first ${run.trace.shown_ranks} of ${run.trace.ranks} ranks` : "";
+      drawTrace();
+    }
+  }
+
+  function drawTrace() {
+    const trace = runs[byId("phase-run").value].trace;
+    byId("trace-chart").replaceChildren(rankRows(trace.steps[byId("trace-step").value], trace.shown_ranks, colours));
+  }
+
+  byId("phase-run").addEventListener("change", draw);
+  byId("trace-step").addEventListener("change", drawTrace);
+  draw();
+}
+
+function phaseBars(phases, colours) {
+  const columns = { ...phases.seconds, other: phases.other };
+  const totals = phases.steps.map((_, i) => Object.values(columns).reduce((sum, column) => sum + column[i], 0));
+  const width = 1200, height = 190, left = 44, bottom = 18, top = 6;
+  const highest = Math.max(...totals, 1e-9);
+  const y = (seconds) => top + (1 - seconds / highest) * (height - top - bottom);
+  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "phase-bars" });
+  for (const value of ticks(0, highest, 4)) {
+    drawing.append(svg("line", { class: "axis", x1: left, x2: width, y1: y(value), y2: y(value) }),
+      svg("text", { x: left - 4, y: y(value) + 3, "text-anchor": "end" }, `${number(value, 3)} s`));
+  }
+  const slot = (width - left) / Math.max(1, phases.steps.length);
+  const label = Math.ceil(phases.steps.length / 12);
+  phases.steps.forEach(([first, last], i) => {
+    let below = 0;
+    const bar = svg("g", {});
+    for (const [name, column] of Object.entries(columns)) {
+      if (column[i] > 0) {
+        bar.append(svg("rect", { x: left + i * slot + slot * 0.06, width: slot * 0.88,
+          y: y(below + column[i]), height: y(below) - y(below + column[i]), fill: colours.get(name) }));
+      }
+      below += column[i];
+    }
+    const title = first === last ? `step ${first}` : `steps ${first} to ${last}, means`;
+    bar.addEventListener("mousemove", (event) => tip.show(event, element("b", {}, title), numberTable([
+      ...Object.entries(columns).map(([name, column]) => [name, `${number(column[i], 3)} s`, colours.get(name)]),
+      ["step", `${number(totals[i], 3)} s`]])));
+    bar.addEventListener("mouseleave", tip.hide);
+    drawing.append(bar);
+    if (i % label === 0) drawing.append(svg("text", { x: left + (i + 0.5) * slot, y: height - 4, "text-anchor": "middle" }, String(first)));
+  });
+  return drawing;
+}
+
+function rankRows(step, ranks, colours) {
+  const row = 18, width = 1200, left = 60;
+  const end = Math.max(...step.events.map(([, , start, length]) => start + length), 1e-6);
+  const x = (ms) => left + ms / end * (width - left);
+  const drawing = svg("svg", { viewBox: `0 0 ${width} ${ranks * row + 18}`, class: "rank-rows" });
+  for (let rank = 0; rank < ranks; rank++) {
+    drawing.append(svg("text", { x: left - 6, y: rank * row + 12, "text-anchor": "end" }, `rank ${rank}`));
+  }
+  for (const [rank, name, start, length, depth] of step.events) {
+    const inset = Math.min(depth, 3) * 4;  // a phase within another is drawn lower inside it
+    const bar = svg("rect", { x: x(start), width: Math.max(0.7, x(start + length) - x(start)), y: rank * row + 1 + inset,
+      height: row - 3 - inset, fill: colours.get(name), "data-phase": name });
+    bar.addEventListener("mousemove", (event) => tip.show(event, element("b", {}, `${name} on rank ${rank}`),
+      numberTable([["starts", `${number(start)} ms`], ["takes", `${number(length)} ms`]])));
+    bar.addEventListener("mouseleave", tip.hide);
+    drawing.append(bar);
+  }
+  for (const value of ticks(0, end, 6)) {
+    drawing.append(svg("text", { x: x(value), y: ranks * row + 13, "text-anchor": "middle" }, `${number(value, 3)} ms`));
+  }
+  return drawing;
+}
