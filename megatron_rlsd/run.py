@@ -8,13 +8,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.model import model_shape
+from megatron_rlsd.checkpoint.manifest import CheckpointError
+from megatron_rlsd.checkpoint.start import Program
 from megatron_rlsd.config import Config, ConfigError, dump_config, load_config
+from megatron_rlsd.continuity import Continuity, continuity
+from megatron_rlsd.credit import CreditCollector, attach_credit
 from megatron_rlsd.data import (
     DataError,
     PromptBuilder,
@@ -24,26 +27,44 @@ from megatron_rlsd.data import (
     evaluation_problems,
     load_tokenizer,
 )
+from megatron_rlsd.engines import Publisher, TrainerEngine, rollout_engine
 from megatron_rlsd.evaluation import evaluate
-from megatron_rlsd.experience import Experience, ExperienceError, train_batch
+from megatron_rlsd.experience import Experience, ExperienceError, train_batch, trained
 from megatron_rlsd.hf_bridge import (
     HFBridgeError,
     family_for,
     load_hf_config,
     save_hf_folder,
 )
+from megatron_rlsd.lifecycle import (
+    EXIT_FAILED,
+    EXIT_LOST_RANK,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    LostRankError,
+    Preempted,
+    stop_with_launcher,
+    write_status,
+)
 from megatron_rlsd.observability import MetricsLogger
-from megatron_rlsd.parallel.exchange import broadcast_bytes, pack_train_batch, unpack_train_batch
+from megatron_rlsd.parallel.exchange import (
+    broadcast_bytes,
+    gather_bytes,
+    pack_train_batch,
+    unpack_train_batch,
+)
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
 from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.platform import PlatformError
+from megatron_rlsd.recording import BadStepsError, RecordingError
 from megatron_rlsd.rewards import RewardError, RewardPool
-from megatron_rlsd.rollout.collective import CollectiveEngine
-from megatron_rlsd.rollout.embedded import EmbeddedEngine
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.types import Group, Problem, TrainBatch
+from megatron_rlsd.weight_sync import WeightSyncError
 
 USER_ERRORS = (
+    BadStepsError,
+    CheckpointError,
     ConfigError,
     DataError,
     EngineError,
@@ -51,8 +72,10 @@ USER_ERRORS = (
     HFBridgeError,
     LayoutError,
     PlatformError,
+    RecordingError,
     RewardError,
     TokenizerError,
+    WeightSyncError,
 )
 """What a user can mend: reported by message, without a traceback."""
 
@@ -67,9 +90,17 @@ class Run:
     prompts: PromptBuilder
     actor: Actor
     log: MetricsLogger
-    engine: CollectiveEngine
+    engine: TrainerEngine
     experience: Experience | None
     eval_problems: dict[str, list[Problem]]
+    continuity: Continuity
+    publisher: Publisher
+
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """A part of a step: timed, and known to the other ranks' watchdogs."""
+        with self.continuity.watchdog.phase(name, step), self.log.phase(name):
+            yield
 
     def rollout(self, step: int) -> tuple[list[Group], TrainBatch, dict[str, float]]:
         """Sampled and rewarded: groups and metrics on rank 0, the batch on every rank."""
@@ -83,9 +114,9 @@ class Run:
         batch = unpack_train_batch(broadcast_bytes(payload, self.groups.control))
         return groups, batch, metrics
 
-    def publish_weights(self, version: int) -> None:
-        """Hand the actor's current weights to the rollout engine."""
-        self.engine.update_weights(self.actor.hf_tensors(), version)
+    def publish_weights(self, version: int) -> dict[str, float]:
+        """Hand the actor's current weights to the rollout engine; metrics on rank 0."""
+        return self.publisher.publish(self.actor, version)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluate the published weights on the held-out problems, after ``step`` steps.
@@ -101,9 +132,25 @@ class Run:
             self.log.evaluation(step, results)
             return json.dumps(results).encode()
 
-        with self.log.phase("evaluation"):
+        with self.phase("evaluation", step):
             payload = self.engine.run_on_rank_zero(work)
             return json.loads(broadcast_bytes(payload, self.groups.control))
+
+    def log_samples(self, step: int, groups: list[Group], credit: CreditCollector) -> None:
+        """Dump the step's first groups with what the update made of each token."""
+        if self.config.observability.samples_per_step:
+            payloads = gather_bytes(credit.pack(), self.groups.control)
+            if payloads is not None:
+                attach_credit(trained(groups), payloads)
+            self.log.samples(step, groups, self.tokenizer.decode)
+
+    def exported(self, name: str) -> bool:
+        """Was run_dir/hf/``name`` written before this run was resumed? The same on all ranks."""
+        found = (
+            self.continuity.start.continues
+            and (Path(self.config.run_dir) / "hf" / name / "config.json").is_file()
+        )
+        return broadcast_bytes(b"1" if found else b"", self.groups.control) == b"1"
 
     def export_hf(self, name: str) -> Path:
         """Write the current weights as a HF folder run_dir/hf/``name``."""
@@ -118,8 +165,13 @@ class Run:
 
 
 @contextmanager
-def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterator[Run]:
-    """Build every part on every rank; rank 0 also gets the data, the rewards and the logger."""
+def assemble(
+    config: Config, *, total_updates: int | None, total_steps: int, program: Program = "train"
+) -> Iterator[Run]:
+    """Build every part on every rank; rank 0 also gets the data, the rewards and the logger.
+
+    ``total_updates`` None: the actor gets no optimizer.
+    """
     hf_path = Path(config.model.hf_path)
     hf_config = load_hf_config(hf_path)
     family = family_for(hf_config)
@@ -132,6 +184,7 @@ def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterato
                 seed=config.train.seed,
             )
         )
+        kept = stack.enter_context(continuity(config, hf_config, groups, program))
         tokenizer = load_tokenizer(config.tokenizer, hf_path)
         if tokenizer.vocab_size > hf_config["vocab_size"]:
             raise TokenizerError(
@@ -144,17 +197,18 @@ def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterato
             run_dir.mkdir(parents=True, exist_ok=True)
             dump_config(config, run_dir / "config.yaml")
         log = stack.enter_context(
-            MetricsLogger(run_dir, config.observability, total_steps, enabled=groups.rank == 0)
+            MetricsLogger(
+                run_dir,
+                config.observability,
+                total_steps,
+                resume_step=kept.start.step if kept.start.continues else None,
+                enabled=groups.rank == 0,
+                rank=groups.rank,
+                gather=partial(gather_bytes, group=groups.control),
+                settings=config.model_dump(mode="json"),
+            )
         )
-        replica = EmbeddedEngine(
-            hf_path,
-            getattr(torch, config.model.dtype),
-            config.rollout.embedded.max_batch_size,
-            device=groups.device,
-            load_weights=False,
-        )
-        engine = CollectiveEngine(replica, groups.control)
-        stack.callback(engine.close)
+        engine, publisher = stack.enter_context(rollout_engine(config, groups, hf_config, prompts))
         rewards, experience, eval_problems = None, None, {}
         if groups.rank == 0:
             # Its workers import their libraries while the model is built.
@@ -170,7 +224,11 @@ def assemble(config: Config, *, total_updates: int, total_steps: int) -> Iterato
         actor = Actor(config, family, hf_config, groups, total_updates)
         if rewards is not None:
             rewards.wait_until_ready()
-        yield Run(config, groups, tokenizer, prompts, actor, log, engine, experience, eval_problems)
+        yield Run(
+            *(config, groups, tokenizer, prompts, actor, log, engine, experience, eval_problems),
+            continuity=kept,
+            publisher=publisher,
+        )
 
 
 def main(command: Callable[[Config], None], argv: list[str], usage: str) -> int:
@@ -179,11 +237,24 @@ def main(command: Callable[[Config], None], argv: list[str], usage: str) -> int:
         print(usage)
         return 0 if argv else 2
     try:
-        command(load_config(argv[0], argv[1:]))
-    except USER_ERRORS as error:
+        config = load_config(argv[0], argv[1:])
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception:
+        return EXIT_USER_ERROR
+    stop_with_launcher()
+    write_status(config.run_dir, None)
+    status, code, message = "finished", 0, ""
+    try:
+        command(config)
+    except Preempted as stop:
+        status, code, message = "preempted", EXIT_PREEMPTED, str(stop)
+        print(f"{message}; exit code {code}", file=sys.stderr)
+    except USER_ERRORS as error:
+        status, code, message = "failed", EXIT_USER_ERROR, f"error: {error}"
+        print(message, file=sys.stderr)
+    except Exception as error:
+        code = EXIT_LOST_RANK if isinstance(error, LostRankError) else EXIT_FAILED
+        status, message = "failed", f"{type(error).__name__}: {error}"
         traceback.print_exc()
-        return 1
-    return 0
+    write_status(config.run_dir, status, code, message)
+    return code

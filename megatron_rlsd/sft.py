@@ -14,7 +14,8 @@ import sys
 import torch
 
 from megatron_rlsd.actor.actor import Actor, TokenValues, UpdateResult
-from megatron_rlsd.actor.packing import Sequence, balanced_partition
+from megatron_rlsd.actor.balance import balanced_partition
+from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import DataError, ProblemSource, PromptBuilder, PromptTooLong, build_sources
 from megatron_rlsd.ops import PolicyLossConfig
@@ -24,17 +25,18 @@ from megatron_rlsd.run import assemble, main
 def train(config: Config) -> None:
     """Run ``sft.steps`` steps and write the weights to run_dir/hf/final."""
     steps = config.sft.steps
-    with assemble(config, total_updates=steps, total_steps=steps) as run:
+    with assemble(config, total_updates=steps, total_steps=steps, program="sft") as run:
         # Every rank draws the same examples; each keeps its data-parallel share.
         source = build_sources(config.data.train, config.train.seed)
-        run.publish_weights(version=0)
-        if config.eval.at_start:
+        start = run.continuity.resume(run.actor, {}, source)
+        run.publish_weights(version=start)
+        if config.eval.at_start and start == 0:
             run.evaluate(step=0)
-        done, evaluated = 0, -1
+        done, evaluated = start, -1
         while done < steps:
-            with run.log.phase("data"):
+            with run.phase("data", done):
                 batch = draw_examples(config, source, run.prompts, done)
-            with run.log.phase("update"):
+            with run.phase("update", done):
                 result = supervised_update(run.actor, batch)
             run.log.step(done, sft_metrics(result))
             done += 1
@@ -43,6 +45,7 @@ def train(config: Config) -> None:
                 results, evaluated = run.evaluate(done), done
                 if reached(results, config.sft.stop_at_accuracy):
                     break
+            run.continuity.end_of_step(done, last=done == steps)
         if evaluated != done:
             run.publish_weights(version=done)
             run.evaluate(done)

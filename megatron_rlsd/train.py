@@ -18,38 +18,35 @@ from megatron_rlsd.run import assemble, main
 
 def train(config: Config) -> None:
     """Run ``train.steps`` steps; see megatron_rlsd/config.py for every setting."""
-    rollouts = config.train.steps
-    trajectories = config.rollout.prompts_per_step * config.rollout.n_samples_per_prompt
-    updates = trajectories // (config.train.global_batch_size or trajectories)
-    total_updates = rollouts * updates * config.train.epochs_per_rollout
-
-    with assemble(config, total_updates=total_updates, total_steps=rollouts) as run:
+    steps = config.train.steps
+    with assemble(config, total_updates=total_updates(config), total_steps=steps) as run:
         learner = Learner(config, run.actor)
-        log = run.log
-        run.publish_weights(version=0)
-        if config.eval.at_start:
+        start = run.continuity.resume(run.actor, learner.snapshots(), run.experience)
+        run.publish_weights(version=start)
+        if config.eval.at_start and start == 0:
             run.evaluate(step=0)
 
-        for step in range(config.train.steps):
+        for step in range(start, steps):
             rlsd_lambda = lambda_at(step, config.algorithm)
 
-            with log.phase("rollout"):
+            with run.phase("rollout", step):
                 groups, batch, metrics = run.rollout(step)
 
-            with log.phase("score"):
+            with run.phase("score", step):
                 splits = learner.split(batch, step)
                 scores = learner.score(batch, splits, rlsd_lambda)
 
-            with log.phase("update"):
+            with run.phase("update", step):
                 metrics |= learner.update(batch, splits, scores, rlsd_lambda)
+                run.continuity.record(step, batch, scores, rlsd_lambda, metrics)
                 learner.teacher.after_step(step)
 
-            with log.phase("weight_sync"):
-                run.publish_weights(version=step + 1)
+            with run.phase("weight_sync", step):
+                metrics |= run.publish_weights(version=step + 1)
 
             metrics["algorithm/lambda"] = rlsd_lambda
-            log.samples(step, groups)
-            log.step(step, metrics)
+            run.log_samples(step, groups, learner.credit)
+            run.log.step(step, metrics)
 
             done = step + 1
             if config.eval.interval and done % config.eval.interval == 0:
@@ -58,11 +55,21 @@ def train(config: Config) -> None:
                 done % config.checkpoint.hf_export_interval == 0
             ):
                 run.export_hf(f"step_{done}")
+            with run.phase("checkpoint", step):
+                run.continuity.end_of_step(done, last=done == steps)
 
-        if not config.eval.interval or config.train.steps % config.eval.interval:
-            run.evaluate(config.train.steps)
-        run.export_hf("final")
-        log.summary()
+        if start < steps or not run.exported("final"):
+            if not config.eval.interval or steps % config.eval.interval:
+                run.evaluate(steps)
+            run.export_hf("final")
+        run.log.summary()
+
+
+def total_updates(config: Config) -> int:
+    """Optimizer steps of the whole run, over which the learning rate is scheduled."""
+    trajectories = config.rollout.prompts_per_step * config.rollout.n_samples_per_prompt
+    updates = trajectories // (config.train.global_batch_size or trajectories)
+    return config.train.steps * updates * config.train.epochs_per_rollout
 
 
 if __name__ == "__main__":

@@ -93,6 +93,27 @@ class RewardResult:
     """Function name -> why it counted 0: an exception, a time-out, a value that is no number."""
 
 
+@dataclass(frozen=True)
+class TokenCredit:
+    """What the update made of each response token, kept for the sample dump.
+
+    All [T] floats; NaN where the update did not score the token (a trajectory without advantage)
+    or, for the teacher's two, where the teacher did not.
+    """
+
+    log_probs: list[float]
+    """Of the policy at the first update that used the token."""
+    teacher_log_probs: list[float]
+    gain: list[float]
+    """Privileged information gain: teacher_log_probs - log_probs."""
+    evidence_weight: list[float]
+    """exp(sign(A) gain) before its clip; 1 where the teacher did not score the token."""
+    advantages: list[float]
+    """A^, the advantage that the loss gave the token."""
+    entropy: list[float]
+    """Of the policy at the token, in nats."""
+
+
 @dataclass
 class Trajectory:
     """One sampled response on its way through reward, advantage and update."""
@@ -107,6 +128,8 @@ class Trajectory:
     response_text: str = ""
     reward: RewardResult | None = None
     advantage: float = 0.0
+    credit: TokenCredit | None = None
+    """Set on rank 0, after the update, for the trajectories that are dumped."""
 
 
 @dataclass

@@ -33,6 +33,11 @@ class WeightSnapshot:
         }
         self.refresh()
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The snapshot itself by parameter name, for checkpoints."""
+        return self._values
+
     def refresh(self) -> None:
         """Take over the parameters' current values."""
         for name, parameter in self._parameters.items():
@@ -77,6 +82,11 @@ class Teacher:
         if config.mode != "live":
             dtype = torch.float32 if config.mode == "ema" else None
             self._snapshot = WeightSnapshot(parameters, dtype)
+
+    @property
+    def snapshot(self) -> WeightSnapshot | None:
+        """The teacher's own weights; None where it is the student."""
+        return self._snapshot
 
     @contextmanager
     def applied(self) -> Iterator[None]:

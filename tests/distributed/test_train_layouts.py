@@ -27,6 +27,7 @@ def test_four_processes_take_the_steps_of_one(make_config, tmp_path):
     for processes, layout in [
         (1, ()),
         (2, ("parallel.tensor=2", "parallel.sequence=true")),
+        (2, ("parallel.context=2",)),
         (4, ("parallel.tensor=2", "parallel.pipeline=2")),
         (4, ("parallel.pipeline=2", "optimizer.distributed=true")),
     ]:

@@ -87,3 +87,17 @@ def test_missing_files_and_bad_yaml(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="mapping of config sections, got list"):
         load_config(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize("override", ["rollout.top_p=0.9", "rollout.top_k=50"])
+def test_truncated_sampling_is_refused_with_the_reason(write, override):
+    with pytest.raises(ConfigError, match=r"rollout: .*top_p=1 and top_k=0.*full softmax"):
+        load_config(write(), [override])
+
+
+def test_servers_must_be_given_up_before_the_other_ranks_give_up_rank_zero(write):
+    overrides = ["rollout.engine=sglang", "rollout.sglang.generate_timeout_seconds=1800"]
+    with pytest.raises(ConfigError, match=r"generate_timeout_seconds=1800 must be below distr"):
+        load_config(write(), overrides)
+    load_config(write(), [*overrides, "distributed.timeout_seconds=1900"])
+    load_config(write(), overrides[1:])

@@ -1,0 +1,182 @@
+"""Saving the whole state of a run, and setting a run to a saved state."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.checkpoint import manifest as manifests
+from megatron_rlsd.checkpoint.manifest import Manifest
+from megatron_rlsd.checkpoint.optimizer_state import (
+    optimizer_shards,
+    reload_master_weights,
+    set_steps_taken,
+    steps_taken,
+)
+from megatron_rlsd.checkpoint.rng import pack_rng_state, unpack_rng_state
+from megatron_rlsd.checkpoint.sharding import (
+    model_pieces,
+    model_tensors,
+    optimizer_tensors,
+    snapshot_tensors,
+)
+from megatron_rlsd.checkpoint.start import STATE_NAME, Start, checkpoints_of
+from megatron_rlsd.checkpoint.storage import PendingSave, load_into, start_save
+from megatron_rlsd.config import Config
+from megatron_rlsd.hf_bridge.writer import COPIED_FILES
+from megatron_rlsd.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds; the tensors are the live ones."""
+
+    actor: Actor
+    snapshots: Mapping[str, Mapping[str, Tensor]]
+    """Prefix (``teacher``, ``reference``) -> a tensor for each of the actor's parameters."""
+    host: Callable[[], dict[str, Any]]
+    """JSON data of rank 0: data position, groups under way, counters."""
+
+
+class Checkpointer:
+    """Writes run_dir/checkpoints/step_N; one save at a time, in the background if so configured.
+
+    Every method is collective.
+    """
+
+    def __init__(self, config: Config, groups: ParallelGroups) -> None:
+        self._config, self._groups = config, groups
+        self._folder = checkpoints_of(config)
+        self._pending: tuple[PendingSave, Path, Path, int] | None = None
+
+    @property
+    def written(self) -> bool:
+        """Has this rank nothing left to write? True as well without a save under way."""
+        return self._pending is None or self._pending[0].written
+
+    def due(self, step: int) -> bool:
+        """Is a checkpoint wanted after ``step`` steps?"""
+        interval = self._config.checkpoint.interval
+        return bool(interval) and step % interval == 0
+
+    def save(self, state: TrainingState, step: int, folder: Path | None = None) -> None:
+        """Save the state after ``step`` steps; a save still under way is finished first.
+
+        Returns when it is written, or under ``checkpoint.async_save`` when it has been copied.
+        """
+        self.finish()
+        out = (folder or self._folder / f"step_{step:08d}").absolute()
+        partial = out.parent / f".{out.name}.partial"
+        if self._groups.rank == 0:
+            manifests.fresh_partial(out)
+        dist.barrier(self._groups.control)
+        pending = start_save(
+            _tensors(state), partial, background=self._config.checkpoint.async_save
+        )
+        # A rank without parameters counts no steps, so the count is agreed on.
+        taken = torch.tensor([steps_taken(state.actor.optimizer)])
+        dist.all_reduce(taken, dist.ReduceOp.MAX, group=self._groups.control)
+        if self._groups.rank == 0:
+            content = {
+                "step": step,
+                "config": self._config.model_dump(mode="json"),
+                "optimizer_steps": int(taken),
+                "scheduler_steps": state.actor.scheduler.num_steps,
+                **state.host(),
+            }
+            (partial / STATE_NAME).write_text(json.dumps(content, indent=1))
+            self._write_model_files(partial / "hf")
+        rng = partial / _rng_name(self._groups.rank)
+        rng.parent.mkdir(exist_ok=True)
+        rng.write_bytes(pack_rng_state())
+        self._pending = (pending, partial, out, step)
+        if not self._config.checkpoint.async_save:
+            self.finish()
+
+    def finish(self) -> None:
+        """Complete the save under way, if any; waits for what is not ``written`` yet."""
+        if self._pending is None:
+            return
+        pending, partial, out, step = self._pending
+        self._pending = None
+        pending.finish()
+        if self._groups.rank == 0:
+            manifests.write_manifest(partial, Manifest("training", step, self._layout()))
+            manifests.put_in_place(partial, out)
+            if out.parent == self._folder.absolute():
+                self._remove_old()
+
+    def load(self, state: TrainingState, start: Start) -> dict[str, Any]:
+        """Set the run to where it starts; returns the JSON data (empty for weights alone).
+
+        Loading weights alone refreshes the snapshots from them: training begins there.
+        """
+        if start.folder is None:
+            return {}
+        folder = Path(start.folder)
+        if start.kind == "weights":
+            self.load_weights(state.actor, folder)
+            for snapshot in state.snapshots.values():
+                for name, parameter in state.actor.parameters().items():
+                    snapshot[name].copy_(parameter.detach())
+            return {}
+        content = json.loads((folder / STATE_NAME).read_text())
+        load_into(_tensors(state), folder)
+        set_steps_taken(state.actor.optimizer, content["optimizer_steps"])
+        scheduler = state.actor.scheduler
+        scheduler.step(increment=content["scheduler_steps"] - scheduler.num_steps)
+        if manifests.read_manifest(folder).layout == self._layout():
+            unpack_rng_state((folder / _rng_name(self._groups.rank)).read_bytes())
+        return content
+
+    def load_weights(self, actor: Actor, folder: Path) -> None:
+        """The model alone, from a checkpoint of either kind."""
+        pieces = model_pieces(actor.chunks, self._groups)
+        load_into(model_tensors(pieces), folder)
+        if actor.trains:
+            reload_master_weights(actor.optimizer)
+
+    def _layout(self) -> dict[str, int]:
+        sizes = self._config.parallel.model_dump()
+        layout = {name: int(size) for name, size in sizes.items() if size is not None}
+        return layout | {"world_size": self._groups.world_size}
+
+    def _write_model_files(self, folder: Path) -> None:
+        """config.json, tokenizer and generation files: what a HF export needs besides weights."""
+        source = Path(self._config.model.hf_path)
+        folder.mkdir()
+        for pattern in ("config.json", *COPIED_FILES):
+            for path in source.glob(pattern):
+                if path.is_dir():
+                    shutil.copytree(path, folder / path.name)
+                else:
+                    shutil.copyfile(path, folder / path.name)
+
+    def _remove_old(self) -> None:
+        keep = self._config.checkpoint.keep
+        if keep is not None:
+            for folder, _ in manifests.whole_checkpoints(self._folder)[:-keep]:
+                manifests.remove(folder)
+
+
+def _tensors(state: TrainingState) -> list[ShardedTensor]:
+    actor = state.actor
+    pieces = model_pieces(actor.chunks, actor.groups)
+    tensors = model_tensors(pieces)
+    for prefix, snapshot in state.snapshots.items():
+        tensors += snapshot_tensors(prefix, snapshot, actor.parameters(), pieces)
+    return tensors + optimizer_tensors(optimizer_shards(actor.optimizer), pieces)
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng/rank_{rank:05d}.safetensors"

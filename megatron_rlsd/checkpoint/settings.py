@@ -1,0 +1,72 @@
+"""Which settings a resumed run may change: those that must agree are named, the others told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_rlsd.checkpoint.manifest import CheckpointError
+
+MUST_AGREE = {
+    "model.dtype": "the weights and the optimizer's masters are kept in it",
+    "teacher.mode": "its weights are part of the checkpoint",
+    "train.seed": "the samples and the order of the data follow from it",
+}
+"""Setting -> why a run cannot go on with another value."""
+
+NOT_THE_MODEL = (
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+    "torch_dtype", "transformers_version", "use_cache",
+)  # fmt: skip
+"""Keys of a HF config.json that say nothing about the weights."""
+
+UNTOLD = ("run_dir", "train.resume", "observability", "distributed")
+"""Changes nobody needs to be told of."""
+
+
+def check_model(saved: dict[str, Any], current: dict[str, Any], folder: object) -> None:
+    """Compare two HF configs; CheckpointError names every key whose value differs."""
+    different = [
+        f"{key}: {saved[key]!r} in the checkpoint, {current[key]!r} in model.hf_path"
+        for key in sorted(saved.keys() & current.keys() - set(NOT_THE_MODEL))
+        if saved[key] != current[key]
+    ]
+    if different:
+        raise CheckpointError(f"{folder} holds another model:\n  " + "\n  ".join(different))
+
+
+def check_settings(saved: dict[str, Any], current: dict[str, Any], folder: object) -> list[str]:
+    """Compare two configurations (plain data); returns a line for every harmless difference.
+
+    Raises CheckpointError that names each setting which the run cannot go on with.
+    """
+    before, now = _flat(saved), _flat(current)
+    refused = [
+        f"{key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} configured; {reason}"
+        for key, reason in MUST_AGREE.items()
+        if before.get(key) != now.get(key)
+    ]
+    kl = "algorithm.kl_coef"
+    if now.get(kl) and not before.get(kl):
+        refused.append(
+            f"{kl}: {before.get(kl)!r} in the checkpoint, {now.get(kl)!r} configured; the "
+            "checkpoint has no reference weights"
+        )
+    if refused:
+        raise CheckpointError(
+            f"{folder} belongs to a run with other settings:\n  " + "\n  ".join(refused)
+        )
+    return [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(UNTOLD)
+    ]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

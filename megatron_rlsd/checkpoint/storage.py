@@ -1,0 +1,148 @@
+"""Writing and reading Megatron's distributed checkpoint format (torch_dist), without processes.
+
+Megatron plans a save and leaves the writing to forked processes, with an interpreter spawned per
+rank for their answers. Here one thread of the rank writes the same files: nothing is forked beside
+CUDA or gloo threads, and nothing can outlive the trainer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import queue
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_rlsd.checkpoint.manifest import CheckpointError
+
+FILE_BYTES = 1 << 30
+"""A rank's tensors go to files of about this size; staged one by one beside a GPU."""
+
+
+class PendingSave:
+    """A save that has been planned on all ranks and is being written by this one."""
+
+    def __init__(self, request: Any, tensors: Sequence[ShardedTensor], background: bool) -> None:
+        self._finalize = list(request.finalize_fns)
+        # A rank without anything to write gets no function and no arguments.
+        buckets: list[Any] = []
+        transforms: list[Any] = []
+        self._results: Any = None
+        if request.async_fn is not None:
+            _, buckets, self._results = request.async_fn_args
+            transforms = request.async_fn.args[0]
+        work = (transforms, buckets, background)
+        self._thread: threading.Thread | None = None
+        if background:
+            # Training changes its tensors while the thread writes, so it gets copies.
+            buckets[:] = _copied(buckets, {_memory(t.data) for t in tensors})
+            self._thread = threading.Thread(
+                target=self._write, args=work, name="checkpoint-writer", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(*work)
+
+    @property
+    def written(self) -> bool:
+        """Has this rank written its files?"""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """On all ranks, once all have ``written``: rank 0 writes the metadata over all files.
+
+        Raises CheckpointError where any rank could not write.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            for function in self._finalize:
+                function()
+        except CheckpointException as error:
+            raise CheckpointError(f"the checkpoint could not be written: {error}") from error
+
+    def _write(self, transforms: Any, buckets: list[Any], staged: bool) -> None:
+        outcome: Any = {}
+        for number in range(len(buckets)):
+            bucket = buckets[number] if staged else _on_cpu(buckets[number])
+            answers: queue.Queue[Any] = queue.Queue()
+            counter: queue.Queue[Any] = queue.Queue()
+            counter.put(number)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, number, bucket, answers, counter, use_fsync=True
+            )
+            _, answer = answers.get()
+            if isinstance(answer, Exception):
+                outcome = answer
+                break
+            outcome[number] = answer
+            buckets[number] = None  # its copy is not needed any more
+        if self._results is not None:
+            self._results.put(outcome)
+
+
+def start_save(tensors: Sequence[ShardedTensor], folder: Path, *, background: bool) -> PendingSave:
+    """Plan a save over all ranks into an existing folder, and write (or begin to write) it."""
+    local_bytes = sum(t.data.nbytes for t in tensors)
+    # Megatron would start a manager process for this queue.
+    filesystem_async._results_queue = queue.Queue()
+    options: dict[str, Any] = {}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        options["async_strategy"] = "mcore"  # from 0.17 on; its default needs another package
+    request = dist_checkpointing.save(
+        _by_number(tensors),
+        str(folder),
+        TorchDistSaveShardedStrategy(
+            "torch_dist", 1, thread_count=max(1, -(-local_bytes // FILE_BYTES))
+        ),
+        async_sharded_save=True,
+        **options,
+    )
+    return PendingSave(request, tensors, background)
+
+
+def load_into(tensors: Sequence[ShardedTensor], folder: Path) -> None:
+    """Fill the tensors in place from a checkpoint written at any layout.
+
+    Raises CheckpointError that names a tensor which is missing or has another shape.
+    """
+    try:
+        dist_checkpointing.load(_by_number(tensors), str(folder), validate_access_integrity=False)
+    except (CheckpointingException, CheckpointException, KeyError, ValueError) as error:
+        reason = str(error).strip("'\"")
+        raise CheckpointError(f"{folder} does not fit this model: {reason:.2000}") from error
+
+
+def _by_number(tensors: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:
+    return {str(number): tensor for number, tensor in enumerate(tensors)}
+
+
+def _memory(tensor: Any) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _copied(buckets: list[Any], live: set[int]) -> list[Any]:
+    """The buckets with every tensor that shares memory with the trainer's copied to the host."""
+
+    def copy(tensor: Any) -> Any:
+        if not tensor.is_cpu:
+            return tensor.to("cpu")
+        return tensor.clone() if _memory(tensor) in live else tensor
+
+    return [
+        (file, key, (data, [(item, copy(tensor)) for item, tensor in tensors]))
+        for file, key, (data, tensors) in buckets
+    ]
+
+
+def _on_cpu(bucket: Any) -> Any:
+    file, key, (data, tensors) = bucket
+    return file, key, (data, [(item, tensor.to("cpu")) for item, tensor in tensors])

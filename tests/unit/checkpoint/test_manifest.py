@@ -1,0 +1,90 @@
+"""Only a whole checkpoint is taken for one, whatever a killed process left behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_rlsd.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    atomic_folder,
+    clean_up,
+    last_whole,
+    read_manifest,
+    remove,
+    write_manifest,
+)
+
+
+def checkpoint(folder, step, content=b"0123456789"):
+    with atomic_folder(folder) as partial:
+        (partial / "shard").write_bytes(content)
+        write_manifest(partial, Manifest("training", step, {"tensor": 2}))
+    return folder
+
+
+def test_what_is_written_is_read(tmp_path):
+    manifest = read_manifest(checkpoint(tmp_path / "a", 7))
+    assert (manifest.kind, manifest.step, manifest.layout) == ("training", 7, {"tensor": 2})
+    assert {"megatron_rlsd", "megatron-core", "torch"} <= manifest.versions.keys()
+
+
+def test_an_error_leaves_nothing_and_keeps_the_older_folder(tmp_path):
+    old = checkpoint(tmp_path / "a", 1)
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "a") as partial:
+        (partial / "no such folder" / "shard").write_bytes(b"new")
+    assert read_manifest(old).step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_cut_short_or_missing_is_named(tmp_path):
+    folder = checkpoint(tmp_path / "a", 1)
+    (folder / "shard").write_bytes(b"0123")
+    with pytest.raises(CheckpointError, match="shard has 4 bytes, expected 10"):
+        read_manifest(folder)
+    (folder / "shard").unlink()
+    with pytest.raises(CheckpointError, match="shard is missing"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2; this version reads 1"),
+        ({"kind": "half"}, "kind='half'"),
+        ({"step": "3"}, "step='3'"),
+        ({"colour": 1}, "not a checkpoint's manifest"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(tmp_path, change, message):
+    path = checkpoint(tmp_path / "a", 1) / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(tmp_path / "a")
+
+
+def test_the_last_whole_one_is_by_steps_and_skips_what_is_not_whole(tmp_path):
+    assert last_whole(tmp_path / "none") is None
+    for step in (9, 10, 8):
+        checkpoint(tmp_path / f"step_{step}", step)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / ".step_11.partial").mkdir()
+    write_manifest(tmp_path / ".step_11.partial", Manifest("training", 11, {}))
+    assert last_whole(tmp_path) == tmp_path / "step_10"
+    (tmp_path / "step_10" / "shard").write_bytes(b"")
+    assert last_whole(tmp_path) == tmp_path / "step_9"
+    remove(tmp_path / "step_9")
+    assert last_whole(tmp_path) == tmp_path / "step_8"
+
+
+def test_clean_up_brings_back_a_checkpoint_that_was_being_replaced(tmp_path):
+    checkpoint(tmp_path / ".step_4.replaced", 4)  # killed between the two renames
+    checkpoint(tmp_path / "step_3", 3)
+    checkpoint(tmp_path / ".step_3.replaced", 3)  # killed after them
+    (tmp_path / ".step_5.partial").mkdir()
+    (tmp_path / ".step_2.removed").mkdir()
+    clean_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_3", "step_4"]
+    assert last_whole(tmp_path) == tmp_path / "step_4"
