@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 CORE = [
+    "httpx2>=2.0",
     "jinja2",
     "math-verify>=0.9.0",
     "numpy",

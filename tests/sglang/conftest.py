@@ -1,9 +1,10 @@
-"""Two real SGLang servers of a tiny model, started once for all tests of this folder."""
+"""Two real SGLang servers of a tiny model, started once for this folder and ended with it."""
 
 from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON
+from megatron_rlsd.rollout.sglang.server import State
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 from megatron_rlsd.weight_sync import DiskTransport
 
 VOCAB_SIZE = 320
 MAX_POSITIONS = 1024
+RESTART_SECONDS = 240
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sglang_environment() -> None:
     if not (PROJECT_PYTHON.parents[1] / ".ready").is_file():
         reason = "no SGLang environment: `make sglang-cpu` has not succeeded here"
@@ -32,14 +35,14 @@ def sglang_environment() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stop_token_ids(tiny_model: Path) -> tuple[int, ...]:
     """The end tokens of the model's own configuration, after which servers always stop."""
     eos = load_hf_config(tiny_model)["eos_token_id"]
     return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def make_engine(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., SGLangEngine]]:
@@ -63,7 +66,7 @@ def make_engine(
         engine.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engine(sglang_environment: None, make_engine: Callable[..., SGLangEngine]) -> SGLangEngine:
     """The two servers, with the limits that the fault tests need."""
     engine = make_engine(
@@ -78,12 +81,12 @@ def engine(sglang_environment: None, make_engine: Callable[..., SGLangEngine]) -
     return engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def reference(tiny_model: Path) -> Reference:
     return Reference(tiny_model)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def transport(
     engine: SGLangEngine, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> DiskTransport:
@@ -100,6 +103,10 @@ def transport(
 @pytest.fixture
 def published(transport: DiskTransport, engine: SGLangEngine, reference: Reference) -> Publisher:
     """Servers and reference with weights drawn for this test."""
+    deadline = time.monotonic() + RESTART_SECONDS
+    while not all(server.state is State.READY for server in engine.fleet.servers):
+        assert time.monotonic() < deadline, "a server that a test ended has not come back"
+        time.sleep(0.1)
     publisher = Publisher(transport, engine, reference)
     publisher.publish_new()
     return publisher

@@ -58,7 +58,8 @@ def test_algorithms_and_rewards_know_neither_megatron_nor_engines():
 def test_megatron_and_sglang_are_imported_where_they_belong():
     users = {part for part in parts() if "megatron" in external(part)}
     assert {"actor", "parallel"} <= users <= {"actor", "parallel", "checkpoint", "hf_bridge"}
-    assert {part for part in parts() if "sglang" in external(part)} <= {"rollout"}
+    for library in ("sglang", "httpx2"):
+        assert {part for part in parts() if library in external(part)} <= {"rollout"}
 
 
 def test_every_package_that_imports_megatron_prepares_the_platform_first():

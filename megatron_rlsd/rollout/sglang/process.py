@@ -118,6 +118,8 @@ def server_command(
             "max_total_tokens": 16384,
             "mem_fraction_static": 0.1,
             "max_running_requests": 64,
+            # An idle scheduler would keep a whole core from the trainer.
+            "sleep_on_idle": True,
         }
     else:
         launcher = ["-m", "sglang.launch_server"]
