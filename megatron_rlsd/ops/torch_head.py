@@ -127,7 +127,7 @@ class _Chunk:
         self._width = width
         self._hidden_CD = self._buffer = self._weight_buffer = self._new(0)
         self._exp_CB: list[Tensor] = []
-        self._max_C: list[Tensor] = []
+        self._max_BC = self._new(0)
         self._targets: list[tuple[Tensor, Tensor]] = []
         self._target_C = self._new(0)
 
@@ -147,20 +147,25 @@ class _Chunk:
         if self.scale != 1:
             self._hidden_CD = self._hidden_CD * self.scale
         self._targets = self._targets_by_block(inputs.targets[rows_C] - inputs.shard.first)
-        self._max_C, self._exp_CB = [], []
+        self._exp_CB = []
         if keep:
             self._split_buffer(C)
-        partials: list[Tensor] = []
-        for block, (rows, columns) in zip(self._blocks, self._targets, strict=True):
-            logits_CB = product(self._hidden_CD, self._weight_BD(block).T)
+        if not self._blocks:
+            nothing_KC = self.new_partials(C)
+            nothing_KC[0] = NO_LOGIT
+            return nothing_KC
+        # In one piece: small tensors that stay between large ones that go would tear the heap.
+        partials = self._new(len(self._blocks), 3 + inputs.with_entropy, C).zero_()
+        for number, (rows, columns) in enumerate(self._targets):
+            logits_CB = product(self._hidden_CD, self._weight_BD(self._blocks[number]).T)
             if self._cap is not None:
                 logits_CB.tanh_().mul_(self._cap)
-            partials_KC = self.new_partials(C)
+            partials_KC = partials[number]
             partials_KC[2, rows] = logits_CB[rows, columns]
             m_C = partials_KC[0]
             torch.amax(logits_CB, dim=1, out=m_C)
             shifted_CB = logits_CB.sub_(m_C.clamp_(min=NO_LOGIT)[:, None])
-            exp_CB = self._exp_CB[len(partials)] if keep else None
+            exp_CB = self._exp_CB[number] if keep else None
             if inputs.with_entropy:
                 shifted_CB.clamp_(min=LOG_OF_ZERO)
                 exp_CB = torch.exp(shifted_CB, out=exp_CB)
@@ -169,13 +174,8 @@ class _Chunk:
             else:
                 exp_CB = torch.exp(shifted_CB, out=shifted_CB if exp_CB is None else exp_CB)
                 torch.sum(exp_CB, dim=1, out=partials_KC[1])
-            self._max_C.append(m_C)
-            partials.append(partials_KC)
-        if not partials:
-            nothing_KC = self.new_partials(C)
-            nothing_KC[0] = NO_LOGIT
-            return nothing_KC
-        merged_KC = merge_partials(torch.stack(partials))
+        self._max_BC = partials[:, 0]
+        merged_KC = merge_partials(partials)
         self._target_C = merged_KC[2]
         return merged_KC
 
@@ -203,7 +203,7 @@ class _Chunk:
     ) -> Tensor:
         """Turn a block's E into d loss / d ((a h) . W) [C, B], in place."""
         E_CB, (rows, columns) = self._exp_CB[number], self._targets[number]
-        m_C = self._max_C[number]
+        m_C = self._max_BC[number]
         log_shift_C = (m_C - softmax.max_logit) - softmax.log_sum  # log p = (z - m) + log_shift
         p_scale_C = log_shift_C.exp()
         target_C = g_C
