@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ import torch
 import yaml
 
 from megatron_rlsd.config import Config, parse_config
+from tests.triton_interpreter import triton_interpreter
+
+if find_spec("triton") is not None and not torch.cuda.is_available():
+    # Before any test imports triton, which many libraries do.
+    with triton_interpreter():
+        pass
 
 # Several threads a process only get in each other's way: the tests' tensors are small.
 torch.set_num_threads(1)
