@@ -17,7 +17,7 @@ from megatron_rlsd.run import assemble, main
 
 
 def train(config: Config) -> None:
-    """Run ``train.steps`` steps; see megatron_rlsd/config.py for every setting."""
+    """Run ``train.steps`` steps; see megatron_rlsd/config for every setting."""
     steps = config.train.steps
     with assemble(config, total_updates=total_updates(config), total_steps=steps) as run:
         learner = Learner(config, run.actor)

@@ -1,0 +1,70 @@
+"""Configuration: one model per component, YAML plus ``key=value``; unknown keys are refused."""
+
+from megatron_rlsd.config.data import (
+    DataConfig,
+    JsonlSource,
+    PromptConfig,
+    ReasoningGymSource,
+    RewardConfig,
+    RewardFunctionConfig,
+    Source,
+)
+from megatron_rlsd.config.loading import dump_config, load_config, parse_config
+from megatron_rlsd.config.model import ModelConfig, ParallelConfig, TokenizerConfig
+from megatron_rlsd.config.operation import (
+    CheckpointConfig,
+    DistributedConfig,
+    MlflowConfig,
+    ObservabilityConfig,
+    WandbConfig,
+)
+from megatron_rlsd.config.rollout import (
+    EmbeddedEngineConfig,
+    RolloutConfig,
+    SGLangConfig,
+    WeightSyncConfig,
+)
+from megatron_rlsd.config.root import Config
+from megatron_rlsd.config.section import ConfigError, Section
+from megatron_rlsd.config.training import (
+    AlgorithmConfig,
+    EvalConfig,
+    OptimizerConfig,
+    SFTConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DistributedConfig",
+    "EmbeddedEngineConfig",
+    "EvalConfig",
+    "JsonlSource",
+    "MlflowConfig",
+    "ModelConfig",
+    "ObservabilityConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PromptConfig",
+    "ReasoningGymSource",
+    "RewardConfig",
+    "RewardFunctionConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "SGLangConfig",
+    "Section",
+    "Source",
+    "TeacherConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "WeightSyncConfig",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]

@@ -1,0 +1,76 @@
+"""Where problems come from, how they become prompts, and how answers are scored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megatron_rlsd.config.section import Section
+
+
+class JsonlSource(Section):
+    kind: Literal["jsonl"]
+    path: str
+    on_malformed: Literal["stop", "skip"] = "stop"
+    """A malformed line stops the run, or is counted and skipped."""
+    shuffle: bool = True
+    weight: float = Field(1.0, gt=0)
+    """Share of prompts drawn from this source, relative to the others."""
+
+
+class ReasoningGymSource(Section):
+    kind: Literal["reasoning_gym"]
+    task: str
+    params: dict[str, Any] = {}
+    """Difficulty settings of the task, passed to reasoning_gym.create_dataset."""
+    size: int = Field(100_000, ge=1)
+    """Number of distinct problems."""
+    seed: int = 0
+    """Seed of the generated problems; give training and evaluation different ones."""
+    weight: float = Field(1.0, gt=0)
+
+
+Source = Annotated[JsonlSource | ReasoningGymSource, Field(discriminator="kind")]
+
+
+class DataConfig(Section):
+    train: list[Source] = Field(min_length=1)
+    eval: list[Source] = []
+
+
+class PromptConfig(Section):
+    """How a problem becomes the student's and the teacher's prompt (over the chat template)."""
+
+    system: str | None = None
+    format_instruction: str = ""
+    """Appended to the question on its own line; kept word for word in the teacher's prompt."""
+    hint_introduction: str = "Here is a reference solution to this problem:"
+    hint_request: str = "Now solve the problem in your own way."
+    sft_response: str = "{reference_solution}"
+    """Supervised target; may use {reference_solution} and {answer}. The stop token is appended."""
+    max_prompt_tokens: int = Field(2048, ge=1)
+    """Longer student prompts are left out and counted."""
+    max_hint_tokens: int = Field(2048, ge=1)
+    """The hint is cut to its first so many tokens."""
+
+
+class RewardFunctionConfig(Section):
+    name: str
+    """A registered reward (exact_match, math_verify, reasoning_gym, format, length) or
+    ``path/to/file.py:function``."""
+    weight: float = 1.0
+    params: dict[str, Any] = {}
+
+
+class RewardConfig(Section):
+    functions: list[RewardFunctionConfig] = Field(min_length=1)
+    timeout_seconds: float = Field(10.0, gt=0)
+    """Limit of one call; a call that passes it counts 0 and its worker is replaced."""
+    workers: int = Field(2, ge=1)
+    on_error: Literal["zero", "stop"] = "zero"
+    """What an exception or a value that is no finite number does: counts 0, or stops the run."""
+    max_error_share: float = Field(0.5, ge=0, le=1)
+    """With on_error=zero the run still stops when more than this share of a step's calls fail."""
+    solved_threshold: float = 0.999
+    """A response whose first function returns at least this counts as solved in metrics."""

@@ -1,0 +1,88 @@
+"""YAML plus ``key=value`` to a checked Config, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_rlsd.config.root import Config
+from megatron_rlsd.config.section import ConfigError
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply ``a.b=value`` overrides (values are YAML) and validate.
+
+    Raises ConfigError that names each unknown key, bad value or missing section.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping of config sections, got {type(raw).__name__}"
+        )
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw, origin=str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
+    """Validate a plain dictionary; errors name the dotted key and what was expected."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"]) or "(whole config)"
+            if item["type"] == "extra_forbidden":
+                lines.append(f"  {key}: unknown key{_known_keys(item['loc'])}")
+            else:
+                lines.append(f"  {key}: {item['msg']} (got {item['input']!r:.200})")
+        raise ConfigError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
+
+
+def dump_config(config: Config, path: Path) -> None:
+    """Write every setting, defaults included, as YAML that load_config reads back."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} must look like section.key=value")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            node = node[_list_index(node, part, override)]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+    node[last if isinstance(node, dict) else _list_index(node, last, override)] = yaml.safe_load(
+        value
+    )
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(
+            f"override {override!r}: {part!r} must be an index below {len(node)}, the list's length"
+        )
+    return int(part)
+
+
+def _known_keys(location: tuple[Any, ...]) -> str:
+    section: Any = Config
+    for part in location[:-1]:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = getattr(field, "annotation", None)
+    names = getattr(section, "model_fields", None)
+    return f"; known keys: {', '.join(names)}" if names else ""

@@ -1,0 +1,78 @@
+"""Model, tokenizer and how they are split over processes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_rlsd.config.section import Section
+
+
+class ModelConfig(Section):
+    hf_path: str
+    """Folder with config.json and safetensors; the architecture and the initial weights."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: list[str] = ["core_attn"]
+    """For selective recompute: Megatron's names (core_attn, mlp, layernorm, ...)."""
+    recompute_num_layers: int = Field(1, ge=1)
+    """For full recompute: layers per checkpointed unit."""
+
+
+class TokenizerConfig(Section):
+    path: str | None = None
+    """Tokenizer folder or sentencepiece file; default: model.hf_path."""
+    kind: Literal["auto", "hf", "sentencepiece"] = "auto"
+    chat_template: str | None = None
+    """A Jinja chat template in place of the tokenizer's own (required where it has none)."""
+
+
+class ParallelConfig(Section):
+    """Processes = tensor x context x pipeline x data parallel, which takes what is left."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(1, ge=1)
+    """Model chunks on each pipeline stage, interleaved (needs pipeline > 1): smaller bubbles for
+    more communication. The number of micro-batches is then a multiple of pipeline."""
+    pipeline_first_stage_layers: int | None = Field(None, ge=1)
+    pipeline_last_stage_layers: int | None = Field(None, ge=1)
+    """Layers of the first and of the last pipeline stage, whose embedding and head cost time too;
+    the other stages share the rest evenly."""
+    context: int = Field(1, ge=1)
+    """Ranks that share each sequence: every one holds two chunks of it, 1 / context in all."""
+    expert: int = Field(1, ge=1)
+    """Ranks that share the experts of each mixture-of-experts layer. Taken out of the tensor,
+    context and data-parallel ranks of a pipeline stage, not in addition to them."""
+    expert_tensor: int | None = Field(None, ge=1)
+    """Ranks that split each expert; default: as tensor."""
+    sequence: bool = False
+    """Split activations between tensor-parallel regions over the sequence (needs tensor > 1)."""
+
+    @model_validator(mode="after")
+    def _dependent_sizes(self) -> ParallelConfig:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence=true needs tensor > 1, got tensor=1")
+        for key in (
+            "virtual_pipeline", "pipeline_first_stage_layers", "pipeline_last_stage_layers"
+        ):  # fmt: skip
+            value = getattr(self, key)
+            if self.pipeline == 1 and value not in (None, type(self).model_fields[key].default):
+                raise ValueError(f"{key}={value} needs pipeline > 1, got pipeline=1")
+        return self
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """``expert_tensor`` with its default applied."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Each packed sequence is padded to a multiple of this many tokens."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def pack_multiple(self) -> int:
+        """Each micro-batch is padded to a multiple of this many tokens."""
+        return self.sequence_multiple * (self.tensor if self.sequence else 1)

@@ -1,0 +1,101 @@
+"""Engines that sample responses, and how they get new weights."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_rlsd.config.section import Section
+
+
+class EmbeddedEngineConfig(Section):
+    max_batch_size: int = Field(256, ge=1)
+    """Sequences decoded together."""
+
+
+class SGLangConfig(Section):
+    """rollout.engine=sglang: servers that the trainer starts, or servers that run already."""
+
+    urls: list[str] = []
+    """Servers that run already, such as http://node7:30000. Empty: rank 0 starts its own."""
+    python: str | None = None
+    """Python of SGLang's environment; default: the project's own, .venv-sglang/bin/python."""
+    num_servers: int = Field(1, ge=1)
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices of each server."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where this machine has it."""
+    first_gpu: int = Field(0, ge=0)
+    """Server i takes the GPUs from first_gpu + i * tensor_parallel on."""
+    host: str = "127.0.0.1"
+    """Address that started servers bind; whoever reaches it can use them, see api_key."""
+    port: int | None = Field(None, ge=1, le=65535)
+    """Port of the first server, the others follow; default: free ports."""
+    args: dict[str, Any] = {}
+    """Any flag of sglang.launch_server: {mem_fraction_static: 0.8, enable_memory_saver: true}."""
+    env: dict[str, str] = {}
+    """Environment variables of the started servers."""
+    api_key: str | None = None
+    """Asked for by started servers and sent to all; ``env:NAME`` reads it from that variable, so
+    that the key is not written to run_dir/config.yaml."""
+    start_timeout_seconds: float = Field(1200.0, gt=0)
+    """From the start of a process until it serves. Below distributed.timeout_seconds, after which
+    the other ranks give up waiting for rank 0."""
+    request_timeout_seconds: float = Field(600.0, gt=0)
+    """Of one response; the request then goes to another server."""
+    generate_timeout_seconds: float = Field(1500.0, gt=0)
+    """Of all responses asked for at once; the run then stops. Below distributed.timeout_seconds."""
+    update_timeout_seconds: float = Field(600.0, gt=0)
+    """Of each request to a server while weights are updated."""
+    max_in_flight: int = Field(256, ge=1)
+    """Requests at one server at a time."""
+    max_attempts: int = Field(4, ge=1)
+    """Tries of one request on servers that fail, before the run stops."""
+    health_interval_seconds: float = Field(10.0, gt=0)
+    health_timeout_seconds: float = Field(30.0, gt=1)
+    """SGLang's health check takes one second by itself."""
+    health_failures: int = Field(3, ge=1)
+    """Failed health checks in a row after which a server counts as hung."""
+    max_restarts: int = Field(5, ge=0)
+    """Restarts of one server in a row, with growing pauses, before it is given up."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["embedded", "sglang"] = "embedded"
+    prompts_per_step: int = Field(16, ge=1)
+    n_samples_per_prompt: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_response_tokens: int = Field(1024, ge=1)
+    stop_token_ids: list[int] = []
+    """In addition to the tokenizer's end-of-turn tokens."""
+    embedded: EmbeddedEngineConfig = EmbeddedEngineConfig()
+    sglang: SGLangConfig = SGLangConfig()
+
+    @model_validator(mode="after")
+    def _sample_what_is_scored(self) -> RolloutConfig:
+        if self.top_p != 1 or self.top_k != 0:
+            raise ValueError(
+                f"training samples need top_p=1 and top_k=0, got top_p={self.top_p} and "
+                f"top_k={self.top_k}: the loss scores tokens under the full softmax, and engines "
+                "report log-probabilities that top_p and top_k do not renormalise"
+            )
+        return self
+
+
+class WeightSyncConfig(Section):
+    """How rollout servers get new weights (rollout.engine=sglang)."""
+
+    transport: Literal["disk"] = "disk"
+    path: str | None = None
+    """disk: a folder that trainer and servers share; default: run_dir/weight_sync."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the published tensors; default: model.dtype."""
+    parity_interval: int = Field(100, ge=0)
+    """Steps between comparisons of server and trainer log-probabilities on fixed text, the first
+    before step 0; 0: none."""
+    parity_bound: float = Field(0.05, gt=0)
+    """Largest mean absolute difference of a token's log-probability; above it the run stops.
+    Float32 on both sides stays below 1e-4; bfloat16 kernels differ by about 0.01."""
