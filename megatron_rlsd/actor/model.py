@@ -15,7 +15,7 @@ from megatron_rlsd.actor.layers import local_block_spec
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import Family
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.parallel.layout import ModelShape
+from megatron_rlsd.parallel.layout import model_shape
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [T, D] or, under sequence parallelism, [T / tp, D]; weight [V / tp, D]) -> anything."""
@@ -57,29 +57,6 @@ class HeadGPTModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
-
-
-def model_shape(family: Family, hf_config: dict[str, Any]) -> ModelShape:
-    """The sizes that a parallel layout must divide."""
-    fields = family.transformer_config_fields(hf_config)
-    dims = family.dims(hf_config)
-    return ModelShape(
-        num_layers=dims.num_layers,
-        num_attention_heads=dims.num_attention_heads,
-        num_query_groups=dims.num_query_groups,
-        ffn_hidden_size=dims.ffn_hidden_size,
-        hidden_size=dims.hidden_size,
-        head_dim=dims.head_dim,
-        vocab_size=dims.vocab_size,
-        tied_embeddings=dims.tied_embeddings,
-        qkv_bias=bool(fields.get("add_qkv_bias")),
-        qk_norm=bool(fields.get("qk_layernorm")),
-        moe_layers=dims.moe_layers,
-        num_experts=dims.num_experts,
-        expert_ffn_hidden_size=dims.expert_ffn_size,
-        shared_expert_ffn_hidden_size=dims.shared_expert_ffn_size,
-        latent_attention=dims.latent is not None,
-    )
 
 
 def transformer_config(

@@ -33,7 +33,9 @@ from megatron_rlsd.checkpoint.sharding import (
 from megatron_rlsd.checkpoint.start import STATE_NAME, Start, checkpoints_of
 from megatron_rlsd.checkpoint.storage import PendingSave, load_into, start_save
 from megatron_rlsd.config import Config
-from megatron_rlsd.hf_bridge.writer import COPIED_FILES
+from megatron_rlsd.durable import fresh_partial, partial_of, put_in_place, remove
+from megatron_rlsd.hf_bridge.megatron_weights import HF_FILES
+from megatron_rlsd.hf_bridge.writer import copy_companions
 from megatron_rlsd.parallel.groups import ParallelGroups
 
 
@@ -76,9 +78,9 @@ class Checkpointer:
         """
         self.finish()
         out = (folder or self._folder / f"step_{step:08d}").absolute()
-        partial = out.parent / f".{out.name}.partial"
+        partial = partial_of(out)
         if self._groups.rank == 0:
-            manifests.fresh_partial(out)
+            fresh_partial(out)
         dist.barrier(self._groups.control)
         pending = start_save(
             _tensors(state), partial, background=self._config.checkpoint.async_save
@@ -95,7 +97,7 @@ class Checkpointer:
                 **state.host(),
             }
             (partial / STATE_NAME).write_text(json.dumps(content, indent=1))
-            self._write_model_files(partial / "hf")
+            self._write_model_files(partial / HF_FILES)
         rng = partial / _rng_name(self._groups.rank)
         rng.parent.mkdir(exist_ok=True)
         rng.write_bytes(pack_rng_state())
@@ -112,7 +114,7 @@ class Checkpointer:
         pending.finish()
         if self._groups.rank == 0:
             manifests.write_manifest(partial, Manifest("training", step, self._layout()))
-            manifests.put_in_place(partial, out)
+            put_in_place(partial, out)
             if out.parent == self._folder.absolute():
                 self._remove_old()
 
@@ -155,18 +157,14 @@ class Checkpointer:
         """config.json, tokenizer and generation files: what a HF export needs besides weights."""
         source = Path(self._config.model.hf_path)
         folder.mkdir()
-        for pattern in ("config.json", *COPIED_FILES):
-            for path in source.glob(pattern):
-                if path.is_dir():
-                    shutil.copytree(path, folder / path.name)
-                else:
-                    shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(source / "config.json", folder / "config.json")
+        copy_companions(source, folder)
 
     def _remove_old(self) -> None:
         keep = self._config.checkpoint.keep
         if keep is not None:
             for folder, _ in manifests.whole_checkpoints(self._folder)[:-keep]:
-                manifests.remove(folder)
+                remove(folder)
 
 
 def _tensors(state: TrainingState) -> list[ShardedTensor]:

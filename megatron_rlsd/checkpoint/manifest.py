@@ -1,23 +1,19 @@
 """What makes a folder a checkpoint: ``checkpoint.json``, written last, in a folder renamed whole.
 
-A checkpoint is written to ``.NAME.partial`` beside its final name. Once every file is on disk the
-manifest is added, which lists the files and their sizes, and the folder is renamed. A process that
-is killed on the way leaves a folder that nobody takes for a checkpoint.
+Once every file of ``.NAME.partial`` is on disk the manifest is added, which lists the files and
+their sizes. A process that is killed on the way leaves a folder that nobody takes for a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, get_args
 
 import megatron_rlsd
+from megatron_rlsd.durable import sync
 
 MANIFEST_NAME = "checkpoint.json"
 FORMAT = 1
@@ -118,66 +114,3 @@ def whole_checkpoints(checkpoints_dir: str | Path) -> list[tuple[Path, Manifest]
         except CheckpointError:
             continue
     return sorted(found, key=lambda item: (item[1].step, item[0].name))
-
-
-@contextmanager
-def atomic_folder(out: str | Path) -> Iterator[Path]:
-    """Yield an empty ``.NAME.partial`` beside ``out``; it becomes ``out`` when the block ends.
-
-    On an error it is removed. An ``out`` that exists is replaced whole at the end.
-    """
-    out = Path(out).absolute()
-    partial = fresh_partial(out)
-    try:
-        yield partial
-        put_in_place(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def fresh_partial(out: Path) -> Path:
-    """An empty folder beside ``out``; what a killed process left there is removed."""
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def put_in_place(partial: Path, out: Path) -> None:
-    """Rename a finished folder; an older ``out`` is set aside first and then removed."""
-    replaced = out.parent / f".{out.name}.replaced"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    sync(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Return once the file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def clean_up(checkpoints_dir: str | Path) -> None:
-    """Remove what a killed process left half done; a checkpoint that was set aside comes back."""
-    for replaced in Path(checkpoints_dir).glob(".*.replaced"):
-        out = replaced.parent / replaced.name.removeprefix(".").removesuffix(".replaced")
-        if not out.exists():
-            replaced.rename(out)
-    for ending in ("partial", "replaced", "removed"):
-        for path in Path(checkpoints_dir).glob(f".*.{ending}"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; a process killed on the way leaves it whole or not at all."""
-    removed = checkpoint.parent / f".{checkpoint.name}.removed"
-    shutil.rmtree(removed, ignore_errors=True)
-    checkpoint.rename(removed)
-    shutil.rmtree(removed)

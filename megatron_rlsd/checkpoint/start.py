@@ -12,13 +12,13 @@ import torch.distributed as dist
 from megatron_rlsd.checkpoint.manifest import (
     CheckpointError,
     Kind,
-    clean_up,
     last_whole,
     read_manifest,
     whole_checkpoints,
 )
 from megatron_rlsd.checkpoint.settings import check_model, check_settings
 from megatron_rlsd.config import Config
+from megatron_rlsd.durable import clean_up
 from megatron_rlsd.parallel.exchange import broadcast_bytes
 
 STATE_NAME = "state.json"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_rlsd.durable import partial_of, put_in_place, sync_tree
 from megatron_rlsd.hf_bridge.errors import HFBridgeError
 
 
@@ -27,7 +28,7 @@ class PartialFolder:
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
         self.out = out.absolute()
-        self.path = self.out.parent / f".{self.out.name}.partial"
+        self.path = partial_of(self.out)
         self._journal_path = self.out.parent / f".{self.out.name}.journal"
         self.finished: dict[str, Any] = {}
         """Name of each finished file -> what ``finish`` was told about it."""
@@ -52,9 +53,8 @@ class PartialFolder:
     ) -> None:
         try:
             if kind is None:
-                for path in (*self.path.rglob("*"), self.path):
-                    sync(path)
-                move_into_place(self.path, self.out)
+                sync_tree(self.path)
+                put_in_place(self.path, self.out)
                 self._journal_path.unlink()
             elif issubclass(kind, HFBridgeError):
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -105,31 +105,10 @@ def check_replaceable(out: Path, source: Path | None, mark: str) -> None:
 
 def check_free_space(out: Path, needed: int) -> None:
     """Raise HFBridgeError unless ``needed`` bytes fit beside ``out``, what is there reused."""
-    partial = out.absolute().parent / f".{out.name}.partial"
-    have = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file())
+    have = sum(p.stat().st_size for p in partial_of(out.absolute()).rglob("*") if p.is_file())
     existing = next(p for p in out.absolute().parents if p.exists())
     free = shutil.disk_usage(existing).free
     if free + have < needed:
         raise HFBridgeError(
             f"{out} needs {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free"
         )
-
-
-def move_into_place(partial: Path, out: Path) -> None:
-    """Rename a finished folder; an older ``out`` is set aside first and then removed."""
-    replaced = out.parent / f".{out.name}.replaced"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    sync(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Return once the file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rlsd.durable import atomic_folder
 from megatron_rlsd.hf_bridge.errors import HFCheckpointError
-from megatron_rlsd.hf_bridge.partial import move_into_place, sync
+from megatron_rlsd.hf_bridge.partial import check_replaceable
 from megatron_rlsd.hf_bridge.reader import INDEX_NAME, SINGLE_NAME, load_hf_config
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_name, write_safetensors
 
@@ -48,9 +49,8 @@ def save_hf_folder(
     which is how they take part in the collectives behind it, and return without waiting for
     the writer. ``dtype`` casts the tensors; config.json is told the dtype written.
 
-    The files are written and synced in a folder beside ``out_dir``, which is then renamed: a crash
-    leaves the old folder or none, never a part. An ``out_dir`` that exists is replaced whole if
-    it is a model folder or empty; HFCheckpointError if it is something else or the source.
+    A crash leaves the old folder or none, never a part. An ``out_dir`` that exists is replaced if
+    it is a model folder or empty; HFBridgeError if it is something else or the source.
     """
     if not is_writer:
         for _ in tensors:
@@ -59,22 +59,12 @@ def save_hf_folder(
     out = Path(out_dir).absolute()
     config = dict(source) if isinstance(source, dict) else load_hf_config(source)
     source_folder = None if isinstance(source, dict) else Path(source).absolute()
-    _check_replaceable(out, source_folder)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    check_replaceable(out, source_folder, "config.json")
+    with atomic_folder(out) as partial:
         written = _write_shards(tensors, partial, dtype, max_shard_bytes)
         write_config(partial, config, written)
         if source_folder is not None:
             copy_companions(source_folder, partial)
-        for path in (*partial.rglob("*"), partial):
-            sync(path)
-        move_into_place(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_shards(
@@ -143,15 +133,6 @@ def copy_companions(source: Path, folder: Path) -> None:
                 shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, folder / path.name)
-
-
-def _check_replaceable(out: Path, source: Path | None) -> None:
-    if not out.exists():
-        return
-    if source is not None and out.resolve() == source.resolve():
-        raise HFCheckpointError(f"{out} is the source folder; choose another output folder")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise HFCheckpointError(f"{out} exists and is no model folder; it is left alone")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_rlsd.config import ParallelConfig
+from megatron_rlsd.hf_bridge import Family
+from megatron_rlsd.hf_bridge.dims import LatentAttention
 from megatron_rlsd.platform.megatron_versions import expert_tensor_problem
 
 
@@ -34,10 +37,35 @@ class ModelShape:
     """Layers (from 0) with a mixture of experts; none: a dense model."""
     num_experts: int = 0
     """Routed experts of each such layer."""
+    experts_per_token: int = 0
     expert_ffn_hidden_size: int = 0
     shared_expert_ffn_hidden_size: int = 0
-    latent_attention: bool = False
-    """Multi-head latent attention (MLA), whose parameters the memory formula does not know."""
+    latent_attention: LatentAttention | None = None
+    """Set for multi-head latent attention (MLA); head_dim and qk_norm then mean nothing."""
+
+
+def model_shape(family: Family, hf_config: dict[str, Any]) -> ModelShape:
+    """The sizes of the model that a config.json describes."""
+    fields = family.transformer_config_fields(hf_config)
+    dims = family.dims(hf_config)
+    return ModelShape(
+        num_layers=dims.num_layers,
+        num_attention_heads=dims.num_attention_heads,
+        num_query_groups=dims.num_query_groups,
+        ffn_hidden_size=dims.ffn_hidden_size,
+        hidden_size=dims.hidden_size,
+        head_dim=dims.head_dim,
+        vocab_size=dims.vocab_size,
+        tied_embeddings=dims.tied_embeddings,
+        qkv_bias=bool(fields.get("add_qkv_bias")),
+        qk_norm=bool(fields.get("qk_layernorm")),
+        moe_layers=dims.moe_layers,
+        num_experts=dims.num_experts,
+        experts_per_token=int(fields.get("moe_router_topk") or 0),
+        expert_ffn_hidden_size=dims.expert_ffn_size,
+        shared_expert_ffn_hidden_size=dims.shared_expert_ffn_size,
+        latent_attention=dims.latent,
+    )
 
 
 def check_layout(parallel: ParallelConfig, world_size: int, model: ModelShape) -> None:
@@ -102,6 +130,11 @@ def _tensor(parallel: ParallelConfig, model: ModelShape) -> Iterable[str]:
         sizes.append(("feed-forward rows", model.ffn_hidden_size))
     if model.shared_expert_ffn_hidden_size:
         sizes.append(("shared expert rows", model.shared_expert_ffn_hidden_size))
+    if latent := model.latent_attention:
+        rows = latent.kv_lora_rank + latent.rope_head_dim
+        sizes.append(("rows of the keys' and values' down projection", rows))
+        if latent.q_lora_rank:
+            sizes.append(("rows of the queries' down projection", latent.q_lora_rank))
     for name, size in sizes:
         if size % parallel.tensor:
             # Megatron would replicate KV heads; it then gathers the whole QKV output on every

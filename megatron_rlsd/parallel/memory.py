@@ -47,23 +47,24 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer
 
 
-def rank_parameters(model: ModelShape, parallel: ParallelConfig, stage: int) -> RankParameters:
+def rank_parameters(
+    model: ModelShape,
+    parallel: ParallelConfig,
+    stage: int,
+    *,
+    duplicated_latents: bool = False,
+) -> RankParameters:
     """Parameters of a rank on pipeline stage ``stage`` (0 is the first) of a possible layout.
 
-    Raises NotImplementedError for a model with multi-head latent attention.
+    ``duplicated_latents``: the down projections of latent attention are whole on every
+    tensor-parallel rank, as in Transformer Engine's layers, instead of split as in Megatron's own.
     """
-    if model.latent_attention:
-        raise NotImplementedError("no formula for the parameters of multi-head latent attention")
     tp, hidden = parallel.tensor, model.hidden_size
     layers = layers_of_stage(parallel, model.num_layers, stage)
     moe_layers = len(model.moe_layers.intersection(layers))
 
-    attention_size = model.num_attention_heads * model.head_dim
-    kv_size = model.num_query_groups * model.head_dim
-    layer = 2 * hidden  # the norms before attention and before the feed-forward
-    layer += (attention_size + 2 * kv_size) * (hidden + model.qkv_bias) // tp
-    layer += hidden * attention_size // tp
-    layer += 2 * model.head_dim * model.qk_norm
+    # The norms before attention and before the feed-forward are on every rank.
+    layer = 2 * hidden + _attention(model, tp, duplicated_latents)
     dense_ffn = _gated_ffn(hidden, model.ffn_hidden_size) // tp
     router = model.num_experts * hidden
     shared = _gated_ffn(hidden, model.shared_expert_ffn_hidden_size) // tp
@@ -86,6 +87,28 @@ def rank_parameters(model: ModelShape, parallel: ParallelConfig, stage: int) -> 
     return RankParameters(dense, moe_layers * model.num_experts // parallel.expert * expert)
 
 
+def _attention(model: ModelShape, tp: int, duplicated_latents: bool) -> int:
+    """Parameters of one layer's attention on a rank, the norm in front of it left out."""
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    latent = model.latent_attention
+    if latent is None:
+        queries, keys = heads * model.head_dim, model.num_query_groups * model.head_dim
+        projections = (queries + 2 * keys) * (hidden + model.qkv_bias) + queries * hidden
+        return projections // tp + 2 * model.head_dim * model.qk_norm
+    down = (latent.kv_lora_rank + latent.rope_head_dim) * hidden
+    queries = heads * (latent.nope_head_dim + latent.rope_head_dim)
+    norms = latent.kv_lora_rank
+    split = heads * (latent.nope_head_dim + latent.value_head_dim) * latent.kv_lora_rank
+    split += heads * latent.value_head_dim * hidden
+    if latent.q_lora_rank:
+        down += latent.q_lora_rank * hidden
+        norms += latent.q_lora_rank
+        split += queries * latent.q_lora_rank
+    else:
+        split += queries * hidden
+    return norms + split // tp + (down if duplicated_latents else down // tp)
+
+
 def _gated_ffn(hidden: int, width: int) -> int:
     """Parameters of gate, up and down projections without biases."""
     return 3 * hidden * width
@@ -99,6 +122,7 @@ def state_bytes(
     stage: int,
     dtype: Literal["float32", "bfloat16"],
     distributed_optimizer: bool,
+    duplicated_latents: bool = False,
 ) -> StateBytes:
     """Bytes on a rank of pipeline stage ``stage``.
 
@@ -106,7 +130,7 @@ def state_bytes(
     the number is then the mean over those ranks, without the padding of Megatron's buffers (less
     than 128 elements a rank and buffer, and 64 a parameter).
     """
-    held = rank_parameters(model, parallel, stage)
+    held = rank_parameters(model, parallel, stage, duplicated_latents=duplicated_latents)
     dense_copies = world_size // (parallel.tensor * parallel.pipeline)
     expert_copies = world_size // (
         parallel.expert_tensor_size * parallel.expert * parallel.pipeline

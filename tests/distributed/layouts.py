@@ -273,8 +273,7 @@ def train(layout: Layout, path: str, out: Path) -> None:
             series["gain_abs"].append(updated.sums["gain_abs"])
         weights = {name: tensor.clone() for name, tensor in actor.hf_tensors()}
         state: list[Any] = [None] * groups.world_size
-        if not shape.latent_attention:  # which the memory formula does not know
-            dist.all_gather_object(state, _state(layout, config, shape, groups, actor))
+        dist.all_gather_object(state, _state(layout, config, shape, groups, actor))
         if groups.rank == 0:
             save_file(weights, out.with_suffix(".safetensors"))
             out.with_suffix(".json").write_text(json.dumps({"series": series, "state": state}))

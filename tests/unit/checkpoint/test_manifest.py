@@ -9,13 +9,11 @@ import pytest
 from megatron_rlsd.checkpoint.manifest import (
     CheckpointError,
     Manifest,
-    atomic_folder,
-    clean_up,
     last_whole,
     read_manifest,
-    remove,
     write_manifest,
 )
+from megatron_rlsd.durable import atomic_folder, clean_up, remove
 
 
 def checkpoint(folder, step, content=b"0123456789"):

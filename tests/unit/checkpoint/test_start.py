@@ -10,10 +10,10 @@ import pytest
 from megatron_rlsd.checkpoint.manifest import (
     CheckpointError,
     Manifest,
-    atomic_folder,
     write_manifest,
 )
 from megatron_rlsd.checkpoint.start import STATE_NAME, choose_start
+from megatron_rlsd.durable import atomic_folder
 from megatron_rlsd.hf_bridge import load_hf_config
 
 

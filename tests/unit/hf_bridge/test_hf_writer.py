@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_rlsd.hf_bridge import (
+    HFBridgeError,
     HFCheckpointError,
     SafetensorsFolder,
     save_hf_folder,
@@ -136,11 +137,11 @@ def test_leftover_of_a_killed_writer_is_no_obstacle(
 def test_folders_that_are_left_alone(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     source = tiny_folders["llama_tied_mqa"]
     before = content(source)
-    with pytest.raises(HFCheckpointError, match="is the source folder"):
+    with pytest.raises(HFBridgeError, match="is the source folder"):
         save_hf_folder(tensors_of(source), source, source)
     assert content(source) == before
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(HFCheckpointError, match="no model folder; it is left alone"):
+    with pytest.raises(HFBridgeError, match=r"holds no config\.json; it is left alone"):
         save_hf_folder(tensors_of(source), tmp_path, source)
     assert content(tmp_path) == {"thesis.txt": b"years of work"}
 
