@@ -49,12 +49,14 @@ def make_engine(
     """Build an engine; keyword arguments are keys of rollout.sglang."""
     engines: list[SGLangEngine] = []
 
-    def make(**settings: Any) -> SGLangEngine:
+    def make(
+        hf_path: Path = tiny_model, vocab_size: int = VOCAB_SIZE, **settings: Any
+    ) -> SGLangEngine:
         engine = SGLangEngine(
             SGLangConfig(**{"device": "cpu", "start_timeout_seconds": 300, **settings}),
-            hf_path=tiny_model,
+            hf_path=hf_path,
             dtype="float32",
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             max_positions=MAX_POSITIONS,
             run_dir=tmp_path_factory.mktemp("run"),
         )
