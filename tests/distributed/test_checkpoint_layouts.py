@@ -12,13 +12,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_rlsd.actor.actor import Actor
-from megatron_rlsd.actor.model import model_shape
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.start import Start
 from megatron_rlsd.config import parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.sft import supervised_update
 from megatron_rlsd.teacher import WeightSnapshot
 from tests.distributed.layouts import save_models
@@ -42,6 +42,12 @@ DENSE_FROM_DISTRIBUTED = {
     "dp2_distributed_again": (2, "dense", {}, True),
     "one_process": (1, "dense", {}, False),
 }
+FROM_CONTEXT_PARALLEL = {
+    "cp2_dp2_distributed": (4, "dense", {"context": 2}, True),
+    "cp2_tp2": (4, "dense", {"context": 2, "tensor": 2}, False),
+    "cp2_distributed": (2, "dense", {"context": 2}, True),
+    "cp1": (1, "dense", {}, False),
+}
 EXPERTS = {
     "ep2_dp4_distributed": (4, "experts", {"expert": 2}, True),
     "ep2_pp2": (4, "experts", {"expert": 2, "pipeline": 2}, False),
@@ -57,6 +63,7 @@ BFLOAT16 = {
 ROWS = {
     "dense_plain": DENSE_FROM_TP2_PP2,
     "dense_distributed": DENSE_FROM_DISTRIBUTED,
+    "context": FROM_CONTEXT_PARALLEL,
     "experts": EXPERTS,
     "bfloat16": BFLOAT16,
 }
