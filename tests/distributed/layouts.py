@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -18,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rlsd.actor.actor import Actor, TokenValues
 from megatron_rlsd.actor.balance import balanced_partition
-from megatron_rlsd.actor.model import model_shape
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
+from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.parallel.memory import StateBytes, state_bytes
 from megatron_rlsd.teacher import Teacher
 from tests.distributed.ranks import next_world, run_on_ranks
@@ -196,6 +197,22 @@ def differences(measured: Measured, expected: Measured) -> dict[str, float]:
         for name, tensor in expected.weights.items()
     )
     return found
+
+
+def check_state(layout: Layout, measured: Measured) -> None:
+    """The bytes on each rank are those of the formula that plans them."""
+    ranks = measured.state
+    for rank in ranks:
+        counted, formula = rank["counted"], rank["formula"]
+        assert counted["parameters"] == formula["parameters"], (layout.key, rank)
+        if not layout.distributed_optimizer:
+            assert counted == formula, (layout.key, rank)
+        # Megatron pads: each parameter to 64 elements, each buffer to a multiple of 128 a rank.
+        assert 0 <= counted["gradients"] - formula["gradients"] < 0.1 * formula["gradients"]
+        assert counted["optimizer"] == pytest.approx(formula["optimizer"], rel=0.1)
+    for kind in ("parameters", "optimizer"):
+        total = [sum(rank[side][kind] for rank in ranks) for side in ("counted", "formula")]
+        assert total[0] == total[1], (layout.key, kind)
 
 
 def _train_layouts(layouts: list[Layout], models: dict[str, str], out: str) -> None:

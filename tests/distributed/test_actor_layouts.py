@@ -18,6 +18,7 @@ from tests.distributed.layouts import (
     Layout,
     Measured,
     batch,
+    check_state,
     differences,
     measure,
     save_models,
@@ -61,22 +62,6 @@ def test_layouts_equal_one_process(group, models, one_process, tmp_path):
         }
         assert not different, (layout.key, different)
         check_state(layout, measured)
-
-
-def check_state(layout: Layout, measured: Measured) -> None:
-    """The bytes on each rank are those of the formula that plans them."""
-    ranks = measured.state
-    for rank in ranks:
-        counted, formula = rank["counted"], rank["formula"]
-        assert counted["parameters"] == formula["parameters"], (layout.key, rank)
-        if not layout.distributed_optimizer:
-            assert counted == formula, (layout.key, rank)
-        # Megatron pads: each parameter to 64 elements, each buffer to a multiple of 128 a rank.
-        assert 0 <= counted["gradients"] - formula["gradients"] < 0.1 * formula["gradients"]
-        assert counted["optimizer"] == pytest.approx(formula["optimizer"], rel=0.1)
-    for kind in ("parameters", "optimizer"):
-        total = [sum(rank[side][kind] for rank in ranks) for side in ("counted", "formula")]
-        assert total[0] == total[1], (layout.key, kind)
 
 
 def transformers_run(path: Path) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_rlsd.actor.model import build_model, model_shape, transformer_config
+from megatron_rlsd.actor.model import build_model, transformer_config
 from megatron_rlsd.checkpoint.sharding import model_pieces, model_tensors
 from megatron_rlsd.checkpoint.storage import start_save
 from megatron_rlsd.config import ModelConfig, ParallelConfig
@@ -32,6 +32,7 @@ from megatron_rlsd.hf_bridge import (
 from megatron_rlsd.hf_bridge.convert import Sizes, to_hf, to_megatron
 from megatron_rlsd.hf_bridge.torch_dist import TorchDistFolder
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
+from megatron_rlsd.parallel.layout import model_shape
 from tests.distributed.ranks import next_world, run_on_ranks
 
 COMMON: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rlsd.actor.model import build_model, model_shape, transformer_config
+from megatron_rlsd.actor.model import build_model, transformer_config
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import (
     SafetensorsFolder,
@@ -26,6 +26,7 @@ from megatron_rlsd.hf_bridge import (
 )
 from megatron_rlsd.parallel import layout as layout_module
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
+from megatron_rlsd.parallel.layout import model_shape
 from tests.distributed.ranks import next_world, run_on_ranks
 
 TIMEOUT_SECONDS = 400

@@ -9,7 +9,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.distributed.layouts import VOCAB, Layout, Measured, differences, measure
+from tests.distributed.layouts import (
+    VOCAB,
+    Layout,
+    Measured,
+    check_state,
+    differences,
+    measure,
+)
 
 ONE = Layout(1, model="deepseek")
 SPLIT = (
@@ -18,6 +25,7 @@ SPLIT = (
     Layout(2, model="deepseek", context=2),
     Layout(2, model="deepseek", expert=2),
     Layout(2, model="deepseek", pipeline=2, first_stage_layers=1),
+    Layout(2, model="deepseek", distributed_optimizer=True),
 )
 
 
@@ -69,6 +77,14 @@ def measured(
 def test_training_is_that_of_one_process(layout: Layout, measured: dict[Layout, Measured]) -> None:
     for name, difference in differences(measured[layout], measured[ONE]).items():
         assert difference < (5e-5 if name == "weights" else 5e-6), name
+
+
+@pytest.mark.parametrize("layout", [ONE, *SPLIT], ids=lambda layout: layout.name)
+def test_the_memory_formula_counts_every_rank(
+    layout: Layout, measured: dict[Layout, Measured]
+) -> None:
+    assert len(measured[layout].state) == layout.world
+    check_state(layout, measured[layout])
 
 
 @pytest.mark.parametrize("layout", [ONE, *SPLIT], ids=lambda layout: layout.name)

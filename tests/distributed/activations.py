@@ -1,0 +1,99 @@
+"""Measure what a forward pass of the actor's model keeps for its backward pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.config import Config, parse_config
+from megatron_rlsd.hf_bridge import family_for, load_hf_config
+from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.parallel.layout import model_shape
+from tests.distributed.ranks import next_world
+
+
+class KeptForBackward:
+    """Within the block: every storage that autograd saves, parameters left out.
+
+    Holds on to them, so that no address is used twice.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self._known = {p.untyped_storage().data_ptr() for p in parameters}
+        self._saved: dict[int, Tensor] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self._saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    def __enter__(self) -> KeptForBackward:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for pointer, t in self._saved.items() if pointer not in self._known]
+
+    @property
+    def bytes(self) -> int:
+        """Counted when asked: what a recompute has given back by then is not in it."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors)
+
+
+def case_config(case: dict[str, Any]) -> Config:
+    """``case``: path of the model, its dtype, recompute settings, and the parallel section."""
+    return parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"hf_path": case["path"], **case.get("model", {})},
+            "parallel": case.get("parallel", {}),
+            "data": {"train": [{"kind": "jsonl", "path": "unused"}]},
+            "reward": {"functions": [{"name": "exact_match"}]},
+            "train": {"max_tokens_per_microbatch": case["tokens"]},
+        }
+    )
+
+
+def measure_activations(cases: list[dict[str, Any]], out: str) -> None:
+    """On every rank: bytes kept by one micro-batch of ``lengths``, for each case, to out/RANK.json.
+
+    The head is left out: it gets hidden states and hands them back.
+    """
+    found = []
+    for case in cases:
+        config = case_config(case)
+        hf_config = load_hf_config(Path(case["path"]))
+        family = family_for(hf_config)
+        shape = model_shape(family, hf_config)
+        with parallel_world(config.parallel, shape, timeout_seconds=60, seed=0) as groups:
+            actor = Actor(config, family, hf_config, groups, None)
+            lengths = case["lengths"]
+            sequences = [Sequence([1] * (n - n // 2), [2] * (n // 2 + 1)) for n in lengths]
+            _, (micro_batch,) = actor._micro_batches([sequences] * groups.dp.size())
+            (chunk,) = actor.chunks
+            chunk.train()
+            with KeptForBackward(list(chunk.parameters())) as kept:
+                hidden = chunk(
+                    micro_batch.tokens,
+                    micro_batch.position_ids,
+                    packed_seq_params=micro_batch.packed_seq_params,
+                    head=lambda hidden, weight: hidden,
+                )
+            sizes = sorted(
+                (t.untyped_storage().nbytes(), str(t.dtype), list(t.shape)) for t in kept.tensors
+            )
+            found.append({"bytes": kept.bytes, "tensors": sizes})
+            hidden.float().sum().backward()  # what was kept can be used
+            rank = groups.rank
+        next_world()
+    Path(out, f"{rank}.json").write_text(json.dumps(found))
