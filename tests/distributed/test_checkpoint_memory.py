@@ -43,7 +43,7 @@ def test_a_save_copies_at_most_the_shard_and_a_load_two_pieces(tmp_path: Path) -
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank_{rank}.json").read_text())
         state, piece = found["state"], found["largest_piece"]
-        assert state > 8 * SLACK, "too small a model to tell"
+        assert state > 6 * SLACK, "too small a model to tell"
         assert found["in_place"] < 2 * piece + SLACK
         # The copy must be there, or training would change what is being written.
         assert state - SLACK < found["in_background"] < state + SLACK
