@@ -29,7 +29,7 @@ SLACK = 24 * 2**20
 """Buffers of files and of collectives, and what the interpreter itself takes meanwhile."""
 
 
-def test_a_save_copies_at_most_the_shard_and_a_load_two_pieces(tmp_path: Path) -> None:
+def test_a_save_copies_at_most_the_shard_and_a_load_three_pieces(tmp_path: Path) -> None:
     model = transformers.LlamaConfig(
         vocab_size=24_000,
         hidden_size=512,
@@ -48,7 +48,7 @@ def test_a_save_copies_at_most_the_shard_and_a_load_two_pieces(tmp_path: Path) -
         assert found["in_place"] < 2 * piece + SLACK
         # The copy must be there, or training would change what is being written.
         assert state - SLACK < found["in_background"] < state + SLACK
-        assert found["load"] < 2 * piece + SLACK
+        assert found["load"] < 3 * piece + SLACK
 
 
 def measure(folder: str) -> None:
