@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import transformers
 
 from megatron_rlsd import sft, train
 from megatron_rlsd.observability import read_metrics
+from tests.full_logits import full_logits_in_the_actor
 
 TIMINGS = ("time/", "perf/")
 
@@ -92,6 +94,24 @@ def test_the_exported_model_is_the_trained_one(make_config, tiny_model):
     ]
     assert "model.layers.3.mlp.down_proj.weight" in moved
     assert "model.embed_tokens.weight" in moved
+
+
+def test_a_step_equals_one_with_full_logits(make_config):
+    """Everything but the head alike; rollouts are the same, so one step is what can be compared."""
+    runs = {}
+    for head in ("fused", "full"):
+        config = make_config(run_dir=make_config().run_dir + f"_{head}", train={"steps": 1})
+        with full_logits_in_the_actor() if head == "full" else nullcontext():
+            (step,) = run(config)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(config.run_dir) / "hf/final", dtype=torch.float32
+        )
+        runs[head] = step, model.state_dict()
+    (fused, weights), (full, expected) = runs["fused"], runs["full"]
+    for name in ("rollout/reward_mean", "train/loss", "train/grad_norm", "algorithm/gain_abs_mean"):
+        assert fused[name] == pytest.approx(full[name], rel=1e-5), name
+    error = max(float((weights[k] - w).norm() / w.norm()) for k, w in expected.items())
+    assert 0 < error < 1e-5
 
 
 def test_runs_with_one_seed_are_identical_and_with_two_differ(make_config):

@@ -14,12 +14,10 @@ import torch
 
 from megatron_rlsd.actor import optimizer
 from megatron_rlsd.ops import policy_loss
-from megatron_rlsd.ops.reference import reference_policy_loss
-from megatron_rlsd.ops.token_loss import TokenInputs
 from tests.distributed.layouts import Layout, Measured, differences, measure, save_models, train
 from tests.distributed.ranks import next_world
+from tests.full_logits import full_logits_policy_loss
 
-TOKEN_INPUTS = TokenInputs.__dataclass_fields__
 TIED, UNTIED = "dense", "untied"
 ONE = [Layout(1, model=model) for model in (TIED, UNTIED)]
 SPLIT = [
@@ -79,7 +77,11 @@ def train_layouts(
     head: str, overlap: bool, layouts: list[Layout], models: dict[str, str], out: str
 ) -> None:
     """On every rank."""
-    calls = {"main_grad": checked_policy_loss, "plain": plain_policy_loss, "reference": reference}
+    calls = {
+        "main_grad": checked_policy_loss,
+        "plain": plain_policy_loss,
+        "reference": full_logits_policy_loss,
+    }
     with ExitStack() as patches:
         patches.enter_context(mock.patch("megatron_rlsd.actor.actor.policy_loss", calls[head]))
         if overlap:
@@ -98,23 +100,6 @@ def checked_policy_loss(*args: Any, **kwargs: Any) -> Any:
 
 def plain_policy_loss(*args: Any, **kwargs: Any) -> Any:
     return policy_loss(*args, **kwargs | {"weight_main_grad": None})
-
-
-def reference(hidden: Any, weight: Any, targets: Any, **kwargs: Any) -> Any:
-    """The loss by full logits and autograd; the statistics are the fused head's."""
-    inputs = {name: kwargs[name] for name in TOKEN_INPUTS}
-    loss = reference_policy_loss(
-        hidden,
-        weight[: kwargs["vocab_size"]],
-        targets,
-        tokens=TokenInputs(**inputs),
-        config=kwargs["config"],
-        temperature=kwargs["temperature"],
-        dtype=torch.float32,
-    )
-    with torch.no_grad():
-        _, stats = policy_loss(hidden, weight, targets, **kwargs)
-    return loss, stats
 
 
 def wrap_overlapped(chunks: Any, config: Any, *rest: Any) -> Any:
