@@ -121,14 +121,18 @@ def to_megatron(
     settings = {"sizes": asdict(sizes), "dtype": str(dtype), "file_bytes": file_bytes}
     items: list[Item] = []
     done = 0
+    # One for all pieces: fresh memory for each costs more than copying it.
+    scratch = bytearray(max(p.nbytes for pieces in files.values() for p in pieces))
     with PartialFolder(out, _fingerprint("to-megatron", weights, settings)) as folder:
         for name, pieces in files.items():
             if name not in folder.finished:
                 with ItemFile(folder.path / name) as file:
                     for piece in pieces:
-                        value = _fill(piece, weights, dims)
+                        memory = memoryview(scratch)[: piece.nbytes]
+                        value = torch.frombuffer(memory, dtype=piece.dtype)
+                        value = value.view(piece.box.sizes)
+                        _fill(value, piece, weights, dims)
                         _append(file, piece, value)
-                        del value
                         progress(done := done + piece.nbytes, total)
                 folder.finish(name, [item.to_json() for item in file.items])
             else:
@@ -260,12 +264,14 @@ def _dtypes(
     return found
 
 
-def _fill(piece: _Piece, weights: Weights, dims: ModelDims) -> Tensor:
-    """The piece's values; rows of padding are zero. A cast takes ``BUCKET_BYTES`` at a time."""
+def _fill(out: Tensor, piece: _Piece, weights: Weights, dims: ModelDims) -> None:
+    """Set ``out`` to the piece's values; rows of padding are zero.
+
+    A cast takes ``BUCKET_BYTES`` at a time.
+    """
     mapping, names = piece.tensor.entry.mapping, piece.tensor.entry.hf_names
     (top, *other), (rows, *widths) = piece.box.offsets, piece.box.sizes
     columns = tuple((o, o + w) for o, w in zip(other, widths, strict=True))
-    out = torch.empty(piece.box.sizes, dtype=piece.dtype)
     filled = 0
     for run in row_runs(mapping, dims):
         first, last = max(top, run.row), min(top + rows, run.row + run.count)
@@ -285,7 +291,6 @@ def _fill(piece: _Piece, weights: Weights, dims: ModelDims) -> Tensor:
             filled += stop - row
     if filled < rows:
         out[filled:] = 0
-    return out
 
 
 def _append(file: ItemFile, piece: _Piece, value: Tensor) -> None:

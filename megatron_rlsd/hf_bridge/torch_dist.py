@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_rlsd.hf_bridge.errors import HFCheckpointError, listed
 from megatron_rlsd.hf_bridge.mappings import Shape
+from megatron_rlsd.hf_bridge.safetensors_writer import WRITE_BYTES
 
 METADATA_NAME = ".metadata"
 _COMMON = {
@@ -76,12 +77,11 @@ class ItemFile:
         self._path = path
 
     def __enter__(self) -> ItemFile:
-        self._file = open(self._path, "wb")
+        self._file = open(self._path, "wb", buffering=0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
 
@@ -100,12 +100,13 @@ class ItemFile:
         buffer = io.BytesIO()
         torch.save([None], buffer)
         offset = self._file.tell()
-        self._file.write(buffer.getbuffer())
+        _Blocks(self._file).write(buffer.getbuffer())
         self.items.append(Item(key, self._path.name, offset, self._file.tell() - offset))
 
     def _save(self, value: Tensor) -> tuple[int, int]:
         offset = self._file.tell()
-        torch.save(value, self._file)
+        blocks: Any = _Blocks(self._file)
+        torch.save(value, blocks)
         return offset, self._file.tell() - offset
 
 
@@ -279,6 +280,20 @@ def _read_values(archive: zipfile.ZipFile, header: Tensor, out: Tensor | None) -
             target[done : done + len(block)] = block
             done += len(block)
     return tensor
+
+
+class _Blocks(io.RawIOBase):
+    """Writes to a file ``WRITE_BYTES`` at a time."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done : done + WRITE_BYTES])
+        return done
 
 
 class _Window(io.RawIOBase):
