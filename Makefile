@@ -3,6 +3,8 @@
 # make bench  side-by-side benchmarks on this machine
 # make sglang-cpu   set up .venv-sglang, in which SGLang serves small models without a GPU
 # make test-sglang  the tests against real SGLang servers alone
+# make slurm        install Slurm's programs for the tests (root and apt)
+# make test-slurm   the tests of examples/run_rlsd_70b.sh on a Slurm of two nodes alone
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV := .venv
@@ -14,12 +16,16 @@ BROWSER := .browser/chromium
 # A headless Chromium inside an npm package; nothing of it is installed into the system.
 BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
 
-.PHONY: demo test test-sglang sglang-cpu try-sglang-cpu lint bench clean
+# Programs, and the packages that have them.
+SLURM_PROGRAMS := munged slurmctld slurmd sbatch
+SLURM_PACKAGES := munge slurmctld slurmd slurm-client
+
+.PHONY: demo test test-sglang test-slurm sglang-cpu try-sglang-cpu slurm try-slurm lint bench clean
 
 demo: $(READY)
 	PYTHON=$(BIN)/python bash examples/run_rlsd_tiny.sh
 
-test: lint models/SmolLM2-135M-Instruct/config.json $(LATEST)/.ready $(BROWSER) try-sglang-cpu
+test: lint models/SmolLM2-135M-Instruct/config.json $(LATEST)/.ready $(BROWSER) try-sglang-cpu try-slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/distributed -m megatron_range
 
@@ -32,6 +38,24 @@ sglang-cpu: $(SGLANG)/.ready
 try-sglang-cpu:
 	@$(MAKE) --no-print-directory sglang-cpu || \
 		{ [ "$$CI" != true ] && echo "no SGLang environment: tests/sglang will be skipped"; }
+
+test-slurm: $(READY) try-sglang-cpu try-slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
+
+slurm:
+	@missing=; for program in $(SLURM_PROGRAMS); do \
+		PATH="$$PATH:/usr/sbin:/sbin" command -v $$program > /dev/null || missing="$$missing $$program"; \
+	done; \
+	[ -z "$$missing" ] || { \
+		echo "installing Slurm, for lack of$$missing"; \
+		export DEBIAN_FRONTEND=noninteractive && apt-get update -qq && \
+		apt-get install -qq --yes --no-install-recommends $(SLURM_PACKAGES) > /dev/null; \
+	}
+
+# As try-sglang-cpu, with root and apt in place of a package index.
+try-slurm:
+	@$(MAKE) --no-print-directory slurm || \
+		{ [ "$$CI" != true ] && echo "no Slurm: tests/slurm will be skipped"; }
 
 lint: $(READY)
 	$(BIN)/ruff check .

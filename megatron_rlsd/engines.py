@@ -26,7 +26,12 @@ from megatron_rlsd.rollout.embedded import EmbeddedEngine
 from megatron_rlsd.rollout.served import ServedEngine
 from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.types import Generation, GenerationRequest
-from megatron_rlsd.weight_sync import DiskTransport, check_parity, trainer_scores
+from megatron_rlsd.weight_sync import (
+    WeightTransport,
+    build_transport,
+    check_parity,
+    trainer_scores,
+)
 
 Result = TypeVar("Result")
 PARITY_PROMPTS = 4
@@ -59,7 +64,7 @@ class Publisher:
         prompts: PromptBuilder,
         engine: TrainerEngine,
         sglang: SGLangEngine | None = None,
-        transport: DiskTransport | None = None,
+        transport: WeightTransport | None = None,
     ) -> None:
         self._config, self._groups, self._prompts = config, groups, prompts
         self._engine, self._sglang, self._transport = engine, sglang, transport
@@ -141,15 +146,10 @@ def rollout_engine(
                 vocab_size=hf_config["vocab_size"],
                 max_positions=hf_config.get("max_position_embeddings"),
                 run_dir=run_dir,
+                pause=config.rollout.asynchronous.pause,
             )
             stack.callback(sglang.close)
-        transport = DiskTransport(
-            sglang,
-            Path(config.weight_sync.path or run_dir / "weight_sync"),
-            Path(config.model.hf_path),
-            dtype=getattr(torch, config.weight_sync.dtype or config.model.dtype),
-            update_seconds=settings.update_timeout_seconds,
-        )
+        transport = build_transport(config, sglang, groups.device)
         stack.callback(transport.close)
         served = ServedEngine(sglang, transport.publish, groups.control)
         yield served, Publisher(config, groups, prompts, served, sglang, transport)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megatron_rlsd.config import EvalConfig
 from megatron_rlsd.experience import Experience
+from megatron_rlsd.observability.leakage import leakage_metrics
 from megatron_rlsd.types import Group, Problem, Trajectory
 
 
@@ -18,7 +19,7 @@ def evaluate(
 
     greedy_pass@1; sampled_pass@k for each configured k (unbiased over n_samples responses);
     response tokens; format_rate: mean of the ``format`` reward if configured, else the share of
-    responses that end by themselves.
+    responses that end by themselves; the shares of ``leakage_metrics``.
     """
     metrics: dict[str, float] = {}
     for name, chosen in problems.items():
@@ -50,11 +51,13 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 def _shape_metrics(prefix: str, groups: list[Group]) -> dict[str, float]:
     trajectories = [t for g in groups for t in g.trajectories]
+    leaks = leakage_metrics(trajectories)
     return {
         f"{prefix}response_tokens": statistics.fmean(
             len(t.generation.token_ids) for t in trajectories
         ),
         f"{prefix}format_rate": statistics.fmean(map(_formatted, trajectories)),
+        **{f"{prefix}{name.replace('/', '_')}": share for name, share in leaks.items()},
     }
 
 

@@ -7,12 +7,14 @@ import statistics
 from collections import Counter
 from typing import Any, Protocol
 
-from megatron_rlsd.algorithms import group_advantages, has_signal
+from megatron_rlsd.algorithms import evidence_span, group_advantages, has_signal
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import ProblemSource, PromptBuilder, PromptTooLong, Tokenizer
 from megatron_rlsd.observability.leakage import leakage_metrics
 from megatron_rlsd.rollout.engine import RolloutEngine
+from megatron_rlsd.teacher import response_hints, wrong_hints
 from megatron_rlsd.types import (
+    Generation,
     GenerationRequest,
     Group,
     Problem,
@@ -46,6 +48,7 @@ class Experience:
     ) -> None:
         self._config, self._source, self._prompts = config, source, prompts
         self._tokenizer, self._engine, self._rewards = tokenizer, engine, rewards
+        self._critique_seen = False
         self.sampling = SamplingParams(
             max_new_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
@@ -65,7 +68,8 @@ class Experience:
         """Go on where ``state`` was taken; DataError if it belongs to other data."""
         if state["pending_groups"] or state["in_flight_rollouts"]:
             raise ExperienceError(
-                "the checkpoint holds rollouts under way, which a synchronous run cannot take up"
+                "the checkpoint holds rollouts under way, which only a run with "
+                "rollout.asynchronous.max_staleness > 0 can take up"
             )
         self._source.load_state(state["source"])
 
@@ -93,44 +97,100 @@ class Experience:
             counts["refills"] += 1
         filtered = len(left_out)
         kept += left_out[len(left_out) - (wanted - len(kept)) :]
-        for group in kept:
+        metrics = self.finish(kept)
+        metrics["rollout/group_filter_share"] = filtered / max(1, counts["groups"])
+        metrics["rollout/prompts_too_long"] = counts["prompts_too_long"]
+        return kept, metrics
+
+    def finish(self, groups: list[Group]) -> dict[str, float]:
+        """Give the trajectories of a batch their advantages; metrics of the batch."""
+        for group in groups:
             advantages = group_advantages(group.rewards, self._config.algorithm.advantage)
             for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
                 trajectory.advantage = advantage
-        metrics = self._metrics(kept)
-        metrics["rollout/group_filter_share"] = filtered / max(1, counts["groups"])
-        metrics["rollout/prompts_too_long"] = counts["too_long"]
-        return kept, metrics
+        return self._metrics(groups)
+
+    def draw(self, counts: Counter[str]) -> Problem:
+        """The next question whose prompt fits; ``counts["prompts_too_long"]`` counts the others."""
+        (problem,) = self._draw(1, counts)
+        return problem
+
+    def requests(self, problem: Problem, label: str) -> list[GenerationRequest]:
+        """A training group's requests; ``label`` and the seed fix the samples."""
+        return self._requests(
+            problem, self._config.rollout.n_samples_per_prompt, self.sampling, label
+        )
+
+    def group(
+        self, problem: Problem, requests: list[GenerationRequest], generations: list[Generation]
+    ) -> Group:
+        """A training group of what ``requests`` brought: scored, with the teacher's prompts."""
+        prompts = (request.prompt_ids for request in requests)
+        trajectories = [
+            self._trajectory(problem, ids, g) for ids, g in zip(prompts, generations, strict=True)
+        ]
+        self._reward(trajectories, self.sampling.max_new_tokens)
+        group = Group(problem, trajectories)
+        self._add_hints(group)
+        return group
 
     def respond(
         self, problems: list[Problem], n: int, params: SamplingParams, label: str
     ) -> list[Group]:
         """``n`` scored responses to each problem; ``label`` and the seed fix the samples."""
-        trajectories: list[Trajectory] = []
-        requests: list[GenerationRequest] = []
-        for index, problem in enumerate(problems):
-            prompt_ids = self._prompts.student(problem)
-            for sample in range(n):
-                seed = _seed(self._config.train.seed, label, index, sample)
-                requests.append(GenerationRequest(prompt_ids, params, seed))
-        for request, generation in zip(requests, self._engine.generate(requests), strict=True):
-            problem = problems[len(trajectories) // n]
-            trajectories.append(
-                Trajectory(
-                    problem,
-                    request.prompt_ids,
-                    teacher_prompt_ids=[],
-                    generation=generation,
-                    response_text=self._tokenizer.decode(generation.token_ids),
-                )
+        requests = [
+            request
+            for index, problem in enumerate(problems)
+            for request in self._requests(problem, n, params, f"{label}/{index}")
+        ]
+        trajectories = [
+            self._trajectory(problems[number // n], request.prompt_ids, generation)
+            for number, (request, generation) in enumerate(
+                zip(requests, self._engine.generate(requests), strict=True)
             )
+        ]
+        self._reward(trajectories, params.max_new_tokens)
+        return [
+            Group(problem, trajectories[i * n : (i + 1) * n]) for i, problem in enumerate(problems)
+        ]
+
+    def _requests(
+        self, problem: Problem, n: int, params: SamplingParams, label: str
+    ) -> list[GenerationRequest]:
+        prompt_ids = self._prompts.student(problem)
+        seeds = [_seed(self._config.train.seed, label, sample) for sample in range(n)]
+        return [GenerationRequest(prompt_ids, params, seed) for seed in seeds]
+
+    def _references(self, problems: list[Problem]) -> list[Group]:
+        """Scored as if the policy had written it: ``prompts.sft_response`` of each problem."""
+        trajectories = []
+        for problem in problems:
+            target = self._prompts.sft_target(problem)
+            # Its probability under a policy that did not sample it is nobody's business.
+            written = Generation(target, [0.0] * len(target), "stop", self._engine.weight_version)
+            trajectories.append(self._trajectory(problem, self._prompts.student(problem), written))
+        self._reward(trajectories, self.sampling.max_new_tokens)
+        return [Group(t.problem, [t]) for t in trajectories]
+
+    def _trajectory(
+        self, problem: Problem, prompt_ids: list[int], generation: Generation
+    ) -> Trajectory:
+        return Trajectory(
+            problem,
+            prompt_ids,
+            teacher_prompt_ids=[],
+            generation=generation,
+            response_text=self._tokenizer.decode(generation.token_ids),
+        )
+
+    def _reward(self, trajectories: list[Trajectory], max_tokens: int) -> None:
         results = self._rewards.score(
             [
                 RewardInput(
                     problem=t.problem,
                     response=t.response_text,
                     num_tokens=len(t.generation.token_ids),
-                    max_tokens=params.max_new_tokens,
+                    max_tokens=max_tokens,
                     finish_reason=t.generation.finish_reason,
                 )
                 for t in trajectories
@@ -138,9 +198,6 @@ class Experience:
         )
         for trajectory, result in zip(trajectories, results, strict=True):
             trajectory.reward = result
-        return [
-            Group(problem, trajectories[i * n : (i + 1) * n]) for i, problem in enumerate(problems)
-        ]
 
     def solved(self, trajectory: Trajectory) -> bool:
         """Did the first reward function accept the response?"""
@@ -156,7 +213,7 @@ class Experience:
                 try:
                     self._prompts.student(problem)
                 except PromptTooLong:
-                    counts["too_long"] += 1
+                    counts["prompts_too_long"] += 1
                 else:
                     problems.append(problem)
             if len(problems) == count:
@@ -164,18 +221,56 @@ class Experience:
         raise ExperienceError(
             f"only {len(problems)} of {count} questions have prompts of at most "
             f"prompts.max_prompt_tokens={self._config.prompts.max_prompt_tokens} tokens "
-            f"({counts['too_long']} were longer)"
+            f"({counts['prompts_too_long']} were longer)"
         )
 
     def _sample(self, problems: list[Problem], label: str) -> list[Group]:
+        """Groups with everything that the teacher's passes need."""
+        if self._config.algorithm.name == "sft":
+            return self._references(problems)
         groups = self.respond(
             problems, self._config.rollout.n_samples_per_prompt, self.sampling, label
         )
         for group in groups:
-            teacher_prompt_ids = self._prompts.teacher(group.problem)
-            for trajectory in group.trajectories:
-                trajectory.teacher_prompt_ids = teacher_prompt_ids
+            self._add_hints(group)
+        if self._config.teacher.hint == "critique" and not self._critique_seen:
+            self._critique_seen = any(t.teacher_prompt_ids for g in groups for t in g.trajectories)
+            if not self._critique_seen:
+                raise ExperienceError(
+                    f"teacher.hint=critique: none of the first {len(groups)} problems has a text "
+                    f"under metadata[{self._config.teacher.critique_key!r}] "
+                    "(teacher.critique_key)"
+                )
         return groups
+
+    def _add_hints(self, group: Group) -> None:
+        algorithm, problem = self._config.algorithm, group.problem
+        solved = [self.solved(t) for t in group.trajectories]
+        hints = response_hints(group, solved, self._config.teacher)
+        if hints is None:
+            own = self._prompts.teacher(problem)
+            prompts = [own] * len(group.trajectories)
+        else:
+            prompts = [[] if h is None else self._prompts.teacher(problem, h) for h in hints]
+        for trajectory, prompt in zip(group.trajectories, prompts, strict=True):
+            trajectory.teacher_prompt_ids = prompt
+        if algorithm.contrasts_hints:
+            for trajectory, hint in zip(
+                group.trajectories, wrong_hints(group, solved), strict=True
+            ):
+                if hint is not None:
+                    trajectory.contrast_prompt_ids = self._prompts.teacher(problem, hint)
+        if algorithm.span_start is not None or algorithm.span_end is not None:
+            for t in group.trajectories:
+                t.evidence_span = evidence_span(
+                    t.response_text, t.generation.token_ids, self._tokenizer.decode, algorithm
+                )
+
+    def _without_hint(self, trajectory: Trajectory) -> bool:
+        missing = not trajectory.teacher_prompt_ids
+        if self._config.algorithm.contrasts_hints:
+            missing = missing or not trajectory.contrast_prompt_ids
+        return missing
 
     def _metrics(self, groups: list[Group]) -> dict[str, float]:
         trajectories = [t for group in groups for t in group.trajectories]
@@ -198,6 +293,10 @@ class Experience:
             ),
             "rollout/response_tokens": sum(lengths),
         }
+        if self._config.algorithm.name != "sft":
+            metrics["teacher/without_hint_share"] = statistics.fmean(
+                map(self._without_hint, trajectories)
+            )
         metrics |= leakage_metrics(trajectories)
         parts = [t.reward.parts for t in trajectories if t.reward]
         for name in parts[0]:
@@ -219,6 +318,12 @@ def train_batch(groups: list[Group]) -> TrainBatch:
         response_ids=[t.generation.token_ids for t in rows],
         rollout_log_probs=[t.generation.log_probs for t in rows],
         advantages=[t.advantage for t in rows],
+        contrast_prompt_ids=(
+            [t.contrast_prompt_ids for t in rows]
+            if any(t.contrast_prompt_ids for t in rows)
+            else []
+        ),
+        evidence_spans=[list(t.evidence_span) for t in rows if t.evidence_span is not None],
     )
 
 

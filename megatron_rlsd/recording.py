@@ -25,7 +25,7 @@ from megatron_rlsd.parallel.exchange import (
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.types import TrainBatch
 
-KINDS = ("teacher", "old", "ref")
+KINDS = ("teacher", "contrast", "old", "ref")
 BAD_STEPS = "bad_steps"
 RECORDED_STEPS = "recorded_steps"
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
-from megatron_rlsd.actor.model import model_shape
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.manifest import CheckpointError, read_manifest, whole_checkpoints
 from megatron_rlsd.checkpoint.start import STATE_NAME, Start, checkpoints_of
@@ -15,6 +14,7 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.learner import Learner
 from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.recording import BAD_STEPS, RecordedStep, RecordingError, read_step
 from megatron_rlsd.train import total_updates
 
@@ -34,15 +34,22 @@ def replay(config: Config, step: int, checkpoint: Path | None = None) -> Replaye
     It starts at the weights of ``checkpoint``, else of the run's best one, else of model.hf_path;
     recorded updates between them and ``step`` are made first. Nothing is written.
 
-    Raises RecordingError when the step, or one needed on the way, was not recorded.
+    Raises RecordingError when the step, or one needed on the way, was not recorded, or not with all
+    that its algorithm needs.
     """
+    if config.algorithm.divergence_coef:
+        raise RecordingError(
+            f"algorithm.name={config.algorithm.name} compares distributions "
+            f"(divergence_coef={config.algorithm.divergence_coef}), and recorded steps do not hold "
+            "the teacher's hidden states: such a step cannot be made again"
+        )
     run_dir = Path(config.run_dir)
     recorded = read_step(run_dir, step)
     folder, first = choose_base(config, step, checkpoint)
     before = [read_step(run_dir, earlier) for earlier in range(first, step)]
     # Recorded scores take the teacher's place.
     config = config.model_copy(
-        update={"teacher": config.teacher.model_copy(update={"mode": "live"})}
+        update={"teacher": config.teacher.model_copy(update={"mode": "live", "hf_path": None})}
     )
     hf_config = load_hf_config(config.model.hf_path)
     family = family_for(hf_config)

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
-from megatron_rlsd.actor.model import model_shape
 from megatron_rlsd.checkpoint.manifest import CheckpointError
 from megatron_rlsd.checkpoint.start import Program
 from megatron_rlsd.config import Config, ConfigError, dump_config, load_config
@@ -54,11 +53,14 @@ from megatron_rlsd.parallel.exchange import (
     unpack_train_batch,
 )
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
-from megatron_rlsd.parallel.layout import LayoutError
+from megatron_rlsd.parallel.layout import LayoutError, model_shape
 from megatron_rlsd.platform import PlatformError
 from megatron_rlsd.recording import BadStepsError, RecordingError
 from megatron_rlsd.rewards import RewardError, RewardPool
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.served import ServedEngine
+from megatron_rlsd.rollout_stream import RolloutStream
+from megatron_rlsd.teacher.external import ExternalTeacherError
 from megatron_rlsd.types import Group, Problem, TrainBatch
 from megatron_rlsd.weight_sync import WeightSyncError
 
@@ -69,6 +71,7 @@ USER_ERRORS = (
     DataError,
     EngineError,
     ExperienceError,
+    ExternalTeacherError,
     HFBridgeError,
     LayoutError,
     PlatformError,
@@ -82,7 +85,7 @@ USER_ERRORS = (
 
 @dataclass
 class Run:
-    """One rank's parts. ``experience`` and ``eval_problems`` are set on rank 0 only."""
+    """One rank's parts. ``experience``, ``rollouts`` and ``eval_problems``: on rank 0 only."""
 
     config: Config
     groups: ParallelGroups
@@ -92,6 +95,8 @@ class Run:
     log: MetricsLogger
     engine: TrainerEngine
     experience: Experience | None
+    rollouts: Experience | RolloutStream | None
+    """Where training batches come from."""
     eval_problems: dict[str, list[Problem]]
     continuity: Continuity
     publisher: Publisher
@@ -106,8 +111,8 @@ class Run:
         """Sampled and rewarded: groups and metrics on rank 0, the batch on every rank."""
 
         def work() -> tuple[list[Group], dict[str, float]]:
-            assert self.experience is not None
-            return self.experience.collect(step)
+            assert self.rollouts is not None
+            return self.rollouts.collect(step)
 
         groups, metrics = self.engine.run_on_rank_zero(work) or ([], {})
         payload = pack_train_batch(train_batch(groups)) if self.groups.rank == 0 else None
@@ -116,7 +121,10 @@ class Run:
 
     def publish_weights(self, version: int) -> dict[str, float]:
         """Hand the actor's current weights to the rollout engine; metrics on rank 0."""
-        return self.publisher.publish(self.actor, version)
+        metrics = self.publisher.publish(self.actor, version)
+        if isinstance(self.rollouts, RolloutStream):
+            self.rollouts.published(version)
+        return metrics
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluate the published weights on the held-out problems, after ``step`` steps.
@@ -210,6 +218,7 @@ def assemble(
         )
         engine, publisher = stack.enter_context(rollout_engine(config, groups, hf_config, prompts))
         rewards, experience, eval_problems = None, None, {}
+        rollouts: Experience | RolloutStream | None = None
         if groups.rank == 0:
             # Its workers import their libraries while the model is built.
             rewards = stack.enter_context(RewardPool(config.reward))
@@ -217,6 +226,11 @@ def assemble(
             for note in source.notes():
                 print(note, flush=True)
             experience = Experience(config, source, prompts, tokenizer, engine, rewards)
+            rollouts = experience
+            if config.rollout.asynchronous.max_staleness and program == "train":
+                assert isinstance(engine, ServedEngine)
+                rollouts = stream = RolloutStream(config, experience, engine, log.span)
+                stack.callback(stream.close)
             for number, each in enumerate(config.data.eval):
                 problems = evaluation_problems(each, config.eval.num_problems)
                 name = problems[0].source
@@ -225,7 +239,10 @@ def assemble(
         if rewards is not None:
             rewards.wait_until_ready()
         yield Run(
-            *(config, groups, tokenizer, prompts, actor, log, engine, experience, eval_problems),
+            *(config, groups, tokenizer, prompts, actor, log, engine),
+            experience=experience,
+            rollouts=rollouts,
+            eval_problems=eval_problems,
             continuity=kept,
             publisher=publisher,
         )

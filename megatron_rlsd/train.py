@@ -21,7 +21,7 @@ def train(config: Config) -> None:
     steps = config.train.steps
     with assemble(config, total_updates=total_updates(config), total_steps=steps) as run:
         learner = Learner(config, run.actor)
-        start = run.continuity.resume(run.actor, learner.snapshots(), run.experience)
+        start = run.continuity.resume(run.actor, learner.snapshots(), run.rollouts)
         run.publish_weights(version=start)
         if config.eval.at_start and start == 0:
             run.evaluate(step=0)
@@ -35,9 +35,11 @@ def train(config: Config) -> None:
             with run.phase("score", step):
                 splits = learner.split(batch, step)
                 scores = learner.score(batch, splits, rlsd_lambda)
+                learner.gauge_noise(step, batch, splits, rlsd_lambda)
 
             with run.phase("update", step):
                 metrics |= learner.update(batch, splits, scores, rlsd_lambda)
+                metrics |= learner.noise.metrics()
                 run.continuity.record(step, batch, scores, rlsd_lambda, metrics)
                 learner.teacher.after_step(step)
 

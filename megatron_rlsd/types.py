@@ -67,7 +67,10 @@ class Generation:
     (top-p and top-k do not renormalise it; greedy decoding reports it at temperature 1)."""
     finish_reason: FinishReason
     weight_version: int
-    """Version of the weights that sampled the tokens (0: the initial weights)."""
+    """Version of the weights that sampled the first token (0: the initial weights)."""
+    token_versions: list[int] = field(default_factory=list)
+    """[T] version for each token, never falling, where weights were updated while the response was
+    under way; empty: ``weight_version`` for all."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,16 @@ class Trajectory:
     prompt_ids: list[int]
     """[P] the student's prompt."""
     teacher_prompt_ids: list[int]
-    """[P'] the privileged prompt; P' differs from P."""
+    """[P'] the privileged prompt; P' differs from P. Empty: there is no hint for this response."""
     generation: Generation
     """The response and the engine's log-probabilities."""
     response_text: str = ""
     reward: RewardResult | None = None
     advantage: float = 0.0
+    contrast_prompt_ids: list[int] = field(default_factory=list)
+    """[P''] the prompt with a wrong hint; empty where there is none, or none is asked for."""
+    evidence_span: tuple[int, int] | None = None
+    """Tokens [start, stop) that the evidence weight may touch; None: all."""
     credit: TokenCredit | None = None
     """Set on rank 0, after the update, for the trajectories that are dumped."""
 
@@ -153,10 +160,15 @@ class TrainBatch:
 
     prompt_ids: list[list[int]]
     teacher_prompt_ids: list[list[int]]
+    """An empty one: the teacher has nothing to say of this response."""
     response_ids: list[list[int]]
     rollout_log_probs: list[list[float]]
     """Aligned with response_ids; float32 once sent."""
     advantages: list[float]
+    contrast_prompt_ids: list[list[int]] = field(default_factory=list)
+    """Prompts with a wrong hint, an empty one where there is none; no entries: none asked for."""
+    evidence_spans: list[list[int]] = field(default_factory=list)
+    """[start, stop) in tokens of each response; no entries: everywhere."""
 
     def __len__(self) -> int:
         return len(self.advantages)

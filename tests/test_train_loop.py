@@ -75,7 +75,12 @@ def test_a_run_writes_what_it_promises(make_config):
             assert "train/loss" not in line or line[f"perf/{phase}_tokens_per_second"] > 0
     evaluations = [m for m in read_metrics(run_dir / "metrics.jsonl") if "train/loss" not in m]
     assert [e["step"] for e in evaluations] == [0, 3]
-    assert {"eval/chain_sum/greedy_pass@1", "eval/chain_sum/sampled_pass@2"} <= set(evaluations[0])
+    assert {
+        "eval/chain_sum/greedy_pass@1",
+        "eval/chain_sum/sampled_pass@2",
+        "eval/chain_sum/greedy_leakage_phrase_share",
+        "eval/chain_sum/sampled_leakage_answer_first_share",
+    } <= set(evaluations[0])
 
 
 def test_the_exported_model_is_the_trained_one(make_config, tiny_model):

@@ -182,10 +182,11 @@ def log_prob_difference(
     # Slow to import, and only this needs them.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_rlsd.actor.model import build_model, model_shape, transformer_config
+    from megatron_rlsd.actor.model import build_model, transformer_config
     from megatron_rlsd.config import ModelConfig, ParallelConfig
     from megatron_rlsd.hf_bridge import family_for, load_hf_weights
     from megatron_rlsd.parallel.groups import parallel_world
+    from megatron_rlsd.parallel.layout import model_shape
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_folder)

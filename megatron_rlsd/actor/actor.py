@@ -41,10 +41,30 @@ from megatron_rlsd.actor.packing import (
 )
 from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import Family, ShardLayout, export_hf_tensors, load_hf_weights
-from megatron_rlsd.ops import PolicyLossConfig, PolicyLossStats, policy_loss, token_log_probs
+from megatron_rlsd.ops import (
+    DivergenceConfig,
+    PolicyLossConfig,
+    PolicyLossStats,
+    divergence_loss,
+    policy_loss,
+    token_log_probs,
+)
 from megatron_rlsd.ops.stats import MAXIMA, SUMMED
 from megatron_rlsd.parallel.exchange import all_reduce_metrics
 from megatron_rlsd.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The teacher's distribution at each response token, as what its head makes them from."""
+
+    hidden: Tensor
+    """[R, E] last hidden states; anything where loss_weights is 0."""
+    weight: Tensor
+    """[V / tp, E] the teacher's head, this rank's vocabulary rows."""
+    loss_weights: Tensor
+    """[R] coefficient and normaliser; 0 where the teacher says nothing."""
+    config: DivergenceConfig
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,10 @@ class TokenValues:
     old_log_probs: Tensor | None = None
     """None: those of the current weights, which makes every ratio 1."""
     teacher_log_probs: Tensor | None = None
+    contrast_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
+    distillation: Distillation | None = None
+    """On the last pipeline stage only."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +89,8 @@ class UpdateResult:
     """One optimizer step, summed over all ranks and equal on all of them."""
 
     sums: dict[str, float]
-    """Sums over the global batch by the names of ``ops.stats.SUMMED``."""
+    """Sums over the global batch by the names of ``ops.stats.SUMMED``, and of ``divergence`` over
+    ``divergence_tokens``."""
     maxima: dict[str, float]
     """By the names of ``ops.stats.MAXIMA``."""
     grad_norm: float
@@ -158,18 +182,51 @@ class Actor:
     ) -> Tensor | None:
         """Log-probabilities [R] of every response token; None on ranks before the last stage."""
 
+        def score(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            log_probs, _ = token_log_probs(
+                rows,
+                weight,
+                targets,
+                temperature=temperature,
+                tp_group=self.groups.tp,
+                vocab_size=self.vocab_size,
+            )
+            return log_probs.float()
+
+        return self._score(sequences_by_rank, score, ())
+
+    def token_states(self, sequences_by_rank: list[list[Sequence]]) -> tuple[Tensor, Tensor] | None:
+        """What the head makes every response token's distribution from; None before the last stage.
+
+        Returns the last hidden states [R, D] in the model's precision, and a copy of the head's
+        weight [V / tp, D], which an optimizer step does not change.
+        """
+        weights: list[Tensor] = []
+
+        def keep(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            if not weights:
+                weights.append(weight.detach().clone())
+            return rows
+
+        states = self._score(
+            sequences_by_rank, keep, (self._config.hidden_size,), self._config.params_dtype
+        )
+        return None if states is None else (states, weights[0])
+
+    def _score(
+        self,
+        sequences_by_rank: list[list[Sequence]],
+        score: Callable[[Tensor, Tensor, Tensor], Tensor],
+        width: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor | None:
+        """``score(rows, weight, targets)`` [n, *width] of every response token, [R, *width]."""
+
         def head_for(micro_batch: MicroBatch) -> Head:
             def head(hidden: Tensor, weight: Tensor) -> Tensor:
-                rows = self._full_rows(hidden)[micro_batch.response_positions]
-                log_probs, _ = token_log_probs(
-                    rows,
-                    weight,
-                    micro_batch.targets[micro_batch.response_positions],
-                    temperature=temperature,
-                    tp_group=self.groups.tp,
-                    vocab_size=self.vocab_size,
-                )
-                return log_probs
+                positions = micro_batch.response_positions
+                rows = self._full_rows(hidden)[positions]
+                return score(rows, weight, micro_batch.targets[positions])
 
             return head
 
@@ -178,10 +235,10 @@ class Actor:
             outputs = self._run(plan, micro_batches, head_for, forward_only=True)
         if not self.groups.is_last_stage:
             return None
-        mine = sequences_by_rank[self.groups.dp.rank()]
-        flat = torch.zeros(sum(len(s.response_ids) for s in mine), device=self.groups.device)
-        for micro_batch, log_probs in zip(micro_batches, outputs, strict=True):
-            flat[micro_batch.response_indices] = log_probs.float()
+        total = sum(len(s.response_ids) for s in sequences_by_rank[self.groups.dp.rank()])
+        flat = torch.zeros(total, *width, dtype=dtype, device=self.groups.device)
+        for micro_batch, values in zip(micro_batches, outputs, strict=True):
+            flat[micro_batch.response_indices] = values
         # Each context-parallel rank has filled in the tokens that it holds.
         dist.all_reduce(flat, group=self.groups.cp)
         return flat
@@ -201,6 +258,31 @@ class Actor:
         ``on_tokens`` gets each micro-batch's per-token results, where the loss is formed.
         """
         collected: list[PolicyLossStats] = []
+        divergence = torch.zeros(3, dtype=torch.float64)  # weighted, plain, counted tokens
+
+        def distil(micro_batch: MicroBatch, hidden: Tensor, weight: Tensor) -> Tensor:
+            teacher = values.distillation
+            assert teacher is not None
+            chosen = micro_batch.response_indices
+            weights = teacher.loss_weights[chosen]
+            loss, each = divergence_loss(
+                hidden,
+                weight,
+                teacher.hidden[chosen],
+                teacher.weight,
+                micro_batch.response_positions,
+                loss_weights=weights,
+                config=teacher.config,
+                temperature=temperature,
+                tp_group=self.groups.tp,
+                sequence_parallel=self._config.sequence_parallel,
+                vocab_size=self.vocab_size,
+                weight_main_grad=getattr(weight, "main_grad", None),
+                grad_scale=self._optimizer.get_loss_scale(),
+            )
+            sums = [(weights.double() * each.double()).sum(), each.double().sum()]
+            divergence.add_(torch.stack([*sums, (weights != 0).double().sum()]).cpu())
+            return loss
 
         def head_for(micro_batch: MicroBatch) -> Head:
             def scatter(flat: Tensor | None) -> Tensor | None:
@@ -215,6 +297,7 @@ class Actor:
                     loss_weights=micro_batch.scatter(values.loss_weights),
                     old_log_probs=scatter(values.old_log_probs),
                     teacher_log_probs=scatter(values.teacher_log_probs),
+                    contrast_log_probs=scatter(values.contrast_log_probs),
                     ref_log_probs=scatter(values.ref_log_probs),
                     rollout_log_probs=scatter(values.rollout_log_probs),
                     # Over the context-parallel ranks, which number the responses alike.
@@ -233,6 +316,8 @@ class Actor:
                 collected.append(stats)
                 if on_tokens is not None:
                     on_tokens(micro_batch, stats)
+                if values.distillation is not None:
+                    loss = loss + distil(micro_batch, hidden, weight)
                 return loss
 
             return head
@@ -244,10 +329,12 @@ class Actor:
         self._run(plan, micro_batches, head_for, forward_only=False)
         rate = learning_rate(self._optimizer)
         succeeded, grad_norm = False, math.nan
-        if self._all_finite(collected):
+        if self._all_finite(collected, divergence):
             succeeded, grad_norm, _ = self._optimizer.step()
         self._scheduler.step(increment=1)
-        return self._reduce(collected, plan, micro_batches, float(grad_norm), rate, succeeded)
+        return self._reduce(
+            collected, divergence, plan, micro_batches, float(grad_norm), rate, succeeded
+        )
 
     def _run(
         self,
@@ -324,7 +411,7 @@ class Actor:
         dist.all_gather_into_tensor(full, hidden.contiguous(), group=tp)
         return full
 
-    def _all_finite(self, collected: Iterable[PolicyLossStats]) -> bool:
+    def _all_finite(self, collected: Iterable[PolicyLossStats], divergence: Tensor) -> bool:
         """Are the loss and all gradients finite on every rank? Asked before the optimizer runs:
         without loss scaling Megatron's would take NaN into weights and moments.
         """
@@ -334,7 +421,8 @@ class Actor:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         ]
         losses = [float(stats.sums()["weighted_loss"]) for stats in collected]
-        finite = all(map(math.isfinite, losses)) and bool(torch.stack(sums).isfinite().all())
+        finite = all(map(math.isfinite, [*losses, *divergence.tolist()]))
+        finite = finite and bool(torch.stack(sums).isfinite().all())
         bad = torch.tensor([int(not finite)])
         dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.groups.control)
         return not bad.item()
@@ -342,13 +430,14 @@ class Actor:
     def _reduce(
         self,
         collected: Iterable[PolicyLossStats],
+        divergence: Tensor,
         plan: StepPlan,
         micro_batches: list[MicroBatch],
         grad_norm: float,
         rate: float,
         succeeded: bool,
     ) -> UpdateResult:
-        sums = dict.fromkeys((*SUMMED, "padding"), 0.0)
+        sums = dict.fromkeys((*SUMMED, "divergence", "divergence_tokens", "padding"), 0.0)
         maxima = dict.fromkeys(MAXIMA, 0.0)
         if self.groups.reports_stats:
             for stats in collected:
@@ -356,6 +445,8 @@ class Actor:
                     sums[name] += float(value)
                 for name, value in stats.maxima().items():
                     maxima[name] = max(maxima[name], float(value))
+            weighted, sums["divergence"], sums["divergence_tokens"] = divergence.tolist()
+            sums["weighted_loss"] += weighted
             sums["padding"] = float(sum(m.num_padding for m in micro_batches))
         sums, maxima = all_reduce_metrics(sums, maxima, self.groups.control)
         return UpdateResult(

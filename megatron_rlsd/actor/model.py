@@ -15,7 +15,6 @@ from megatron_rlsd.actor.layers import local_block_spec
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import Family
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.parallel.layout import model_shape
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [T, D] or, under sequence parallelism, [T / tp, D]; weight [V / tp, D]) -> anything."""

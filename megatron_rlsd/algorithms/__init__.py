@@ -2,7 +2,16 @@
 
 from megatron_rlsd.algorithms.advantages import group_advantages
 from megatron_rlsd.algorithms.filters import has_signal
+from megatron_rlsd.algorithms.importance import importance_weights
 from megatron_rlsd.algorithms.loss_weights import token_loss_weights
 from megatron_rlsd.algorithms.schedules import lambda_at
+from megatron_rlsd.algorithms.spans import evidence_span
 
-__all__ = ["group_advantages", "has_signal", "lambda_at", "token_loss_weights"]
+__all__ = [
+    "evidence_span",
+    "group_advantages",
+    "has_signal",
+    "importance_weights",
+    "lambda_at",
+    "token_loss_weights",
+]

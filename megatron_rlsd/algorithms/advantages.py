@@ -6,14 +6,14 @@ Shapes: G responses to one question.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from megatron_rlsd.algorithms.filters import checked_rewards, has_signal
 
-AdvantageMode = Literal["group_std", "group_mean", "leave_one_out"]
+AdvantageMode = Literal["group_std", "group_mean", "leave_one_out", "none", "one"]
 
 STD_EPSILON = 1e-6
 
@@ -24,8 +24,11 @@ def group_advantages(rewards: Sequence[float] | Tensor, mode: AdvantageMode) -> 
         group_std      A_i = (R_i - mean(R)) / (std(R) + 1e-6), unbiased std
         group_mean     A_i = R_i - mean(R)                      (Dr. GRPO)
         leave_one_out  A_i = R_i - mean of the other rewards    (RLOO)
+        none           A_i = 0                                  (distillation alone)
+        one            A_i = 1                                  (supervised)
 
-    A group whose rewards are all equal gets exactly 0, whatever the mean rounds to.
+    Except with ``one``, a group whose rewards are all equal gets exactly 0, whatever the mean
+    rounds to.
 
     Args:
         rewards: [G] finite numbers, G >= 1.
@@ -38,9 +41,11 @@ def group_advantages(rewards: Sequence[float] | Tensor, mode: AdvantageMode) -> 
         ValueError: no rewards, a reward that is not finite, or an unknown mode.
     """
     R = checked_rewards(rewards)
-    if mode not in ("group_std", "group_mean", "leave_one_out"):
-        raise ValueError(f"mode must be group_std, group_mean or leave_one_out, got {mode!r}")
-    if not has_signal(R):
+    if mode not in get_args(AdvantageMode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(AdvantageMode))}, got {mode!r}")
+    if mode == "one":
+        return torch.ones_like(R)
+    if mode == "none" or not has_signal(R):
         return torch.zeros_like(R)
     centered = R - R.mean()
     if mode == "group_std":

@@ -15,7 +15,8 @@ def lambda_at(step: int, algorithm: AlgorithmConfig) -> float:
         s >= W + H         L (1 - (s - W - H + 1) / D), not below 0; with D = 0: L for ever
 
     So step W + H is the first below L, and step W + H + D - 1, the D-th of the decay, is the first
-    at exactly 0. W = 0 starts at full L; algorithm.name ``grpo`` is 0 throughout.
+    at exactly 0. W = 0 starts at full L; algorithm.name ``grpo`` is 0 throughout, and so are the
+    variants that fix rlsd_lambda at 0.
 
     Raises ValueError where step is negative.
     """

@@ -19,6 +19,7 @@ from megatron_rlsd.config.operation import (
     WandbConfig,
 )
 from megatron_rlsd.config.rollout import (
+    AsynchronousConfig,
     EmbeddedEngineConfig,
     RolloutConfig,
     SGLangConfig,
@@ -37,6 +38,7 @@ from megatron_rlsd.config.training import (
 
 __all__ = [
     "AlgorithmConfig",
+    "AsynchronousConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

@@ -61,18 +61,40 @@ class SGLangConfig(Section):
     """Restarts of one server in a row, with growing pauses, before it is given up."""
 
 
+class AsynchronousConfig(Section):
+    """Rollouts that go on while the trainer trains (rollout.engine=sglang)."""
+
+    max_staleness: int = Field(0, ge=0)
+    """Steps that a sample's oldest token may be behind the weights that learn from it; samples
+    beyond are dropped and their questions asked again. 0: rollout and training take turns."""
+    pause: Literal["abort", "retract", "in_place"] = "abort"
+    """What a weight update does to responses under way. abort: the server gives out what it has and
+    is asked for the rest. retract: it computes its cache anew under the new weights. in_place: it
+    goes on with the old cache."""
+
+
 class RolloutConfig(Section):
     engine: Literal["embedded", "sglang"] = "embedded"
     prompts_per_step: int = Field(16, ge=1)
-    n_samples_per_prompt: int = Field(8, ge=2)
+    n_samples_per_prompt: int = Field(8, ge=1)
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     max_response_tokens: int = Field(1024, ge=1)
     stop_token_ids: list[int] = []
     """In addition to the tokenizer's end-of-turn tokens."""
+    asynchronous: AsynchronousConfig = AsynchronousConfig()
     embedded: EmbeddedEngineConfig = EmbeddedEngineConfig()
     sglang: SGLangConfig = SGLangConfig()
+
+    @model_validator(mode="after")
+    def _asynchronous_needs_servers(self) -> RolloutConfig:
+        if self.asynchronous.max_staleness and self.engine != "sglang":
+            raise ValueError(
+                f"asynchronous.max_staleness={self.asynchronous.max_staleness} needs "
+                f"engine=sglang: the engine {self.engine} shares the trainer's processes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sample_what_is_scored(self) -> RolloutConfig:
@@ -88,11 +110,20 @@ class RolloutConfig(Section):
 class WeightSyncConfig(Section):
     """How rollout servers get new weights (rollout.engine=sglang)."""
 
-    transport: Literal["disk"] = "disk"
+    transport: Literal["disk", "broadcast", "ipc"] = "disk"
+    """disk: through a shared folder. broadcast: a process group with each server, nccl between
+    GPUs, else gloo. ipc: servers on rank 0's machine read its memory (CUDA IPC, or shared memory);
+    for servers that share the trainer's GPUs."""
     path: str | None = None
     """disk: a folder that trainer and servers share; default: run_dir/weight_sync."""
+    bucket_mib: int = Field(256, ge=1)
+    """MiB of tensors that are sent together, or written to one file. Two buckets are under way at
+    a time."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the published tensors; default: model.dtype."""
+    """Of the published tensors; default: as the trainer has them. It should be the servers'."""
+    verify_interval: int = Field(1, ge=0)
+    """Versions between comparisons of every tensor that the servers hold with what was sent, by
+    checksums; the first publication always. 0: none, as quantised servers need it."""
     parity_interval: int = Field(100, ge=0)
     """Steps between comparisons of server and trainer log-probabilities on fixed text, the first
     before step 0; 0: none."""

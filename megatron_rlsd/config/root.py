@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import model_validator
 
 from megatron_rlsd.config.data import DataConfig, PromptConfig, RewardConfig
@@ -17,6 +19,7 @@ from megatron_rlsd.config.training import (
     TeacherConfig,
     TrainConfig,
 )
+from megatron_rlsd.config.variants import contradictions, filled_in
 
 
 class Config(Section):
@@ -38,6 +41,45 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
     distributed: DistributedConfig = DistributedConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_variant(cls, raw: Any) -> Any:
+        """Some algorithms have another default teacher."""
+        if not isinstance(raw, dict):
+            return raw
+        algorithm, teacher = raw.get("algorithm", {}), raw.get("teacher", {})
+        if not isinstance(algorithm, dict) or not isinstance(teacher, dict):
+            return raw
+        return {**raw, "teacher": filled_in(algorithm.get("name", "rlsd"), teacher, "teacher")}
+
+    @model_validator(mode="after")
+    def _check_algorithm(self) -> Config:
+        algorithm, teacher = self.algorithm, self.teacher
+        problems = contradictions(algorithm.name, teacher, "teacher")
+        if algorithm.name == "opd" and teacher.hf_path is None:
+            problems.append("algorithm.name=opd needs teacher.hf_path, the model to learn from")
+        if algorithm.name != "opd" and teacher.hf_path is not None:
+            problems.append(
+                f"teacher.hf_path={teacher.hf_path!r} is for algorithm.name=opd; the teacher of "
+                f"{algorithm.name} is the student under another prompt, scored by the same engine"
+            )
+        samples = self.rollout.n_samples_per_prompt
+        if algorithm.name == "sft" and samples != 1:
+            problems.append(
+                f"algorithm.name=sft has one response to each problem, the data's own: set "
+                f"rollout.n_samples_per_prompt=1, not {samples}"
+            )
+        compares = algorithm.advantage not in ("none", "one")
+        if samples == 1 and (compares or teacher.hint == "own_correct_response"):
+            problems.append(
+                f"rollout.n_samples_per_prompt=1 leaves nothing to compare a response with; "
+                f"algorithm.advantage={algorithm.advantage} and teacher.hint={teacher.hint} need at "
+                "least 2"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:

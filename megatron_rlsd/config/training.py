@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_rlsd.config.section import Section
+from megatron_rlsd.config.variants import AlgorithmName, contradictions, filled_in
 
 
 class AlgorithmConfig(Section):
-    name: Literal["rlsd", "grpo"] = "rlsd"
-    advantage: Literal["group_std", "group_mean", "leave_one_out"] = "group_std"
-    """(R - mean) / (std + 1e-6) | R - mean (Dr. GRPO) | R - mean of the others (RLOO)."""
+    """Keys that ``name`` fixes or presets are in config/variants.py."""
+
+    name: AlgorithmName = "rlsd"
+    advantage: Literal["group_std", "group_mean", "leave_one_out", "none", "one"] = "group_std"
+    """(R - mean) / (std + 1e-6) | R - mean (Dr. GRPO) | R - mean of the others (RLOO) | 0 | 1."""
     group_filter: bool = False
     """DAPO: leave out groups whose rewards are all equal and sample more in their place."""
     max_refills: int = Field(4, ge=0)
@@ -22,16 +25,101 @@ class AlgorithmConfig(Section):
     lambda_hold_steps: int = Field(0, ge=0)
     lambda_decay_steps: int = Field(0, ge=0)
     """Linear warm-up from 0, hold, linear decay to 0; 0 decay steps: no decay."""
+    evidence: Literal["teacher_over_student", "student_over_teacher", "correct_over_wrong_hint"] = (
+        "teacher_over_student"
+    )
+    """The gain under the evidence weight: lp_T - lp_S (RLSD) | lp_S - lp_T (RLRT) | lp_T under
+    ``teacher.hint`` - lp_T under a wrong response of the group (ECTR)."""
     evidence_clip: float = Field(0.2, ge=0)
     negative_only: bool = False
+    positive_only: bool = False
+    """Reweight only where A < 0 | only where A > 0."""
+    span_start: str | None = None
+    span_end: str | None = None
+    """Reweight only the tokens between these two texts of the response, for example <think> and
+    </think>; a missing start is the beginning, a missing end the end. None: everywhere."""
+    objective: Literal["clipped_ratio", "clipped_weight", "log_prob"] = "clipped_ratio"
+    """max(-A rho, -A clip(rho)) | -sg(clip(rho)) A log p (CISPO) | -A log p."""
+    importance_ratio: Literal["token", "sequence"] = "token"
+    """Each token's own, or the geometric mean over the response (GSPO)."""
     eps_clip_low: float = Field(0.2, ge=0)
     eps_clip_high: float = Field(0.28, ge=0)
     dual_clip: float | None = Field(3.0, gt=1)
+    tis: Literal["none", "token", "sequence"] = "none"
+    """Truncated importance sampling: the policy term is multiplied by what the policy before the
+    update thought of the sample over what the engine thought, r = pi_old / pi_rollout; by token, or
+    as a product over the response. For asynchronous rollouts and engines that differ."""
+    tis_mode: Literal["truncate", "mask"] = "truncate"
+    """min(r, tis_clip) | r where r <= tis_clip, else 0."""
+    tis_clip: float = Field(2.0, gt=0)
     kl_coef: float = Field(0.0, ge=0)
     entropy_coef: float = 0.0
-    loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Mean over all response tokens, or mean over responses of their token means; both over the
-    global batch."""
+    opd_coef: float = Field(0.0, ge=0)
+    """c in A^ = A + c (lp_T - lp_S)."""
+    sdar_coef: float = Field(0.0, ge=0)
+    sdar_beta: float = Field(5.0, ge=0)
+    """c and beta in L + c sg(sigmoid(beta (lp_T - lp_S))) (lp_T - lp_S)."""
+    divergence_coef: float = Field(0.0, ge=0)
+    """c in L + c D(teacher, student), with D over whole distributions:"""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """The teacher's share of jsd's mixture."""
+    divergence_top_k: int | None = Field(None, ge=1)
+    """Compare over the teacher's k likeliest tokens, renormalised; None: over the vocabulary."""
+    loss_aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    """Mean over all response tokens, or mean over responses of their token means, or of their token
+    sums divided by rollout.max_response_tokens; all over the global batch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_variant(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return filled_in(raw.get("name", "rlsd"), raw, "algorithm")
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> AlgorithmConfig:
+        problems = contradictions(self.name, self, "algorithm")
+        if self.negative_only and self.positive_only:
+            problems.append("algorithm.negative_only and positive_only exclude each other")
+        if self.advantage == "none" and not (
+            self.scores_every_response or self.kl_coef or self.entropy_coef
+        ):
+            problems.append(
+                "algorithm.advantage=none leaves nothing to learn from: set opd_coef, sdar_coef or "
+                "divergence_coef, or another advantage"
+            )
+        if self.tis != "none" and self.objective == "log_prob":
+            problems.append(
+                f"algorithm.tis={self.tis} corrects an importance ratio, which {self.name} has not"
+            )
+        if self.weighs_before_update and self.opd_coef:
+            problems.append(
+                f"algorithm.opd_coef goes with tis=token, tis_mode=truncate only, not with "
+                f"tis={self.tis}, tis_mode={self.tis_mode}"
+            )
+        if self.importance_ratio == "sequence" and self.objective != "clipped_ratio":
+            problems.append(
+                f"algorithm.importance_ratio=sequence needs objective=clipped_ratio, "
+                f"not {self.objective}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def scores_every_response(self) -> bool:
+        """Does the teacher say something about responses without an advantage, too?"""
+        return bool(self.opd_coef or self.sdar_coef or self.divergence_coef)
+
+    @property
+    def weighs_before_update(self) -> bool:
+        """Must truncated importance sampling see a response as a whole, before the loss does?"""
+        return self.tis != "none" and (self.tis, self.tis_mode) != ("token", "truncate")
+
+    @property
+    def contrasts_hints(self) -> bool:
+        return self.evidence == "correct_over_wrong_hint"
 
 
 class TeacherConfig(Section):
@@ -39,9 +127,26 @@ class TeacherConfig(Section):
     interval: int = Field(20, ge=1)
     """periodic: steps between refreshes from the student."""
     ema_decay: float = Field(0.99, ge=0, le=1)
-    hint: Literal["reference_solution", "answer", "none"] = "reference_solution"
-    """Privileged information in the teacher's prompt; ``none`` makes both prompts identical, so
-    that the gain shows the noise floor. Problems without a reference solution use the answer."""
+    hf_path: str | None = None
+    """algorithm.name=opd: the HF folder of another model with the same tokenizer, which scores in
+    place of the student's own weights. Every rank of the last pipeline stage holds all of it."""
+    hint: Literal["reference_solution", "answer", "own_correct_response", "critique", "none"] = (
+        "reference_solution"
+    )
+    """Privileged information in the teacher's prompt. reference_solution: problems without one use
+    the answer. own_correct_response: another solved response of the same group. critique: the
+    problem's metadata under ``critique_key``. Responses for which there is none get no signal from
+    the teacher and are counted. none: both prompts are identical, so that the gain shows the noise
+    floor."""
+    critique_key: str = "critique"
+    noise_interval: int = Field(50, ge=0)
+    """Steps between measurements of the gain under an identical prompt, the first at step 0; its
+    true value is 0, so this is the noise of the credit. 0: none."""
+    noise_trajectories: int = Field(8, ge=1)
+    """Trajectories of such a measurement."""
+    noise_share: float = Field(0.25, gt=0)
+    """Share of log(1 + algorithm.evidence_clip) that the noise's standard deviation may reach
+    before a warning."""
 
 
 class OptimizerConfig(Section):

@@ -32,13 +32,14 @@ class PromptBuilder:
         """[P] ids of the question; PromptTooLong beyond ``prompts.max_prompt_tokens``."""
         return self._checked_student(problem)
 
-    def teacher(self, problem: Problem) -> list[int]:
+    def teacher(self, problem: Problem, hint: str | None = None) -> list[int]:
         """[P'] ids of the question and the hint; the student's prompt where there is no hint.
 
-        PromptTooLong if the student's prompt is.
+        ``hint`` None: the problem's own, as ``hint`` finds it; a text is cut to
+        ``max_hint_tokens``. PromptTooLong if the student's prompt is.
         """
         student = self._checked_student(problem)
-        hint = self.hint(problem)
+        hint = self.hint(problem) if hint is None else self._cut(hint.strip())
         if not hint:
             return student
         return self._ids(
@@ -48,11 +49,13 @@ class PromptBuilder:
     def hint(self, problem: Problem) -> str:
         """The privileged information as ``teacher.hint`` asks for it, cut to ``max_hint_tokens``.
 
-        Empty with ``teacher.hint`` none, and for a problem that has nothing to tell.
+        Empty with ``teacher.hint`` none, and for a problem that has nothing to tell. Hints that
+        come with a group of responses (``teacher.hints``) are no problem's own: its reference
+        solution stands in for them, for the supervised warm start.
         """
         if self._teacher.hint == "none":
             return ""
-        wants_solution = self._teacher.hint == "reference_solution"
+        wants_solution = self._teacher.hint != "answer"
         solution = problem.reference_solution if wants_solution else None
         return self._cut((solution or problem.answer).strip())
 

@@ -145,6 +145,11 @@ class MetricsLogger:
         with traced, self._timed(name) if self._enabled else nullcontext():
             yield
 
+    def span(self, name: str, step: int, started: int, duration: int, lane: int) -> None:
+        """Something beside the phases, for the trace alone; see PhaseTrace.span."""
+        if self._trace is not None:
+            self._trace.span(name, step, started, duration, lane)
+
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         start = time.monotonic()

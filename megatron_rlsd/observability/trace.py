@@ -2,8 +2,8 @@
 
 The file is the JSON array form of the Trace Event Format, whose closing bracket may be missing: so
 it can be opened while the run goes on, and after a crash. A process row is a rank; a phase within
-another one lies below it. Times are the machines' own clocks, so ranks on different machines agree
-as well as those do.
+another one lies below it; asynchronous rollouts have rows of their own. Times are the machines' own
+clocks, so ranks on different machines agree as well as those do.
 """
 
 from __future__ import annotations
@@ -40,10 +40,15 @@ class PhaseTrace:
                 {"name": name, "ts": started / 1e3, "dur": duration / 1e3, "step": step}
             )
 
+    def span(self, name: str, step: int, started: int, duration: int, lane: int) -> None:
+        """Note what went on beside the phases; nanoseconds of time.time_ns. ``lane`` from 1 on."""
+        event = {"name": name, "ts": started / 1e3, "dur": duration / 1e3, "step": step}
+        self._events.append(event | {"lane": lane})
+
     def flush(self) -> None:
         """Write what all ranks noted since the last call; every rank calls it at the same time."""
-        message = {"host": socket.gethostname(), "pid": os.getpid(), "events": self._events}
-        self._events = []
+        events, self._events = self._events, []
+        message = {"host": socket.gethostname(), "pid": os.getpid(), "events": events}
         payloads = self._gather(json.dumps(message).encode())
         if payloads is None:
             return
@@ -88,6 +93,6 @@ def _complete(rank: int, event: dict[str, Any]) -> dict[str, Any]:
         "ts": event["ts"],
         "dur": event["dur"],
         "pid": rank,
-        "tid": 0,
+        "tid": event.get("lane", 0),
         "args": {"step": event["step"]},
     }

@@ -5,6 +5,7 @@ Megatron and no reinforcement-learning object is known.
 """
 
 from megatron_rlsd.ops.backends import BackendChoice, BackendUnavailable, backend_choice
+from megatron_rlsd.ops.divergence import DivergenceConfig, divergence_loss
 from megatron_rlsd.ops.interface import policy_loss, token_log_probs
 from megatron_rlsd.ops.stats import PolicyLossStats
 from megatron_rlsd.ops.token_loss import PolicyLossConfig
@@ -12,9 +13,11 @@ from megatron_rlsd.ops.token_loss import PolicyLossConfig
 __all__ = [
     "BackendChoice",
     "BackendUnavailable",
+    "DivergenceConfig",
     "PolicyLossConfig",
     "PolicyLossStats",
     "backend_choice",
+    "divergence_loss",
     "policy_loss",
     "token_log_probs",
 ]

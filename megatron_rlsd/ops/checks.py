@@ -71,9 +71,12 @@ def check_token_inputs(tokens: TokenInputs, config: PolicyLossConfig, num_tokens
 
 def check_teacher(tokens: TokenInputs, config: PolicyLossConfig) -> None:
     """Of the counted tokens."""
-    if tokens.teacher_log_probs is None:
+    if tokens.teacher_log_probs is None or config.unscored_is_neutral:
         return
-    missing = int((teacher_is_needed(tokens, config) & tokens.teacher_log_probs.isnan()).sum())
+    unscored = tokens.teacher_log_probs.isnan()
+    if tokens.contrast_log_probs is not None:
+        unscored = unscored | tokens.contrast_log_probs.isnan()
+    missing = int((teacher_is_needed(tokens, config) & unscored).sum())
     if missing:
         raise ValueError(
             f"teacher_log_probs is NaN (not scored) at {missing} tokens whose loss depends on it "

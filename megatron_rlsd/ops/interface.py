@@ -64,7 +64,7 @@ def token_log_probs(
         ValueError: a shape, dtype, target or setting does not fit; the message names it.
         BackendUnavailable: the backend was asked for by name and cannot run here.
     """
-    head = _head_inputs(
+    head = head_inputs(
         hidden,
         weight,
         targets,
@@ -93,6 +93,7 @@ def policy_loss(
     teacher_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
+    contrast_log_probs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -138,6 +139,8 @@ def policy_loss(
         ref_log_probs: [N]; needed where config.kl_coef is not 0.
         rollout_log_probs: [N] of the engine that sampled; needed where config.tis_clip is set,
             otherwise only compared in the statistics.
+        contrast_log_probs: [N] of the teacher under a wrong hint, in the student's place in the
+            gain; NaN as teacher_log_probs.
         sequence_ids: [N] int64, equal for the tokens of one response, from 0 on and with few gaps
             (memory grows with the largest); negative where loss_weights is 0. Needed where
             config.importance_ratio is "sequence", otherwise not looked at.
@@ -165,7 +168,7 @@ def policy_loss(
             is missing; the message names it.
         BackendUnavailable: the backend was asked for by name and cannot run here.
     """
-    head = _head_inputs(
+    head = head_inputs(
         hidden,
         weight,
         targets,
@@ -178,7 +181,8 @@ def policy_loss(
         with_entropy or config.entropy_coef != 0,
     )
     tokens = TokenInputs(
-        advantages, loss_weights, old_log_probs, teacher_log_probs, ref_log_probs, rollout_log_probs
+        *(advantages, loss_weights, old_log_probs, teacher_log_probs),
+        *(ref_log_probs, rollout_log_probs, contrast_log_probs),
     )
     checks.check_token_inputs(tokens, config, targets.numel())
     sequence_ids = checks.check_sequence_ids(sequence_ids, loss_weights, config)
@@ -203,13 +207,13 @@ def policy_loss(
     if wanted.gradient:
         own_d_weight = None if weight_main_grad is not None else d_weight
         in_main_grad = want_d_weight and weight_main_grad is not None
-        loss = _AttachGradients.apply(
+        loss = AttachGradients.apply(
             hidden, weight, loss, d_hidden, own_d_weight, grad_scale, in_main_grad
         )
     return loss, stats
 
 
-class _AttachGradients(torch.autograd.Function):
+class AttachGradients(torch.autograd.Function):
     """Gives a loss the gradients that were formed with it, times grad_scale."""
 
     @staticmethod
@@ -273,7 +277,7 @@ def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tens
     return (gradient * factor).to(dtype)
 
 
-def _head_inputs(
+def head_inputs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,

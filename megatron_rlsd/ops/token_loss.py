@@ -1,4 +1,4 @@
-"""The loss of one token: group-relative advantage, evidence weight, clipped ratio, KL and entropy.
+"""The loss of one token: group-relative advantage, evidence weight, ratio, KL and entropy.
 
 This is the one place where the formula is written down. It sees each token's own numbers alone (and
 the mean over its response, where the importance ratio is the response's) and returns, beside the
@@ -25,6 +25,10 @@ MAX_EXPONENT = 20.0
 class PolicyLossConfig:
     """Constants of the loss. Raises ValueError that names a setting outside its range."""
 
+    objective: Literal["clipped_ratio", "clipped_weight", "log_prob"] = "clipped_ratio"
+    """clipped_ratio: PPO's. clipped_weight: the clipped ratio, detached, weighs the
+    log-probability, so that no token loses its gradient (CISPO, arXiv:2506.13585). log_prob: no
+    ratio at all."""
     importance_ratio: Literal["token", "sequence"] = "token"
     """token: each token's own ratio (PPO, GRPO). sequence: the geometric mean of the ratios of the
     token's response, clipped as one (GSPO, arXiv:2507.18071)."""
@@ -39,6 +43,19 @@ class PolicyLossConfig:
     """The evidence weight is clipped to [1 - evidence_clip, 1 + evidence_clip]."""
     negative_only: bool = False
     """Reweight only tokens with a negative advantage; the weight of all others is 1."""
+    positive_only: bool = False
+    """Reweight only tokens with a positive advantage; the weight of all others is 1."""
+    reversed_gain: bool = False
+    """The evidence weight is formed from the negative of the gain (RLRT)."""
+    opd_coef: float = 0.0
+    """This times the gain is added to the advantage (on-policy distillation)."""
+    sdar_coef: float = 0.0
+    """Weight of the gated distillation term."""
+    sdar_beta: float = 5.0
+    """Slope of its gate."""
+    unscored_is_neutral: bool = False
+    """A token that the teacher did not score has gain 0 and adds nothing of the teacher's to the
+    loss. If not, it is an error where the loss depends on the teacher."""
     kl_coef: float = 0.0
     """Weight of k3(ref_log_probs, log_probs)."""
     entropy_coef: float = 0.0
@@ -49,6 +66,10 @@ class PolicyLossConfig:
 
     def __post_init__(self) -> None:
         expectations = {
+            "objective": (
+                self.objective in ("clipped_ratio", "clipped_weight", "log_prob"),
+                "'clipped_ratio', 'clipped_weight' or 'log_prob'",
+            ),
             "importance_ratio": (
                 self.importance_ratio in ("token", "sequence"),
                 "'token' or 'sequence'",
@@ -60,11 +81,21 @@ class PolicyLossConfig:
             "evidence_clip": (self.evidence_clip >= 0, ">= 0"),
             "kl_coef": (self.kl_coef >= 0, ">= 0"),
             "entropy_coef": (abs(self.entropy_coef) < float("inf"), "finite"),
+            "opd_coef": (0 <= self.opd_coef < float("inf"), ">= 0"),
+            "sdar_coef": (0 <= self.sdar_coef < float("inf"), ">= 0"),
+            "sdar_beta": (0 <= self.sdar_beta < float("inf"), ">= 0"),
             "tis_clip": (self.tis_clip is None or self.tis_clip > 0, "None or > 0"),
         }
         for name, (holds, expected) in expectations.items():
             if not holds:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+        if self.negative_only and self.positive_only:
+            raise ValueError("negative_only and positive_only exclude each other")
+        if self.importance_ratio == "sequence" and self.objective != "clipped_ratio":
+            raise ValueError(
+                f"importance_ratio='sequence' needs objective='clipped_ratio', got "
+                f"{self.objective!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -81,6 +112,9 @@ class TokenInputs:
     """NaN: the teacher did not score this token, its gain is 0 and its evidence weight 1."""
     ref_log_probs: Tensor | None = None
     rollout_log_probs: Tensor | None = None
+    contrast_log_probs: Tensor | None = None
+    """The teacher's under a wrong hint, which take the student's place in the gain; NaN: as
+    teacher_log_probs."""
 
     def select(self, rows: Tensor | slice) -> TokenInputs:
         return self._map(lambda x: x[rows])
@@ -107,18 +141,19 @@ class TokenLoss:
     scored: Tensor
     """bool: the teacher scored this token."""
     privileged_info_gain: Tensor
-    """Delta = teacher_log_prob - log_prob."""
+    """Delta = teacher_log_prob - log_prob, or - contrast_log_prob where there are such."""
     evidence_weight: Tensor
     """w = exp(sign(A) Delta), before its clip, whether or not the advantage uses it."""
     clipped_evidence_weight: Tensor
     advantages: Tensor
-    """A^ = A ((1 - lambda) + lambda clip(w))."""
+    """A^ = A ((1 - lambda) + lambda clip(w)) + opd_coef Delta."""
     ratio: Tensor
     """rho, as config.importance_ratio has it."""
     clipped_low: Tensor
-    """bool: the ratio's lower bound decides the loss, no gradient passes."""
+    """bool: the ratio's lower bound decides the loss, and no gradient passes unless the objective
+    is "clipped_weight"."""
     clipped_high: Tensor
-    """bool: the ratio's upper bound decides the loss, no gradient passes."""
+    """bool: the same of its upper bound."""
     dual_clipped: Tensor
     """bool: dual_clip decides the loss, no gradient passes."""
     approx_kl: Tensor
@@ -140,13 +175,19 @@ def token_loss(
         Delta = sg(log p_teacher - log p)                                            (13)
         w     = exp(sign(A) Delta)                                                   (14)
         w^    = clip(w, 1 - eps_w, 1 + eps_w)                                        (15)
-        A^    = A ((1 - lambda) + lambda w^)
+        A^    = A ((1 - lambda) + lambda w^) + opd_coef Delta
         rho   = exp(log p - log p_old)
         L     = tis max(-A^ rho, -A^ clip(rho, 1 - eps_low, 1 + eps_high))
+                + sdar_coef sg(sigmoid(sdar_beta Delta)) (log p_teacher - log p)
                 + kl_coef k3(log p_ref, log p) - entropy_coef H
 
     with k3(q, p) = e^(q - p) - (q - p) - 1 and tis = min(exp(log p_old - log p_rollout), tis_clip),
-    detached. Tokens outside teacher_is_needed keep A^ = A.
+    detached. Tokens outside evidence_applies keep A^ = A. With reversed_gain w is exp(-sign(A)
+    Delta); with contrast_log_probs those replace log p in Delta, but not in the sdar term, whose
+    Delta is always log p_teacher - log p and which is 0 where the teacher did not score.
+
+    The maximum is the objective "clipped_ratio". In its place stands for "clipped_weight"
+    -sg(clip(rho)) A^ log p, and for "log_prob" -A^ log p.
 
     With ``dual_clip`` c the maximum is at most -A^ c where A^ < 0. ``loss`` can be differentiated
     by ``log_probs`` and ``entropy`` with autograd.
@@ -171,12 +212,14 @@ def token_loss(
     """
     current, A = log_probs.detach(), inputs.advantages
 
-    scored, gain = _privileged_info_gain(current, inputs.teacher_log_probs)
-    weight = exp_bounded(A.sign() * gain)
+    scored, gain = _privileged_info_gain(current, inputs)
+    weight = exp_bounded(A.sign() * (-gain if config.reversed_gain else gain))
     clipped_weight = weight.clamp(1 - config.evidence_clip, 1 + config.evidence_clip)
     lam = config.rlsd_lambda
     reweighted = A * ((1 - lam) + lam * clipped_weight)
-    A_hat = torch.where(teacher_is_needed(inputs, config), reweighted, A)
+    A_hat = torch.where(evidence_applies(inputs, config), reweighted, A)
+    if config.opd_coef != 0:
+        A_hat = A_hat + config.opd_coef * gain
 
     old = current if inputs.old_log_probs is None else inputs.old_log_probs
     token_log_ratio = log_probs - old
@@ -185,17 +228,9 @@ def token_loss(
         assert sequence_mean is not None
         log_ratio = sequence_mean(token_log_ratio)
     ratio, d_ratio = exp_bounded(log_ratio), exp_bounded_slope(log_ratio.detach())
-    unclipped = -A_hat * ratio
-    clipped = -A_hat * ratio.clamp(1 - config.eps_clip_low, 1 + config.eps_clip_high)
-    loss = torch.maximum(unclipped, clipped)
-    is_clipped = clipped > unclipped
-    dual_clipped = torch.zeros_like(is_clipped)
-    if config.dual_clip is not None:
-        bound = -A_hat * config.dual_clip
-        dual_clipped = (A_hat < 0) & (loss > bound)
-        loss = torch.where(dual_clipped, bound, loss)
-    d_log_ratio = torch.where(is_clipped | dual_clipped, 0.0, -A_hat * d_ratio)
-
+    loss, d_log_ratio, is_clipped, dual_clipped = _policy_term(
+        A_hat, log_probs, ratio, d_ratio, config
+    )
     if config.tis_clip is not None:
         assert inputs.rollout_log_probs is not None
         tis_weight = exp_bounded(old - inputs.rollout_log_probs).clamp(max=config.tis_clip)
@@ -204,6 +239,11 @@ def token_loss(
     if config.importance_ratio == "sequence":
         assert sequence_mean is not None
         d_log_probs = sequence_mean(d_log_probs)  # the mean is its own transpose
+    if config.sdar_coef != 0 and inputs.teacher_log_probs is not None:
+        gap = torch.where(scored, inputs.teacher_log_probs - log_probs, 0.0)
+        gate = config.sdar_coef * torch.sigmoid(config.sdar_beta * gap.detach())
+        loss = loss + gate * gap
+        d_log_probs = d_log_probs - inputs.loss_weights * torch.where(scored, gate, 0.0)
     ref_kl = None
     if inputs.ref_log_probs is not None:
         log_ref_ratio = inputs.ref_log_probs - log_probs
@@ -233,11 +273,44 @@ def token_loss(
     )
 
 
+def _policy_term(
+    A_hat: Tensor, log_probs: Tensor, ratio: Tensor, d_ratio: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The objective, its derivative by the log-ratio (by the log-probability where there is no
+    ratio), and which tokens the clip and the dual clip decide."""
+    clipped_ratio = ratio.clamp(1 - config.eps_clip_low, 1 + config.eps_clip_high)
+    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    if config.objective == "log_prob":
+        return -A_hat * log_probs, -A_hat, nowhere, nowhere
+    if config.objective == "clipped_weight":
+        d_log_prob = -A_hat * clipped_ratio.detach()
+        return d_log_prob * log_probs, d_log_prob, ratio != clipped_ratio, nowhere
+    unclipped, clipped = -A_hat * ratio, -A_hat * clipped_ratio
+    loss = torch.maximum(unclipped, clipped)
+    is_clipped, dual_clipped = clipped > unclipped, nowhere
+    if config.dual_clip is not None:
+        bound = -A_hat * config.dual_clip
+        dual_clipped = (A_hat < 0) & (loss > bound)
+        loss = torch.where(dual_clipped, bound, loss)
+    d_log_ratio = torch.where(is_clipped | dual_clipped, 0.0, -A_hat * d_ratio)
+    return loss, d_log_ratio, is_clipped, dual_clipped
+
+
+def evidence_applies(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
+    """[N] bool: tokens whose advantage takes an evidence weight."""
+    A = inputs.advantages
+    if config.rlsd_lambda == 0:
+        return torch.zeros_like(A, dtype=torch.bool)
+    if config.negative_only:
+        return A < 0
+    return A > 0 if config.positive_only else A != 0
+
+
 def teacher_is_needed(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
     """[N] bool: tokens whose loss depends on the teacher."""
-    if config.rlsd_lambda == 0:
-        return torch.zeros_like(inputs.advantages, dtype=torch.bool)
-    return inputs.advantages < 0 if config.negative_only else inputs.advantages != 0
+    if config.opd_coef != 0 or config.sdar_coef != 0:
+        return torch.ones_like(inputs.advantages, dtype=torch.bool)
+    return evidence_applies(inputs, config)
 
 
 def needs_gradient(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
@@ -248,7 +321,10 @@ def needs_gradient(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
     has_loss = inputs.loss_weights != 0
     if config.kl_coef != 0 or config.entropy_coef != 0:
         return has_loss
-    return has_loss & (inputs.advantages != 0)
+    has_advantage = inputs.advantages != 0
+    if inputs.teacher_log_probs is not None and (config.opd_coef != 0 or config.sdar_coef != 0):
+        has_advantage = has_advantage | ~inputs.teacher_log_probs.isnan()
+    return has_loss & has_advantage
 
 
 def exp_bounded(x: Tensor) -> Tensor:
@@ -261,8 +337,11 @@ def exp_bounded_slope(x: Tensor) -> Tensor:
     return x.clamp(max=MAX_EXPONENT).exp()
 
 
-def _privileged_info_gain(current: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+def _privileged_info_gain(current: Tensor, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
+    """Which tokens the teacher scored, and their gain; 0 for the others."""
+    teacher = inputs.teacher_log_probs
     if teacher is None:
         return torch.zeros_like(current, dtype=torch.bool), torch.zeros_like(current)
-    scored = ~teacher.isnan()
-    return scored, torch.where(scored, teacher - current, 0.0)
+    base = current if inputs.contrast_log_probs is None else inputs.contrast_log_probs
+    scored = ~(teacher.isnan() | base.isnan())
+    return scored, torch.where(scored, teacher - base, 0.0)

@@ -109,6 +109,8 @@ def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
         | ragged("response_ids", batch.response_ids)
         | ragged("rollout_log_probs", batch.rollout_log_probs, torch.float32)
         | {"advantages": torch.tensor(batch.advantages, dtype=torch.float64)}
+        | ragged("contrast_prompt_ids", batch.contrast_prompt_ids)
+        | ragged("evidence_spans", batch.evidence_spans)
     )
 
 
@@ -120,4 +122,6 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
         response_ids=unragged("response_ids", tensors),
         rollout_log_probs=unragged("rollout_log_probs", tensors),
         advantages=tensors["advantages"].tolist(),
+        contrast_prompt_ids=unragged("contrast_prompt_ids", tensors),
+        evidence_spans=unragged("evidence_spans", tensors),
     )

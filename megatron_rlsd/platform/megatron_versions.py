@@ -41,8 +41,10 @@ def expert_tensor_problem(tensor: int, expert: int, expert_tensor: int) -> str |
     Before 0.19 experts count as dense parameters where expert parallel is 1, and their gradients
     are then summed over the wrong ranks.
     """
+    if expert_tensor == tensor or expert > 1:
+        return None
     release = check_megatron_version()
-    if expert_tensor == tensor or expert > 1 or release >= (0, 19):
+    if release >= (0, 19):
         return None
     return (
         f"parallel.expert_tensor={expert_tensor} with parallel.tensor={tensor} and "

@@ -31,6 +31,7 @@ Send = Callable[[dict[str, Any]], None]
 
 
 def main() -> int:
+    leave_signals_to_parent()
     die_with_parent()
     requests, replies = claim_standard_streams()
     faulthandler.enable()
@@ -98,6 +99,12 @@ def claim_standard_streams() -> tuple[BinaryIO, BinaryIO]:
     os.close(null)
     os.dup2(2, 1)
     return requests, replies
+
+
+def leave_signals_to_parent() -> None:
+    """What asks a job to stop may reach its whole process tree; the trainer still needs rewards."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def die_with_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -48,6 +49,11 @@ class ServedEngine:
         """Rank 0 only."""
         assert self._engine is not None
         return self._engine.generate(requests)
+
+    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]:
+        """``generate`` in the background. Rank 0 only."""
+        assert self._engine is not None
+        return self._engine.submit_requests(requests)
 
     def close(self) -> None:
         if self._engine is not None:

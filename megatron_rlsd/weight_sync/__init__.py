@@ -1,7 +1,21 @@
 """Bringing the trainer's weights to the rollout servers, and proving that they arrived."""
 
+from megatron_rlsd.weight_sync.broadcast import BroadcastTransport
+from megatron_rlsd.weight_sync.build import build_transport
 from megatron_rlsd.weight_sync.disk import DiskTransport
+from megatron_rlsd.weight_sync.errors import WeightSyncError
+from megatron_rlsd.weight_sync.ipc import IpcTransport
 from megatron_rlsd.weight_sync.parity import check_parity, trainer_scores
-from megatron_rlsd.weight_sync.transport import WeightSyncError, WeightTransport
+from megatron_rlsd.weight_sync.transport import SyncSettings, WeightTransport
 
-__all__ = ["DiskTransport", "WeightSyncError", "WeightTransport", "check_parity", "trainer_scores"]
+__all__ = [
+    "BroadcastTransport",
+    "DiskTransport",
+    "IpcTransport",
+    "SyncSettings",
+    "WeightSyncError",
+    "WeightTransport",
+    "build_transport",
+    "check_parity",
+    "trainer_scores",
+]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rlsd.weight_sync.transport import WeightSyncError
+from megatron_rlsd.hf_bridge import SafetensorsFolder
 
 COMPANIONS = ("config.json", "generation_config.json")
 """Besides weights; servers take and return token ids, so they read no tokenizer."""
@@ -27,17 +27,15 @@ def write_version(
     source: Path,
     *,
     previous: Path | None,
-    dtype: torch.dtype | None,
     bucket_bytes: int,
 ) -> dict[str, float]:
     """Write (Hugging Face name, full tensor) pairs as the model folder ``out``.
 
     Tensors in stream order fill files of at most ``bucket_bytes`` (or one tensor), each named by
     its content's hash; a file that ``previous`` holds already is linked, not written. ``source`` is
-    the folder whose config goes along. ``dtype`` casts floating-point tensors (None: as they are).
+    the folder whose config goes along.
 
-    ``out`` appears by renaming once it is complete. Returns ``bytes`` and ``bytes_written``. Raises
-    WeightSyncError for a stream that is empty or names a tensor twice.
+    ``out`` appears by renaming once it is complete. Returns ``bytes`` and ``bytes_written``.
     """
     partial = out.parent / f".{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -66,18 +64,13 @@ def write_version(
 
         try:
             for name, tensor in tensors:
-                if name in weight_map or name in bucket:
-                    raise WeightSyncError(f"tensor {name} was to be published twice")
-                wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                value = tensor.detach().to("cpu", wanted).contiguous()
+                value = tensor.cpu()
                 if bucket and filled + value.nbytes > bucket_bytes:
                     flush()
                     bucket, filled = {}, 0
                 # The stream may overwrite what it yielded.
                 bucket[name] = value.clone() if value.data_ptr() == tensor.data_ptr() else value
                 filled += value.nbytes
-            if not bucket:
-                raise WeightSyncError("no tensors to publish")
             flush()
             index = {"metadata": {"total_size": int(totals["bytes"])}, "weight_map": weight_map}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -89,6 +82,27 @@ def write_version(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return totals
+
+
+class FolderTensors(Mapping[str, Tensor]):
+    """A model folder's tensors, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = SafetensorsFolder(folder)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._folder.tensors:
+            raise KeyError(name)
+        return self._folder.slice(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._folder.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folder.tensors)
+
+    def __len__(self) -> int:
+        return len(self._folder.tensors)
 
 
 def _digest(item: tuple[str, Tensor]) -> bytes:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.parallel.exchange import gather_bytes, pack_message, unpack_message
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.weight_sync.transport import WeightSyncError
+from megatron_rlsd.weight_sync.errors import WeightSyncError
 
 Scores = list[list[float]]
 """Per sequence, the log-probabilities of all its tokens but the first, at temperature 1."""

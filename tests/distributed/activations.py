@@ -9,28 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.actor.actor import Actor, TokenValues
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
+from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.parallel.layout import model_shape
 from tests.distributed.ranks import next_world
 
 
 class KeptForBackward:
-    """Within the block: every storage that autograd saves, parameters left out.
-
-    Holds on to them, so that no address is used twice.
-    """
+    """Within the block: every storage that autograd saves, parameters left out."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
-        self._known = {p.untyped_storage().data_ptr() for p in parameters}
+        self._known = {p.untyped_storage()._cdata for p in parameters}
         self._saved: dict[int, Tensor] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        self._saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        # Not by address: a recompute gives memory back that another tensor then takes.
+        self._saved.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
     def __enter__(self) -> KeptForBackward:
@@ -42,12 +41,51 @@ class KeptForBackward:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [t for pointer, t in self._saved.items() if pointer not in self._known]
+        return [t for storage, t in self._saved.items() if storage not in self._known]
 
     @property
     def bytes(self) -> int:
         """Counted when asked: what a recompute has given back by then is not in it."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors)
+
+
+class InFlight:
+    """Counts passes of a model's chunks that went forward and not yet backward."""
+
+    def __init__(self, chunks: list[Any]) -> None:
+        self.now = self.most = 0
+        for chunk in chunks:
+            chunk.register_forward_hook(self._forward)
+
+    def _forward(self, module: Any, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            output.register_hook(self._backward)
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.now -= 1
+
+
+def measure_in_flight(cases: list[dict[str, Any]], out: str) -> None:
+    """On every rank: the most chunk passes in flight in an update, for each case."""
+    found = []
+    for case in cases:
+        config = case_config(case)
+        hf_config = load_hf_config(Path(case["path"]))
+        family = family_for(hf_config)
+        shape = model_shape(family, hf_config)
+        with parallel_world(config.parallel, shape, timeout_seconds=60, seed=0) as groups:
+            actor = Actor(config, family, hf_config, groups, 1)
+            flying = InFlight(actor.chunks)
+            sequences = [Sequence([1, 2], [3] * (n - 1)) for n in case["lengths"]]
+            tokens = sum(len(s.response_ids) for s in sequences)
+            values = TokenValues(torch.ones(tokens), torch.full((tokens,), 1 / tokens))
+            actor.update([sequences], values, PolicyLossConfig(), 1.0)
+            found.append({"most": flying.most, "left": flying.now})
+            rank = groups.rank
+        next_world()
+    Path(out, f"{rank}.json").write_text(json.dumps(found))
 
 
 def case_config(case: dict[str, Any]) -> Config:

@@ -19,7 +19,7 @@ from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON
 from megatron_rlsd.rollout.sglang.server import State
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
-from megatron_rlsd.weight_sync import DiskTransport
+from megatron_rlsd.weight_sync import DiskTransport, SyncSettings, WeightTransport
 
 VOCAB_SIZE = 320
 MAX_POSITIONS = 1024
@@ -89,26 +89,29 @@ def reference(tiny_model: Path) -> Reference:
 
 
 @pytest.fixture(scope="package")
-def transport(
-    engine: SGLangEngine, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> DiskTransport:
-    return DiskTransport(
-        engine,
-        tmp_path_factory.mktemp("weight_sync"),
-        tiny_model,
+def sync_settings(tiny_model: Path) -> SyncSettings:
+    return SyncSettings(
+        source=tiny_model,
         dtype=None,
+        device=torch.device("cpu"),
         update_seconds=60,
+        # Of about 170 kB.
         bucket_bytes=20_000,
+        verify_interval=1,
     )
+
+
+@pytest.fixture(scope="package")
+def transport(
+    engine: SGLangEngine, sync_settings: SyncSettings, tmp_path_factory: pytest.TempPathFactory
+) -> DiskTransport:
+    return DiskTransport(engine, sync_settings, tmp_path_factory.mktemp("weight_sync"))
 
 
 @pytest.fixture
 def published(transport: DiskTransport, engine: SGLangEngine, reference: Reference) -> Publisher:
     """Servers and reference with weights drawn for this test."""
-    deadline = time.monotonic() + RESTART_SECONDS
-    while not all(server.state is State.READY for server in engine.fleet.servers):
-        assert time.monotonic() < deadline, "a server that a test ended has not come back"
-        time.sleep(0.1)
+    wait_for_all(engine)
     publisher = Publisher(transport, engine, reference)
     publisher.publish_new()
     return publisher
@@ -133,11 +136,24 @@ def requests_of(stop_token_ids: tuple[int, ...]) -> Callable[..., list[Generatio
     return make
 
 
+def wait_for_all(engine: SGLangEngine) -> None:
+    deadline = time.monotonic() + RESTART_SECONDS
+    while not all(server.state is State.READY for server in engine.fleet.servers):
+        assert time.monotonic() < deadline, "a server that a test ended has not come back"
+        time.sleep(0.1)
+
+
 class Reference:
     """transformers' own computation in float32."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @classmethod
+    def of(cls, model: Any) -> Reference:
+        reference = cls.__new__(cls)
+        reference.model = model
+        return reference
 
     @torch.no_grad()
     def log_probs(self, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
@@ -164,12 +180,17 @@ class Publisher:
     version = -1
 
     def __init__(
-        self, transport: DiskTransport, engine: SGLangEngine, reference: Reference
+        self, transport: WeightTransport, engine: SGLangEngine, reference: Reference
     ) -> None:
         self.transport, self.engine, self.reference = transport, engine, reference
 
     def publish_new(self, only: str = "") -> None:
         """Change every tensor whose name contains ``only``."""
+        self.change(only)
+        self.transport.publish(self.reference.model.named_parameters(), Publisher.version)
+
+    def change(self, only: str = "") -> None:
+        """The reference alone, for a new version."""
         Publisher.version += 1
         generator = torch.Generator().manual_seed(Publisher.version)
         with torch.no_grad():
@@ -177,4 +198,3 @@ class Publisher:
                 if only in name:
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter += 0.2 * parameter.std() * noise
-        self.transport.publish(self.reference.model.named_parameters(), Publisher.version)

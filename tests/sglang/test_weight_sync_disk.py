@@ -70,7 +70,7 @@ def test_weights_that_do_not_fit_leave_the_old_ones_in_service(
         published.transport.publish(misshapen(), 1000)
     client = engine.fleet.servers[0].client
     with pytest.raises(EngineError, match=r"HTTP 400"):
-        engine.call(client.update_weights_from_disk("/no/such/folder", 1000, timeout=30), 60)
+        engine.call(client.update_weights_from_disk("/no/such/folder", timeout=30), 60)
     assert engine.weight_version == published.version
     requests = requests_of(4, 2)
     published.reference.check(requests, engine.generate(requests))

@@ -1,8 +1,21 @@
 """SGLang servers: starting them, watching them, and generating on them over HTTP."""
 
-from megatron_rlsd.rollout.sglang.client import RequestRefused, ServerFault, SGLangClient
+from megatron_rlsd.rollout.sglang.client import (
+    RequestRefused,
+    ServerFacts,
+    ServerFault,
+    SGLangClient,
+)
 from megatron_rlsd.rollout.sglang.engine import SGLangEngine
 from megatron_rlsd.rollout.sglang.fleet import Update
 from megatron_rlsd.rollout.sglang.server import Server
 
-__all__ = ["RequestRefused", "SGLangClient", "SGLangEngine", "Server", "ServerFault", "Update"]
+__all__ = [
+    "RequestRefused",
+    "SGLangClient",
+    "SGLangEngine",
+    "Server",
+    "ServerFacts",
+    "ServerFault",
+    "Update",
+]

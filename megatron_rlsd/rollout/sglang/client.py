@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx2
@@ -21,6 +22,17 @@ class ServerFault(EngineError):
 
 class RequestRefused(EngineError):
     """The server is well and refuses this request, so every other server would too."""
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    tensor_parallel: int
+    pipeline_parallel: int
+    device: str
+    """cpu, cuda, ..."""
+    quantization: str | None
+    prefix_cache: bool
+    """Does it reuse what it computed for the same first tokens?"""
 
 
 class SGLangClient:
@@ -84,14 +96,102 @@ class SGLangClient:
     async def resume(self, *, timeout: float) -> None:
         await self.call("POST", "/continue_generation", {}, timeout=timeout)
 
-    async def update_weights_from_disk(self, folder: str, version: int, *, timeout: float) -> None:
+    async def facts(self, *, timeout: float) -> ServerFacts:
+        """What it was started with; ServerFault where it does not say."""
+        info = await self.call("GET", "/server_info", timeout=timeout)
+        try:
+            return ServerFacts(
+                tensor_parallel=int(info["tp_size"]),
+                pipeline_parallel=int(info["pp_size"]),
+                device=str(info["device"]),
+                quantization=info["quantization"],
+                prefix_cache=not info["disable_radix_cache"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerFault(
+                f"{self.url}/server_info: expected tp_size, pp_size, device, quantization and "
+                f"disable_radix_cache, got {info!r:.200}"
+            ) from error
+
+    async def update_weights_from_disk(self, folder: str, *, timeout: float) -> None:
         """Load a Hugging Face folder; the server keeps its old weights if it refuses."""
-        await self.call(
-            "POST",
-            "/update_weights_from_disk",
-            {"model_path": folder, "weight_version": str(version), "flush_cache": True},
-            timeout=timeout,
-        )
+        body = {"model_path": folder, "flush_cache": False}
+        await self.call("POST", "/update_weights_from_disk", body, timeout=timeout)
+
+    async def begin_update(self, *, timeout: float) -> None:
+        """Open what the tensor and distributed updates must happen in, anew if it was open."""
+        try:
+            await self.call("POST", "/begin_weight_update", {}, timeout=timeout)
+        except RequestRefused:
+            # Left open by an update that broke off.
+            await self.end_update(timeout=timeout)
+            await self.call("POST", "/begin_weight_update", {}, timeout=timeout)
+
+    async def end_update(self, *, timeout: float) -> None:
+        await self.call("POST", "/end_weight_update", {}, timeout=timeout)
+
+    async def join_group(
+        self, name: str, address: str, port: int, *, size: int, backend: str, timeout: float
+    ) -> None:
+        """Have its tensor-parallel ranks join a process group as the ranks from 1 on.
+
+        It answers when the group is complete (gloo) or at once (nccl, which joins when it is used).
+        """
+        body = {
+            "group_name": name,
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": size,
+            "backend": backend,
+        }
+        await self.call("POST", "/init_weights_update_group", body, timeout=timeout)
+
+    async def leave_group(self, name: str, *, timeout: float) -> None:
+        body = {"group_name": name}
+        await self.call("POST", "/destroy_weights_update_group", body, timeout=timeout)
+
+    async def receive_bucket(
+        self,
+        group: str,
+        names: list[str],
+        dtypes: list[str],
+        shapes: list[list[int]],
+        *,
+        timeout: float,
+    ) -> None:
+        """Take part in one broadcast of rank 0: the tensors' bytes, one after the other."""
+        body = {
+            "group_name": group,
+            "names": names,
+            "dtypes": dtypes,
+            "shapes": shapes,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        try:
+            await self.call("POST", "/update_weights_from_distributed", body, timeout=timeout)
+        except RequestRefused as refusal:
+            if "Failed to receive weights" in str(refusal):
+                # The weights are not at fault: their way is.
+                raise ServerFault(str(refusal)) from refusal
+            raise
+
+    async def take_bucket(self, payloads: list[str], *, timeout: float) -> None:
+        """Load tensors that it finds by ``payloads``, one for each tensor-parallel rank."""
+        body = {
+            "serialized_named_tensors": payloads,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        await self.call("POST", "/update_weights_from_tensor", body, timeout=timeout)
+
+    async def set_weight_version(self, version: int, *, timeout: float, flush: bool = True) -> None:
+        """Name the weights that it has now, and forget what it cached of others."""
+        if flush:
+            await self.call("POST", "/flush_cache", timeout=timeout)
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self.call("POST", "/update_weight_version", body, timeout=timeout)
 
     async def checksums(self, *, timeout: float) -> list[dict[str, str]]:
         """Per tensor-parallel rank: SGLang's own (fused) parameter names -> hash of the bits."""
@@ -133,7 +233,7 @@ class SGLangClient:
         try:
             return response.json()
         except ValueError as error:
-            if path in ("/ready", "/health"):
+            if path in ("/ready", "/health", "/flush_cache"):
                 return None
             raise ServerFault(f"{where}: expected JSON, got {response.text!r:.200}") from error
 

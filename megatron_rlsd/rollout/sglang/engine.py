@@ -33,7 +33,8 @@ class SGLangEngine:
 
     config: rollout.sglang; hf_path: the model that own servers load and its config.json; dtype: of
     their weights; vocab_size, max_positions: bounds on requests (a server dies of a token id
-    beyond its vocabulary); run_dir: logs go to run_dir/sglang.
+    beyond its vocabulary); run_dir: logs go to run_dir/sglang; pause: what
+    weight updates do to requests under way.
     Raises EngineError for an API key that is not set.
     """
 
@@ -46,11 +47,12 @@ class SGLangEngine:
         vocab_size: int,
         max_positions: int | None,
         run_dir: Path,
+        pause: PauseMode = "abort",
     ) -> None:
-        self._config = config
+        self._config, self._pause = config, pause
         self._vocab_size, self._max_positions = vocab_size, max_positions
         self._ready = self._closed = False
-        api_key = _api_key(config.api_key)
+        api_key = resolved_api_key(config.api_key)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
@@ -83,11 +85,15 @@ class SGLangEngine:
         when requests fail on ``max_attempts`` servers, when no server is left, and when
         ``generate_timeout_seconds`` have passed.
         """
+        limit = self._config.generate_timeout_seconds + SLACK_SECONDS
+        return self.wait(self.submit_requests(requests), limit, "generate")
+
+    def submit_requests(self, requests: list[GenerationRequest]) -> Future[list[Generation]]:
+        """``generate`` while the caller goes on; waits only for the servers' first start."""
         for index, request in enumerate(requests):
             check_request(request, index, self._vocab_size, self._max_positions)
         self.wait_until_ready()
-        limit = self._config.generate_timeout_seconds + SLACK_SECONDS
-        return self.call(self.fleet.generate(requests), limit)
+        return self.submit(self.fleet.generate(requests))
 
     def wait_until_ready(self) -> None:
         """Wait for the first start of every server; EngineError says which failed and why."""
@@ -120,10 +126,10 @@ class SGLangEngine:
         return counted
 
     @contextmanager
-    def publishing(self, version: int, pause: PauseMode = "abort") -> Iterator[Update]:
+    def publishing(self, version: int) -> Iterator[Update]:
         """``Fleet.publishing`` for plain code; use ``call`` or ``submit`` inside."""
         self.wait_until_ready()
-        update = self.fleet.publishing(version, pause)
+        update = self.fleet.publishing(version, self._pause)
         # Servers that came back may be loading weights just now.
         others = 1 + len(self.fleet.servers)
         limit = 4 * others * self._config.update_timeout_seconds + SLACK_SECONDS
@@ -137,16 +143,19 @@ class SGLangEngine:
 
     def call(self, work: Coroutine[Any, Any, Result], seconds: float) -> Result:
         """Run ``work`` in the event loop and wait for it, at most ``seconds``."""
-        future = self.submit(work)
+        name = getattr(work, "__qualname__", "its work")
+        return self.wait(self.submit(work), seconds, name)
+
+    def wait(self, future: Future[Result], seconds: float, what: str) -> Result:
+        """The result of what was submitted; EngineError that says ``what`` after ``seconds``."""
         try:
             return future.result(seconds)
         except TimeoutError:
             if future.done():
                 raise
             future.cancel()
-            name = getattr(work, "__qualname__", "its work")
             raise EngineError(
-                f"the rollout client did not finish {name} within {seconds:g} s"
+                f"the rollout client did not finish {what} within {seconds:g} s"
             ) from None
         except BaseException:
             future.cancel()
@@ -176,7 +185,7 @@ class SGLangEngine:
             self._loop.close()
 
 
-def _api_key(configured: str | None) -> str | None:
+def resolved_api_key(configured: str | None) -> str | None:
     if configured is None or not configured.startswith("env:"):
         return configured
     name = configured.removeprefix("env:")

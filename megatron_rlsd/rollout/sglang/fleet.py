@@ -20,6 +20,7 @@ from typing import Literal, TypeVar
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.balance import choose
+from megatron_rlsd.rollout.sglang.calls import Call, Stay, Work, joined
 from megatron_rlsd.rollout.sglang.client import ServerFault, SGLangClient
 from megatron_rlsd.rollout.sglang.replies import (
     generate_body,
@@ -44,60 +45,6 @@ class Weights:
     load_current: Callable[[Server], Awaitable[None]] | None = None
 
 
-@dataclass(eq=False)
-class Call:
-    """One ``generate``: a place for each result, filled once."""
-
-    requests: list[GenerationRequest]
-    version: int
-    done: asyncio.Future[None]
-    results: list[Generation | None]
-    remaining: int
-    running: set[Stay] = field(default_factory=set)
-    servers: dict[tuple[int, ...], Server] = field(default_factory=dict)
-    """Prompt -> the server that had it last."""
-    slack: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """Prompt -> tokens by which its server may be busier than the others: the group's own, but no
-    more than a server's fair share of the call."""
-
-    def fail(self, error: EngineError) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-
-
-@dataclass(eq=False)
-class Work:
-    """A request that waits for a server."""
-
-    call: Call
-    index: int
-    number: int
-    """Unique in the fleet's life."""
-    attempts: int = 0
-
-    @property
-    def request(self) -> GenerationRequest:
-        return self.call.requests[self.index]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.request.prompt_ids) + self.request.params.max_new_tokens
-
-
-class Stay:
-    """A request at a server (server.Attempt)."""
-
-    def __init__(self, work: Work, server: Server, rid: str) -> None:
-        self.work, self.server, self.rid = work, server, rid
-        self.task: asyncio.Task[Generation] | None = None
-        self.lost_reason: str | None = None
-
-    def lost(self, reason: str) -> None:
-        self.lost_reason = reason
-        if self.task is not None:
-            self.task.cancel()
-
-
 class Fleet:
     """Servers of one configuration. ``start`` first; ``close`` ends the ones that are our own."""
 
@@ -113,7 +60,9 @@ class Fleet:
     ) -> None:
         self._config, self._vocab_size = config, vocab_size
         self.weights = Weights()
-        self.counters = Counter(requests=0, request_retries=0, cached_prompt_tokens=0)
+        self.counters = Counter(
+            requests=0, request_retries=0, interrupted_requests=0, cached_prompt_tokens=0
+        )
         """See SGLangEngine.counted."""
         urls = config.urls or [""] * config.num_servers
         self.servers = [
@@ -137,7 +86,8 @@ class Fleet:
         self._pending: deque[Work] = deque()
         self._calls: set[Call] = set()
         self._changed = asyncio.Event()
-        self._numbers = itertools.count()
+        self._numbers, self._stays = itertools.count(), itertools.count()
+        self._updating = False
         self._name = uuid.uuid4().hex[:12]
         self._closing = False
 
@@ -198,14 +148,14 @@ class Fleet:
     # Generation
 
     async def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
-        """One generation per request, in order, all sampled by the weights that are current now.
+        """One generation per request, in order, sampled by the weights that are current meanwhile.
 
-        Cancelling it, or the time limit, aborts what still runs on the servers.
+        A response that a weight update interrupts goes on under the new weights, and says for each
+        token which ones sampled it. Cancelling this, or the time limit, aborts what still runs.
         """
         loop = asyncio.get_running_loop()
         call = Call(
             requests,
-            self.weights.version,
             loop.create_future(),
             results=[None] * len(requests),
             remaining=len(requests),
@@ -216,7 +166,7 @@ class Fleet:
         works = [Work(call, index, next(self._numbers)) for index in range(len(requests))]
         fair_share = sum(work.tokens for work in works) // len(self.servers)
         for work in works:
-            prompt = tuple(work.request.prompt_ids)
+            prompt = tuple(work.asked.prompt_ids)
             call.slack[prompt] = min(call.slack.get(prompt, 0) + work.tokens, fair_share)
         self._calls.add(call)
         self._pending.extend(works)
@@ -240,8 +190,8 @@ class Fleet:
         return [result for result in call.results if result is not None]
 
     def _pump(self) -> None:
-        """Hand waiting requests, in order, to servers with room."""
-        while self._pending:
+        """Hand waiting requests, in order, to servers with room; none during a weight update."""
+        while self._pending and not self._updating:
             room = {
                 server: server.outstanding_tokens
                 for server in self.servers
@@ -250,12 +200,13 @@ class Fleet:
             if not room:
                 break
             work = self._pending.popleft()
-            prompt = tuple(work.request.prompt_ids)
+            prompt = tuple(work.asked.prompt_ids)
             call = work.call
             server = choose(room, call.servers.get(prompt), call.slack[prompt])
             call.servers[prompt] = server
             # SGLang aborts by prefix, so no id may begin another.
-            stay = Stay(work, server, f"{self._name}-{work.number}-{work.attempts}.")
+            rid = f"{self._name}-{work.number}-{next(self._stays)}."
+            stay = Stay(work, server, rid, self.weights.version, self.weights.publications)
             call.running.add(stay)
             server.attempts.add(stay)
             server.outstanding_tokens += work.tokens
@@ -286,20 +237,33 @@ class Fleet:
             work.call.fail(_bug(error))
         else:
             server.answered_well()
-            self._finish(work, task.result())
+            self._answered(stay, task.result())
         self._pump()
+
+    def _answered(self, stay: Stay, generation: Generation) -> None:
+        work = stay.work
+        if generation.finish_reason != "abort":
+            self._finish(work, joined([*work.parts, generation]))
+        elif self.weights.publications == stay.publications:
+            self._retry(work, f"{stay.server} aborted it, and no weight update asked for that")
+        else:
+            work.parts += [generation] if generation.token_ids else []
+            self.counters["interrupted_requests"] += 1
+            if not work.call.done.done():
+                self._pending.appendleft(work)
 
     async def _ask(self, stay: Stay) -> Generation:
         work, server = stay.work, stay.server
+        request = work.request
         reply = await server.client.generate(
-            generate_body(work.request, stay.rid), timeout=self._config.request_timeout_seconds
+            generate_body(request, stay.rid), timeout=self._config.request_timeout_seconds
         )
         generation = parse_generation(
             reply,
-            work.request,
+            request,
             rid=stay.rid,
             vocab_size=self._vocab_size,
-            version=work.call.version,
+            versions=range(stay.version, self.weights.version + 1),
             server=str(server),
         )
         self.counters["cached_prompt_tokens"] += int(reply["meta_info"].get("cached_tokens") or 0)
@@ -320,7 +284,7 @@ class Fleet:
         if work.attempts >= self._config.max_attempts:
             work.call.fail(
                 EngineError(
-                    f"request {work.index} ({len(work.request.prompt_ids)} prompt tokens) failed "
+                    f"request {work.index} ({len(work.asked.prompt_ids)} prompt tokens) failed "
                     f"{work.attempts} times, the last time because {reason}"
                 )
             )
@@ -361,14 +325,24 @@ class Fleet:
         """
         async with self.weights.lock:
             self.weights.publications += 1
-            update = Update(self, version, self._config.update_timeout_seconds)
+            self._updating = True
+            update = Update(
+                self,
+                version,
+                self._config.update_timeout_seconds,
+                keeps_cache=pause == "in_place",
+            )
             seconds = update.seconds
             paused = list(update.servers)
             try:
+                if update.keeps_cache:
+                    await update.on_each(lambda s: _check_no_prefix_cache(s, seconds))
                 await update.on_each(lambda s: s.client.pause(pause, timeout=seconds))
                 yield update
                 await update.on_each(self._verify_version(version, seconds))
                 self.weights.version = version
+                for server in update.servers:
+                    server.holds = self.weights.publications
                 await update.on_each(lambda s: s.client.resume(timeout=seconds))
             except BaseException:
                 # Servers that outlive this trainer must not stay paused for ever.
@@ -377,6 +351,8 @@ class Fleet:
                     return_exceptions=True,
                 )
                 raise
+            finally:
+                self._updating = False
         self._pump()
 
     def _verify_version(self, version: int, seconds: float) -> Callable[[Server], Awaitable[None]]:
@@ -422,6 +398,15 @@ class Fleet:
                 call.fail(_bug(error))
 
 
+async def _check_no_prefix_cache(server: Server, seconds: float) -> None:
+    if (await server.client.facts(timeout=seconds)).prefix_cache:
+        raise EngineError(
+            f"{server} caches prefixes, and rollout.asynchronous.pause=in_place keeps what the old "
+            "weights computed: other responses would build on it. Start servers with "
+            "rollout.sglang.args.disable_radix_cache=true, or take another pause"
+        )
+
+
 def _bug(error: BaseException) -> EngineError:
     wrapped = EngineError(f"{type(error).__name__} in the rollout client: {error}")
     wrapped.__cause__ = error
@@ -429,10 +414,13 @@ def _bug(error: BaseException) -> EngineError:
 
 
 class Update:
-    """A weight update under way. ``servers`` are those that still take part."""
+    """A weight update under way. ``servers`` are those that still take part.
 
-    def __init__(self, fleet: Fleet, version: int, seconds: float) -> None:
-        self.version, self.seconds = version, seconds
+    ``keeps_cache``: responses go on with what the old weights computed.
+    """
+
+    def __init__(self, fleet: Fleet, version: int, seconds: float, *, keeps_cache: bool) -> None:
+        self.version, self.seconds, self.keeps_cache = version, seconds, keeps_cache
         self.servers = [s for s in fleet.servers if s.state is State.READY]
 
     async def on_each(self, action: Callable[[Server], Awaitable[Result]]) -> dict[Server, Result]:
@@ -440,7 +428,9 @@ class Update:
 
         Any other exception is raised, after all are done.
         """
-        servers = list(self.servers)
+        # One that died may be starting again by now, and knows nothing of this update.
+        servers = [s for s in self.servers if s.state in (State.READY, State.SUSPECT)]
+        self.servers = list(servers)
         results = await asyncio.gather(*map(action, servers), return_exceptions=True)
         done: dict[Server, Result] = {}
         errors: list[BaseException] = []

@@ -28,7 +28,9 @@ def die_with_parent() -> None:
 def main(starter: int, command: list[str]) -> None:
     # Only a thread's end, not the process's, would be told by the kernel; so the guard polls.
     asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    for each in (signal.SIGTERM, signal.SIGINT):
+        # Some job schedulers signal whole process trees.
+        signal.signal(each, lambda number, _: asked.append(number))
     child = subprocess.Popen(command, preexec_fn=die_with_parent)
     while child.poll() is None and os.getppid() == starter and not asked:
         time.sleep(POLL_SECONDS)

@@ -150,16 +150,19 @@ def on_cpu(config: SGLangConfig) -> bool:
     return not torch.cuda.is_available()
 
 
-def free_port(host: str) -> int:
-    """A port that nobody listens on just now."""
-    for port in random.SystemRandom().sample(FREE_PORTS, 200):
-        with socket.socket() as probe:
+def free_port(host: str, count: int = 1) -> int:
+    """The first of ``count`` neighbouring ports that nobody listens on just now."""
+    reason: OSError | None = None
+    for first in random.SystemRandom().sample(FREE_PORTS, 200):
+        with contextlib.ExitStack() as probes:
             try:
-                probe.bind((host, port))
-            except OSError:
+                for port in range(first, first + count):
+                    probes.enter_context(socket.socket()).bind((host, port))
+            except OSError as error:
+                reason = error
                 continue
-            return port
-    raise EngineError(f"found no free port on {host} in {FREE_PORTS}")
+        return first
+    raise EngineError(f"found no {count} free ports on {host} in {FREE_PORTS}: {reason}")
 
 
 def _without_key(command: list[str]) -> list[str]:

@@ -37,14 +37,20 @@ def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
 
 
 def parse_generation(
-    reply: Any, request: GenerationRequest, *, rid: str, vocab_size: int, version: int, server: str
+    reply: Any,
+    request: GenerationRequest,
+    *,
+    rid: str,
+    vocab_size: int,
+    versions: range,
+    server: str,
 ) -> Generation:
-    """The generation in a reply of POST /generate.
+    """The generation in a reply of POST /generate; one that was aborted has what there was by then.
 
     Raises ServerFault that names the server, the request and what was expected: for an answer to
     another request, ids outside the vocabulary, more or fewer tokens than the finish reason
     implies, log-probabilities that are missing, no numbers or of other tokens, and tokens sampled
-    by other weights than ``version``. Raises EngineError where the server ended the response
+    by other weights than ``versions``. Raises EngineError where the server ended the response
     after a token that was not asked for.
     """
 
@@ -58,17 +64,14 @@ def parse_generation(
     meta = reply["meta_info"]
     if meta.get("id") != rid:
         bad("an answer to this request", meta.get("id"))
-    if meta.get("prompt_tokens") != len(request.prompt_ids):
+    finish = (meta.get("finish_reason") or {}).get("type")
+    # One that was aborted before it began does not say.
+    if meta.get("prompt_tokens", "abort") not in (len(request.prompt_ids), finish):
         bad(f"prompt_tokens={len(request.prompt_ids)}", meta.get("prompt_tokens"))
-    versions = {span.get("version") for span in meta.get("weight_versions") or []}
-    versions.add(meta.get("weight_version"))
-    if versions != {str(version)}:
-        bad(f"weight_version={version} throughout", sorted(map(str, versions)))
 
     ids = reply.get("output_ids")
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         bad(f"output_ids below {vocab_size}", ids)
-    finish = (meta.get("finish_reason") or {}).get("type")
     limit = request.params.max_new_tokens
     stops = set(request.params.stop_token_ids)
     if finish == "length":
@@ -83,8 +86,8 @@ def parse_generation(
                 "config.json or generation_config.json that is not among the stop tokens "
                 f"{sorted(stops)}; add it to rollout.stop_token_ids"
             )
-    else:
-        bad("finish_reason length or stop", meta.get("finish_reason"))
+    elif finish != "abort":
+        bad("finish_reason length, stop or abort", meta.get("finish_reason"))
     if stops.intersection(ids[:-1]):
         bad("no token after a stop token", ids)
 
@@ -97,7 +100,26 @@ def parse_generation(
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
             bad(f"the log-probability of token {token}", entry)
         log_probs.append(_log_prob(entry[0], entry, bad))
-    return Generation(ids, log_probs, finish, version)
+    tokens = _token_versions(meta, len(ids), versions, bad)
+    first = tokens[0] if tokens else versions.start
+    mixed = tokens if tokens and tokens[-1] != first else []
+    return Generation(ids, log_probs, finish, first, mixed)
+
+
+def _token_versions(meta: dict[str, Any], count: int, versions: range, bad: Any) -> list[int]:
+    """Version by token, from SGLang's spans or from the one version of the whole answer."""
+    whole = [{"version": meta.get("weight_version"), "start": 0, "end": count}]
+    spans = meta.get("weight_versions") or whole
+    known = {str(version): version for version in versions}
+    found: list[int] = []
+    for span in (*spans, {**whole[0], "start": count}):
+        version = span.get("version")
+        if version not in known or span.get("start") != len(found):
+            bad(f"weight versions {' to '.join(known)} of tokens in order", spans + whole)
+        found += [known[version]] * (span["end"] - len(found))
+    if len(found) != count or found != sorted(found):
+        bad(f"weight versions, none falling, of {count} tokens", spans)
+    return found
 
 
 def score_body(token_ids: list[int], rid: str) -> dict[str, Any]:

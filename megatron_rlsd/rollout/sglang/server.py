@@ -68,6 +68,9 @@ class Server:
     faults: int = 0
     """Restarts since its last good answer, and times that it lost the fleet's trust since."""
     failed_loads: int = 0
+    holds: int | None = None
+    """FleetWeights.publications when it got its weights from us. Its own label does not tell: an
+    earlier run may have left other weights there under the same version."""
     recheck: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __str__(self) -> str:
@@ -87,7 +90,7 @@ class Server:
 
     def lose(self, reason: str, state: State = State.DOWN) -> None:
         """It is gone; its requests go elsewhere."""
-        self.state, self.reason = state, reason
+        self.state, self.reason, self.holds = state, reason, None
         for attempt in list(self.attempts):
             attempt.lost(reason)
 
@@ -216,10 +219,11 @@ class Supervisor:
         if self._weights.load_current is None:
             return
         wanted = str(self._weights.version)
-        if self._server.is_own or await client.weight_version(timeout=seconds) != wanted:
+        if await self._is_stale():
             self._server.failed_loads += 1
             await self._weights.load_current(self._server)
             self._server.failed_loads = 0
+            self._server.holds = self._weights.publications
         found = await client.weight_version(timeout=seconds)
         if found != wanted:
             raise ServerFault(f"{self._server}: expected weight_version {wanted}, got {found}")
@@ -269,17 +273,22 @@ class Supervisor:
         if server.recheck.is_set():
             server.recheck.clear()
             async with self._weights.lock:
-                if server.state is State.SUSPECT and await self._is_stale():
-                    await self._bring_weights()
+                if server.state is State.SUSPECT:
+                    seconds = self._config.health_timeout_seconds
+                    await server.client.resume(timeout=seconds)
+                    if await self._is_stale():
+                        # One that hangs would keep the lock for longer.
+                        await server.client.health(timeout=seconds)
+                        await self._bring_weights()
         await server.client.health(timeout=self._config.health_timeout_seconds)
 
     async def _is_stale(self) -> bool:
-        seconds = self._config.health_timeout_seconds
-        await self._server.client.resume(timeout=seconds)
         if self._weights.load_current is None:
             return False
+        seconds = self._config.health_timeout_seconds
         found = await self._server.client.weight_version(timeout=seconds)
-        return found != str(self._weights.version)
+        was_given = self._server.holds == self._weights.publications
+        return not was_given or found != str(self._weights.version)
 
     def _log(self) -> str:
         process = self._server.process

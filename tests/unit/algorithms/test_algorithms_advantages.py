@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rlsd.algorithms import group_advantages, has_signal, token_loss_weights
@@ -23,6 +23,7 @@ def definition(rewards, mode):
     return [(r - mean) / scale for r in rewards]
 
 
+@settings(deadline=None)
 @given(rewards=REWARDS, mode=st.sampled_from(MODES))
 def test_advantages_are_their_definition(rewards, mode):
     expected = torch.tensor(definition(rewards, mode), dtype=torch.float64)
@@ -48,6 +49,12 @@ def test_equal_rewards_give_exactly_zero(mode, size, dtype):
         assert (group_advantages(rewards, mode) == 0).all()
 
 
+def test_without_a_reward_every_response_counts_alike_or_not_at_all():
+    assert group_advantages([1.0, 0.0, 0.3], "one").tolist() == [1.0] * 3
+    assert group_advantages([0.5, 0.5], "one").tolist() == [1.0] * 2
+    assert group_advantages([1.0, 0.0, 0.3], "none").tolist() == [0.0] * 3
+
+
 def test_any_difference_is_a_signal():
     assert has_signal([0.0, 0.0, 1.0])
     assert has_signal([0.1, 0.1 + 1e-12])
@@ -69,21 +76,24 @@ def test_empty_group_and_unknown_mode_are_refused():
         group_advantages([1.0, 0.0], "median")
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 50), min_size=1, max_size=10),
-    aggregation=st.sampled_from(["token_mean", "sequence_mean"]),
+    aggregation=st.sampled_from(["token_mean", "sequence_mean", "fixed_length"]),
     seed=st.integers(0, 1000),
 )
 def test_weighted_sum_is_the_global_mean(lengths, aggregation, seed):
     generator = torch.Generator().manual_seed(seed)
     losses = [torch.randn(T, generator=generator, dtype=torch.float64) for T in lengths]
-    weights = token_loss_weights(lengths, aggregation)
+    weights = token_loss_weights(lengths, aggregation, 60)
     total = sum(float(k * L.sum()) for k, L in zip(weights, losses, strict=True))
     counted = [L for L in losses if L.numel()]
     if not counted:
         expected = 0.0
     elif aggregation == "token_mean":
         expected = float(torch.cat(counted).mean())
+    elif aggregation == "fixed_length":
+        expected = statistics.fmean(float(L.sum()) / 60 for L in counted)
     else:
         expected = statistics.fmean(float(L.mean()) for L in counted)
     assert total == pytest.approx(expected, abs=1e-12)
@@ -100,3 +110,5 @@ def test_bad_lengths_and_aggregation_are_refused():
         token_loss_weights([1, -1], "token_mean")
     with pytest.raises(ValueError, match="aggregation"):
         token_loss_weights([1], "mean")
+    with pytest.raises(ValueError, match="needs a length"):
+        token_loss_weights([1], "fixed_length")

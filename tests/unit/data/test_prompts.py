@@ -92,6 +92,21 @@ def test_what_the_hint_is(
     assert builder(small_tokenizer, hint=hint).hint(problem) == expected
 
 
+def test_a_given_hint_takes_the_place_of_the_problems_own_and_is_cut_alike(
+    small_tokenizer: SentencePieceTokenizer,
+) -> None:
+    """What the group's responses and critiques are handed in as."""
+    prompts = builder(small_tokenizer, hint="own_correct_response")
+    assert prompts.teacher(PROBLEM, " 1 + 2 = 4\n") == builder(small_tokenizer).teacher(
+        with_solution("1 + 2 = 4")
+    )
+    short = builder(small_tokenizer, hint="critique", max_hint_tokens=3)
+    cut = builder(small_tokenizer, max_hint_tokens=3).teacher(with_solution("1 + 2 = 4"))
+    assert short.teacher(PROBLEM, "1 + 2 = 4") == cut
+    assert prompts.teacher(PROBLEM, "") == prompts.student(PROBLEM)
+    assert prompts.hint(PROBLEM) == PROBLEM.reference_solution
+
+
 def test_a_problem_with_nothing_to_tell_has_the_students_prompt(
     small_tokenizer: SentencePieceTokenizer,
 ) -> None:

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from megatron_rlsd.actor.model import HeadGPTModel, build_model, model_shape, transformer_config
+from megatron_rlsd.actor.model import HeadGPTModel, build_model, transformer_config
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.parallel.layout import model_shape
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -11,16 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rlsd.ops import PolicyLossConfig
-from megatron_rlsd.ops.token_loss import TokenInputs, exp_bounded, token_loss
+from megatron_rlsd.ops.token_loss import TokenInputs, exp_bounded, needs_gradient, token_loss
 
 CONFIGS = st.builds(
     PolicyLossConfig,
+    objective=st.sampled_from(["clipped_ratio", "clipped_weight", "log_prob"]),
     eps_clip_low=st.floats(0, 0.9),
     eps_clip_high=st.floats(0, 0.9),
     dual_clip=st.none() | st.floats(1.01, 4),
     rlsd_lambda=st.sampled_from([0.0, 0.3, 1.0]),
     evidence_clip=st.floats(0, 1.5),
     negative_only=st.booleans(),
+    reversed_gain=st.booleans(),
+    opd_coef=st.sampled_from([0.0, 0.5]),
+    sdar_coef=st.sampled_from([0.0, 0.3]),
+    unscored_is_neutral=st.booleans(),
     kl_coef=st.sampled_from([0.0, 0.1]),
     entropy_coef=st.sampled_from([0.0, 0.1]),
     tis_clip=st.none() | st.floats(0.5, 3),
@@ -39,10 +44,17 @@ def random_inputs(seed: int, n: int = 64, spread: float = 0.5) -> tuple[torch.Te
     return log_probs, TokenInputs(advantages, torch.ones_like(log_probs), *others)
 
 
+def without_some(log_probs: torch.Tensor) -> torch.Tensor:
+    """NaN in every third row: not scored."""
+    return torch.where(torch.arange(log_probs.numel()) % 3 == 0, math.nan, log_probs)
+
+
 @settings(deadline=None, max_examples=100)
 @given(config=CONFIGS, seed=st.integers(0, 10**6), spread=st.sampled_from([0.1, 1.0, 15.0]))
 def test_written_derivative_equals_autograds(config, seed, spread):
     log_probs, inputs = random_inputs(seed, spread=spread)
+    if config.unscored_is_neutral:
+        inputs = replace(inputs, teacher_log_probs=without_some(inputs.teacher_log_probs))
     log_probs.requires_grad_()
     losses = token_loss(log_probs, torch.ones_like(log_probs), inputs, config)
     (expected,) = torch.autograd.grad(losses.loss.sum(), log_probs)
@@ -96,6 +108,58 @@ def test_negative_only_reweights_negative_advantages_alone():
     assert torch.equal(losses.advantages[negative], both.advantages[negative])
 
 
+def test_combinations_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="exclude each other"):
+        PolicyLossConfig(negative_only=True, positive_only=True)
+    with pytest.raises(ValueError, match="needs objective='clipped_ratio', got 'log_prob'"):
+        PolicyLossConfig(importance_ratio="sequence", objective="log_prob")
+
+
+def test_positive_only_reweights_positive_advantages_alone():
+    log_probs, inputs = random_inputs(3)
+    losses = token_loss(log_probs, None, inputs, PolicyLossConfig(positive_only=True))
+    both = token_loss(log_probs, None, inputs, PolicyLossConfig())
+    positive = inputs.advantages > 0
+    assert torch.equal(losses.advantages[~positive], inputs.advantages[~positive])
+    assert torch.equal(losses.advantages[positive], both.advantages[positive])
+
+
+def test_a_reversed_gain_has_the_inverse_weight():
+    log_probs, inputs = random_inputs(7)
+    forward = token_loss(log_probs, None, inputs, PolicyLossConfig())
+    backward = token_loss(log_probs, None, inputs, PolicyLossConfig(reversed_gain=True))
+    torch.testing.assert_close(backward.evidence_weight, 1 / forward.evidence_weight)
+    assert torch.equal(backward.privileged_info_gain, forward.privileged_info_gain)
+
+
+@pytest.mark.parametrize("unscored", ["teacher_log_probs", "contrast_log_probs"])
+def test_an_unscored_token_keeps_its_plain_loss(unscored):
+    """A response without a hint is GRPO's, whatever the algorithm would do with one."""
+    log_probs, inputs = random_inputs(8)
+    inputs = replace(inputs, contrast_log_probs=log_probs + 1.0)
+    inputs = replace(inputs, **{unscored: without_some(getattr(inputs, unscored))})
+    config = PolicyLossConfig(
+        rlsd_lambda=1.0, opd_coef=0.5, sdar_coef=0.3, unscored_is_neutral=True
+    )
+    losses = token_loss(log_probs, None, inputs, config)
+    plain = token_loss(log_probs, None, inputs, PolicyLossConfig(rlsd_lambda=0))
+    silent = getattr(inputs, unscored).isnan()
+    assert silent.any()
+    assert torch.equal(losses.loss[silent], plain.loss[silent])
+    assert torch.equal(losses.d_log_probs[silent], plain.d_log_probs[silent])
+    assert (losses.loss[~silent] != plain.loss[~silent]).all()
+
+
+def test_distillation_teaches_tokens_without_an_advantage():
+    log_probs, inputs = random_inputs(9)
+    inputs = replace(inputs, advantages=torch.zeros_like(log_probs))
+    for setting in ({"opd_coef": 1.0}, {"sdar_coef": 1.0}):
+        config = PolicyLossConfig(objective="log_prob", rlsd_lambda=0, **setting)
+        assert needs_gradient(inputs, config).all()
+        assert (token_loss(log_probs, None, inputs, config).d_log_probs != 0).all()
+    assert not needs_gradient(inputs, PolicyLossConfig()).any()
+
+
 def test_truncated_importance_weight_scales_the_policy_term_alone():
     log_probs, inputs = random_inputs(4)
     plain = PolicyLossConfig(kl_coef=0)
@@ -146,6 +210,10 @@ def test_exp_bounded_is_exp_below_its_bound():
         {"evidence_clip": -1.0},
         {"kl_coef": -1.0},
         {"tis_clip": 0.0},
+        {"objective": "ppo"},
+        {"opd_coef": -1.0},
+        {"sdar_coef": math.inf},
+        {"sdar_beta": -1.0},
         {"rlsd_lambda": math.nan},
     ],
 )

@@ -1,11 +1,13 @@
 """The formula against models that transformers builds; the layout matrix counts real ranks."""
 
+from dataclasses import replace
+
 import pytest
 import transformers
 
-from megatron_rlsd.actor.model import model_shape
 from megatron_rlsd.config import ParallelConfig
 from megatron_rlsd.hf_bridge import family_for
+from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.parallel.memory import rank_parameters, state_bytes
 
 SIZES = {
@@ -33,6 +35,26 @@ MODELS = {
             "mlp_only_layers": [1, 2],
         },
     ),
+    "latent": (
+        transformers.DeepseekV3Config,
+        transformers.DeepseekV3ForCausalLM,
+        {
+            "tie": False,
+            "num_key_value_heads": 8,
+            "q_lora_rank": 14,
+            "kv_lora_rank": 10,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 7,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+        },
+    ),
 }
 
 
@@ -40,8 +62,9 @@ def build(name):
     config_class, model_class, settings = MODELS[name]
     settings = dict(settings)
     sizes = dict(SIZES)
-    if name == "qwen2":
+    if name in ("qwen2", "latent"):
         sizes.pop("head_dim")
+    sizes |= {key: settings.pop(key) for key in SIZES.keys() & settings.keys()}
     config = config_class(**sizes, tie_word_embeddings=settings.pop("tie"), **settings)
     model = model_class(config)
     raw = config.to_dict() | {"architectures": [model_class.__name__]}
@@ -84,6 +107,20 @@ def test_tensor_parallel_replicates_norms_and_pads_the_vocabulary():
     two = rank_parameters(shape, ParallelConfig(tensor=2), stage=0).total
     padding = 2 * shape.hidden_size  # 133 rows become 134, in the embedding and in the head
     assert 2 * (two - norms) == one - norms + padding
+
+
+def test_tensor_parallel_splits_latent_projections_but_no_norm():
+    _, shape = build("latent")
+    dense = replace(shape, num_experts=0, moe_layers=frozenset(), vocab_size=132)
+    one = rank_parameters(dense, ParallelConfig(), stage=0).total
+    two = rank_parameters(dense, ParallelConfig(tensor=2, sequence=True), stage=0).total
+    norms = shape.num_layers * (2 * shape.hidden_size + 14 + 10) + shape.hidden_size
+    assert 2 * (two - norms) == one - norms
+    # Transformer Engine's layers keep both down projections whole on every rank.
+    whole = rank_parameters(
+        dense, ParallelConfig(tensor=2, sequence=True), stage=0, duplicated_latents=True
+    ).total
+    assert whole - two == shape.num_layers * (14 + 10 + 4) * shape.hidden_size // 2
 
 
 def test_bytes_of_each_kind_of_state():

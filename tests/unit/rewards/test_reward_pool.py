@@ -329,6 +329,20 @@ def test_close_ends_the_workers(pool: Pool, sample: Sample) -> None:
     assert not any(_is_running(pid) for pid in pids)
 
 
+def test_signals_that_ask_the_job_to_stop_cost_no_reward(pool: Pool, sample: Sample) -> None:
+    """Slurm may send them to a job's whole process tree; the trainer then finishes its step."""
+    source = """
+import os, signal
+def reward(sample):
+    os.kill(os.getpid(), getattr(signal, sample.response))
+    return os.getpid()
+"""
+    with pool("reward", source=source) as scorer:
+        results = scorer.score([sample(s) for s in ("SIGTERM", "SIGUSR1", "SIGTERM")])
+    assert len({result.value for result in results}) == 1
+    assert not any(result.errors for result in results)
+
+
 def test_metadata_that_is_no_json_names_the_problem(pool: Pool, sample: Sample) -> None:
     scorer = pool("exact_match")
     with pytest.raises(RewardError, match=r"problem 'odd' .* plain JSON data: .*set"):

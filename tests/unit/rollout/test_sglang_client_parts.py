@@ -17,10 +17,11 @@ from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang import guard
 from megatron_rlsd.rollout.sglang.balance import choose
+from megatron_rlsd.rollout.sglang.calls import continued, joined
 from megatron_rlsd.rollout.sglang.client import ServerFault
 from megatron_rlsd.rollout.sglang.process import server_command, server_environment
 from megatron_rlsd.rollout.sglang.replies import generate_body, parse_generation, parse_scores
-from megatron_rlsd.types import GenerationRequest, SamplingParams
+from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 
 REQUEST = GenerationRequest([5, 6, 7], SamplingParams(4, 0.7, stop_token_ids=(2, 9)), seed=3)
 ANSWER = {
@@ -39,8 +40,12 @@ ANSWER = {
 
 def parse(answer):
     return parse_generation(
-        answer, REQUEST, rid="r.", vocab_size=40, version=8, server="server 1 (http://x)"
+        answer, REQUEST, rid="r.", vocab_size=40, versions=range(8, 9), server="server 1 (http://x)"
     )
+
+
+def span(version, start, end):
+    return {"version": str(version), "start": start, "end": end}
 
 
 def changed(path, value):
@@ -59,6 +64,42 @@ def test_a_consistent_answer_is_taken_as_it_is():
     assert (generation.finish_reason, generation.weight_version) == ("stop", 8)
 
 
+def test_an_answer_across_weight_updates_says_which_weights_sampled_each_token():
+    answer = changed(("meta_info", "weight_versions"), [span(6, 0, 1), span(8, 1, 3)])
+    mixed = parse_generation(
+        answer, REQUEST, rid="r.", vocab_size=40, versions=range(6, 9), server="s"
+    )
+    assert (mixed.weight_version, mixed.token_versions) == (6, [6, 8, 8])
+    for spans in (
+        [span(8, 0, 1), span(6, 1, 3)],  # falls
+        [span(6, 0, 1), span(8, 2, 3)],  # a gap
+        [span(6, 0, 1), span(8, 1, 2)],  # a token short
+        [span(5, 0, 1), span(8, 1, 3)],  # older than the request
+    ):
+        with pytest.raises(ServerFault, match="weight versions"):
+            parse_generation(
+                changed(("meta_info", "weight_versions"), spans),
+                REQUEST, rid="r.", vocab_size=40, versions=range(6, 9), server="s",
+            )  # fmt: skip
+
+
+def test_a_response_in_parts_is_asked_for_and_put_together_again():
+    aborted = changed(("meta_info", "finish_reason"), {"type": "abort"})
+    aborted["output_ids"] = [30, 31]
+    aborted["meta_info"]["output_token_logprobs"].pop()
+    aborted["meta_info"]["weight_versions"] = [span(8, 0, 2)]
+    first = parse(aborted)
+    rest = continued(REQUEST, [first])
+    assert (rest.prompt_ids, rest.params.max_new_tokens) == ([5, 6, 7, 30, 31], 2)
+    assert rest.seed == REQUEST.seed
+    whole = joined([first, Generation([33, 2], [-0.1, -0.2], "stop", 11)])
+    assert whole == Generation(
+        [30, 31, 33, 2], [-0.5, -1.25, -0.1, -0.2], "stop", 8, token_versions=[8, 8, 11, 11]
+    )
+    again = joined([first, Generation([33, 2], [-0.1, -0.2], "stop", 8)])
+    assert (again.weight_version, again.token_versions) == (8, [])
+
+
 META = "meta_info"
 LOG_PROBS = (META, "output_token_logprobs")
 
@@ -75,12 +116,12 @@ LOG_PROBS = (META, "output_token_logprobs")
         (("output_ids",), [], r"1 to 4 output_ids"),
         (("output_ids",), [30] * 4 + [2], r"1 to 4 output_ids"),
         ((META, "finish_reason"), {"type": "length"}, r"4 output_ids at finish_reason=length"),
-        ((META, "finish_reason"), {"type": "abort"}, r"finish_reason length or stop"),
-        ((META, "finish_reason"), None, r"finish_reason length or stop"),
+        ((META, "finish_reason"), {"type": "error"}, r"finish_reason length, stop or abort"),
+        ((META, "finish_reason"), None, r"finish_reason length, stop or abort"),
         ((META, "id"), "other.", r"an answer to this request, got 'other\.'"),
         ((META, "prompt_tokens"), 4, r"prompt_tokens=3, got 4"),
-        ((META, "weight_version"), "7", r"weight_version=8 throughout, got \['7', '8'\]"),
-        ((META, "weight_versions"), [{"version": "7"}, {"version": "8"}], r"weight_version=8"),
+        ((META, "weight_version"), "7", r"weight versions 8 of tokens in order"),
+        ((META, "weight_versions"), [span(7, 0, 1), span(8, 1, 3)], r"weight versions 8 of"),
         (LOG_PROBS, None, r"3 output_token_logprobs"),
         ((*LOG_PROBS, 1), [-1.0, 30, None], r"the log-probability of token 31"),
         ((*LOG_PROBS, 1), [None, 31, None], r"a finite log-probability"),

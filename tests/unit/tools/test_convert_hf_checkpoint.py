@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megatron_rlsd.actor.model import build_model, model_shape, transformer_config
+from megatron_rlsd.actor.model import build_model, transformer_config
 from megatron_rlsd.checkpoint.manifest import read_manifest
 from megatron_rlsd.checkpoint.sharding import model_pieces, model_tensors
 from megatron_rlsd.checkpoint.storage import load_into
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for, load_hf_config, tensor_hash
 from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.parallel.layout import model_shape
 
 ROOT = Path(__file__).parents[3]
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"

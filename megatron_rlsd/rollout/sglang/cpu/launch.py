@@ -30,6 +30,10 @@ def prepare() -> None:
         )
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     _declare_torchvision_operators()
+    if "--enable-deterministic-inference" in sys.argv:
+        import seeded_sampling
+
+        seeded_sampling.enable()
 
 
 def _declare_torchvision_operators() -> None:

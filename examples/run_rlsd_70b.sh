@@ -1,0 +1,307 @@
+#!/usr/bin/env bash
+# RLSD on several nodes under Slurm: SGLang servers on some of them, the trainer on the others.
+#
+#     sbatch examples/run_rlsd_70b.sh [key=value ...]            # as a job that requeues itself
+#     bash examples/run_rlsd_70b.sh [key=value ...]              # inside an allocation (salloc)
+#     TINY=1 sbatch --nodes=2 --gres=none examples/run_rlsd_70b.sh   # the same without any GPU
+#
+# docs/slurm.md explains it. Every setting below is an environment variable; key=value goes to the
+# configuration. A preemption signal makes the trainer save; the job then requeues itself, and goes
+# on. Whatever part dies, the job ends, with the last lines of that part's log.
+#
+#SBATCH --job-name=rlsd
+#SBATCH --nodes=6
+#SBATCH --gres=gpu:8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --output=rlsd_%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+
+say() { printf '[%(%F %T)T] %s\n' -1 "$*"; }
+
+fail() { # fail MESSAGE [LOG...]: the message, and the end of each log
+    say "error: $1" >&2
+    local log
+    for log in "${@:2}"; do
+        [[ -s $log ]] || continue
+        printf -- '---- the end of %s\n' "$log" >&2
+        tail -n "$TAIL_LINES" "$log" | sed 's/^/    /' >&2
+    done
+    exit 1
+}
+
+settings() {
+    TINY=${TINY:-0}
+    TAIL_LINES=${TAIL_LINES:-20}
+    [[ -n ${SLURM_JOB_ID:-} ]] || fail "no Slurm allocation: use sbatch, or salloc and then bash"
+    local here
+    here=$(dirname "${BASH_SOURCE[0]}")
+    # sbatch runs a copy of this file, far from the repository.
+    [[ -f $here/../megatron_rlsd/train.py ]] || here=${SLURM_SUBMIT_DIR:-.}/examples
+    REPO=$(realpath "${REPO:-$here/..}")
+    [[ -f $REPO/megatron_rlsd/train.py ]] ||
+        fail "REPO=$REPO is not this repository; submit from there, or set REPO"
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+
+    CONTAINER_IMAGE=${CONTAINER_IMAGE:-}
+    CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}
+    if [[ -z ${PYTHON:-} ]]; then
+        PYTHON=python
+        [[ -n $CONTAINER_IMAGE || ! -x $REPO/.venv/bin/python ]] || PYTHON=$REPO/.venv/bin/python
+    fi
+    SGLANG_PYTHON=${SGLANG_PYTHON:-}
+    if [[ $TINY == 1 ]]; then
+        CONFIG=${CONFIG:-$REPO/examples/configs/tiny_slurm.yaml}
+        RUN_DIR=${RUN_DIR:-$REPO/runs/tiny_slurm}
+        MODEL=${MODEL:-$RUN_DIR/model}
+        GPUS_PER_NODE=${GPUS_PER_NODE:-0}
+        TRAINER_TASKS_PER_NODE=${TRAINER_TASKS_PER_NODE:-2}
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    else
+        CONFIG=${CONFIG:-$REPO/examples/configs/llama_70b.yaml}
+        RUN_DIR=${RUN_DIR:-$REPO/runs/llama_70b}
+        MODEL=${MODEL:-$REPO/models/Llama-3.3-70B-Instruct}
+        GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
+    fi
+    # By default a third of the nodes sample; on a single node both parts share it.
+    ROLLOUT_NODES=${ROLLOUT_NODES:-$((${#nodes[@]} > 1 ? (${#nodes[@]} + 2) / 3 : 0))}
+    TRAINER_NODES=${TRAINER_NODES:-$((${#nodes[@]} - ROLLOUT_NODES))}
+    if [[ -z ${TRAINER_TASKS_PER_NODE:-} ]]; then
+        TRAINER_TASKS_PER_NODE=$((ROLLOUT_NODES > 0 ? GPUS_PER_NODE : GPUS_PER_NODE / 2))
+    fi
+    MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 8000))}
+    START_SECONDS=${START_SECONDS:-1800}
+    STOP_SECONDS=${STOP_SECONDS:-30}
+    WAIT_SECONDS=${WAIT_SECONDS:-600}
+    RUN_DIR=$(realpath -m "$RUN_DIR") MODEL=$(realpath -m "$MODEL") CONFIG=$(realpath -m "$CONFIG")
+    LOG_DIR=${LOG_DIR:-$RUN_DIR/logs/job_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}}
+
+    say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on ${nodes[*]}"
+    printf '  %s\n' "TINY=$TINY" "REPO=$REPO" "CONFIG=$CONFIG" "MODEL=$MODEL" "RUN_DIR=$RUN_DIR" \
+        "PYTHON=$PYTHON" \
+        "SGLANG_PYTHON=$SGLANG_PYTHON  (of the servers; empty: the configuration's)" \
+        "TRAINER_NODES=$TRAINER_NODES" \
+        "ROLLOUT_NODES=$ROLLOUT_NODES  (0: servers share the trainer's nodes)" \
+        "GPUS_PER_NODE=$GPUS_PER_NODE" \
+        "TRAINER_TASKS_PER_NODE=$TRAINER_TASKS_PER_NODE  (one for each of the trainer's GPUs)" \
+        "MASTER_PORT=$MASTER_PORT" \
+        "START_SECONDS=$START_SECONDS  (until all servers serve)" \
+        "STOP_SECONDS=$STOP_SECONDS  (a part has to end once it is told)" \
+        "WAIT_SECONDS=$WAIT_SECONDS  (after the first trainer task ended, for the others)" \
+        "CONTAINER_IMAGE=$CONTAINER_IMAGE  (empty: no container)" \
+        "CONTAINER_MOUNTS=$CONTAINER_MOUNTS" \
+        "LOG_DIR=$LOG_DIR" "TAIL_LINES=$TAIL_LINES" "arguments: ${arguments[*]}"
+}
+
+check_sizes() {
+    local wanted=$((TRAINER_NODES + ROLLOUT_NODES)) free=$((GPUS_PER_NODE - TRAINER_TASKS_PER_NODE))
+    local trainer="TRAINER_TASKS_PER_NODE=$TRAINER_TASKS_PER_NODE"
+    [[ -f $CONFIG ]] || fail "CONFIG=$CONFIG does not exist"
+    ((TRAINER_NODES >= 1 && TRAINER_TASKS_PER_NODE >= 1)) ||
+        fail "TRAINER_NODES=$TRAINER_NODES and $trainer: there must be a trainer"
+    ((wanted <= ${#nodes[@]})) || fail "TRAINER_NODES=$TRAINER_NODES + \
+ROLLOUT_NODES=$ROLLOUT_NODES = $wanted nodes, but the job has ${#nodes[@]}"
+    ((GPUS_PER_NODE > 0)) || return 0
+    ((free >= 0)) || fail "$trainer is more than GPUS_PER_NODE=$GPUS_PER_NODE"
+    ((ROLLOUT_NODES > 0 || free > 0)) || fail "ROLLOUT_NODES=0 and $trainer leave the servers none \
+of the $GPUS_PER_NODE GPUs of a node; trainer and servers cannot share a GPU"
+}
+
+# The parts of the job: each is one srun in the background, known by its step's name.
+
+start_part() { # start_part NAME NODELIST TASKS_PER_NODE COMMAND...; logs are NAME_TASK.log
+    local name=$1 list=$2 tasks=$3 names container=() cpus
+    shift 3
+    IFS=, read -ra names <<<"$list"
+    cpus=$((${SLURM_JOB_CPUS_PER_NODE%%[^0-9]*} / tasks))
+    if [[ -n $CONTAINER_IMAGE ]]; then
+        local mounts=$REPO:$REPO,$RUN_DIR:$RUN_DIR,$MODEL:$MODEL
+        container=(--container-image="$CONTAINER_IMAGE" --container-workdir="$REPO"
+            --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+            --no-container-mount-home)
+    fi
+    # Slurm tells all parts at once when a job has to end, and servers must outlive the trainer's
+    # last step: each part hears of it from this script alone, in its turn.
+    # Steps overlap: where parts share a node, each sees all of it and takes GPUs by number.
+    # shellcheck disable=SC2016
+    srun --job-name="$name" --nodelist="$list" --nodes="${#names[@]}" \
+        --ntasks=$((${#names[@]} * tasks)) --ntasks-per-node="$tasks" \
+        --cpus-per-task=$((cpus > 0 ? cpus : 1)) --distribution=block --overlap --export=ALL \
+        --disable-status --kill-on-bad-exit=0 --wait="$WAIT_SECONDS" --chdir="$REPO" \
+        --output="$LOG_DIR/${name}_%t.log" "${container[@]}" \
+        bash -c 'trap "" TERM USR1
+            export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+            exec "$@"' "$name" "$@" &
+    parts[$name]=$!
+}
+
+running() { kill -0 "${parts[$1]}" 2>/dev/null; }
+
+exit_code_of() { # exit_code_of NAME: in $code, of a part that ended
+    code=0
+    wait "${parts[$1]}" || code=$?
+}
+
+pause() { sleep 1 || true; } # a signal to the whole job ends the sleep, too
+
+end_parts() { # end_parts SIGNAL NAME...: within STOP_SECONDS in order, then by force
+    local name id deadline=$((SECONDS + STOP_SECONDS))
+    for name in "${@:2}"; do
+        # srun hands it to its tasks.
+        kill -"$1" "${parts[$name]}" 2>/dev/null || true
+    done
+    for name in "${@:2}"; do
+        while running "$name" && ((SECONDS < deadline)); do pause; done
+        running "$name" || continue
+        say "$name did not end within STOP_SECONDS=$STOP_SECONDS; killed"
+        id=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' |
+            awk -v name="$name" '$2 == name { print $1 }')
+        # Without its step, srun has nothing left to do but to end.
+        [[ -n $id ]] && scancel --signal=KILL "$id" 2>/dev/null || true
+        [[ -n $id ]] || kill -KILL "${parts[$name]}" 2>/dev/null || true
+    done
+}
+
+end_everything() {
+    trap '' TERM INT USR1
+    [[ -z ${parts[trainer]:-} ]] || end_parts USR1 trainer
+    end_parts INT "${!parts[@]}"
+}
+
+make_tiny_model() {
+    [[ ! -f $MODEL/config.json ]] || return 0
+    say "making a tiny random model: $MODEL"
+    start_part model "${trainer_nodes[0]}" 1 "$PYTHON" tools/make_tiny_model.py "$CONFIG" \
+        "$MODEL" --vocab-size 320 --hidden-size 32 --layers 4 --ffn-size 64 --head-dim 16 \
+        --problems 200
+    exit_code_of model
+    ((code == 0)) || fail "the model could not be made" "$LOG_DIR/model_0.log"
+}
+
+address_of() { # address_of NODE: where Slurm itself reaches it
+    scontrol show node --oneliner "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+}
+
+start_servers() {
+    local node
+    rm -f "$RUN_DIR"/servers/*/urls
+    for node in "${rollout_nodes[@]}"; do
+        start_part "servers-$node" "$node" 1 "$PYTHON" -m megatron_rlsd.serve "${arguments[@]}" \
+            "rollout.sglang.host=$(address_of "$node")" "${server_arguments[@]}"
+    done
+    say "waiting for the servers on ${rollout_nodes[*]}"
+}
+
+wait_for_servers() {
+    local node urls=() deadline=$((SECONDS + START_SECONDS))
+    for node in "${rollout_nodes[@]}"; do
+        until [[ -s $RUN_DIR/servers/$node/urls || -n $stop ]]; do
+            check_servers "while they started"
+            ((SECONDS < deadline)) ||
+                fail "the servers on $node do not serve after START_SECONDS=$START_SECONDS" \
+                    "$LOG_DIR/servers-${node}_0.log" "$RUN_DIR/servers/$node"/sglang/*.log
+            ls "$RUN_DIR/servers/$node" >/dev/null 2>&1 || true # makes NFS look again
+            pause
+        done
+        [[ -z $stop ]] || fail "$stop before the trainer started"
+        mapfile -t -O "${#urls[@]}" urls <"$RUN_DIR/servers/$node/urls"
+    done
+    say "serving: ${urls[*]}"
+    trainer_arguments=("rollout.sglang.urls=[$(IFS=,; printf '%s' "${urls[*]}")]")
+}
+
+check_servers() { # check_servers WHEN: all of them still run
+    local node
+    for node in "${rollout_nodes[@]}"; do
+        ! running "servers-$node" || continue
+        exit_code_of "servers-$node"
+        fail "the servers on $node ended $1, with exit code $code" \
+            "$RUN_DIR/servers/$node"/sglang/*.log "$LOG_DIR/servers-${node}_0.log"
+    done
+}
+
+start_trainer() {
+    MASTER_ADDR=$(address_of "${trainer_nodes[0]}")
+    export MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE=$TRAINER_TASKS_PER_NODE
+    rm -f "$RUN_DIR/status.json"
+    start_part trainer "$(IFS=,; printf '%s' "${trainer_nodes[*]}")" "$TRAINER_TASKS_PER_NODE" \
+        "$PYTHON" -m megatron_rlsd.train "${arguments[@]}" "${trainer_arguments[@]}"
+    say "training; logs are in $LOG_DIR"
+}
+
+wait_for_trainer() {
+    local told=''
+    while running trainer; do
+        if [[ -z $stop ]]; then
+            # Once the job is to stop, Slurm may end the servers while the trainer still saves.
+            check_servers "while the trainer needed them"
+        else
+            [[ -n $told ]] || say "$stop: the trainer saves at the end of its step"
+            told=yes
+            # Again and again: while it starts it does not listen yet.
+            kill -USR1 "${parts[trainer]}" 2>/dev/null || true
+        fi
+        pause
+    done
+    exit_code_of trainer
+}
+
+telling_logs() { # the trainer's logs that say why it ended, at most three
+    local logs
+    logs=$(grep -lsE '^(error: |Traceback|rank [0-9]+ )' "$LOG_DIR"/trainer_*.log | head -n 3) ||
+        true
+    printf '%s\n' "${logs:-$LOG_DIR/trainer_0.log}"
+}
+
+requeue() { # everything is saved: the job starts again, unless Slurm ends it for good
+    local job
+    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    if [[ $job == *" BatchFlag=1 "* && $job == *" JobState=RUNNING "* ]] &&
+        scontrol requeue "$SLURM_JOB_ID"; then
+        say "saved and requeued: the next start goes on"
+    else
+        say "saved: the next start with RUN_DIR=$RUN_DIR goes on"
+    fi
+    exit 75
+}
+
+main() {
+    arguments=("$@") server_arguments=() trainer_arguments=()
+    settings
+    check_sizes
+    trainer_nodes=("${nodes[@]:0:TRAINER_NODES}")
+    rollout_nodes=("${nodes[@]:TRAINER_NODES:ROLLOUT_NODES}")
+    if ((ROLLOUT_NODES == 0)); then
+        rollout_nodes=("${trainer_nodes[@]}")
+        server_arguments=("rollout.sglang.first_gpu=$TRAINER_TASKS_PER_NODE")
+    fi
+    mkdir -p "$LOG_DIR"
+    declare -gA parts=()
+    stop=''
+    trap 'stop=SIGTERM' TERM
+    trap 'stop=SIGUSR1' USR1
+    trap 'stop=SIGINT' INT
+    trap end_everything EXIT
+    [[ $TINY != 1 ]] || make_tiny_model
+    arguments=("$CONFIG" "run_dir=$RUN_DIR" "model.hf_path=$MODEL" "${arguments[@]}")
+    [[ -z $SGLANG_PYTHON ]] || arguments+=("rollout.sglang.python=$SGLANG_PYTHON")
+
+    start_servers
+    wait_for_servers
+    start_trainer
+    wait_for_trainer
+    end_everything
+    if ((code == 0)); then
+        say "finished"
+    elif ((code == 75)) || grep -qs '"status": "preempted"' "$RUN_DIR/status.json"; then
+        requeue
+    else
+        mapfile -t logs < <(telling_logs)
+        fail "the trainer ended with exit code $code" "${logs[@]}"
+    fi
+}
+
+main "$@"

@@ -1,0 +1,306 @@
+"""The table of algorithms: what each ``algorithm.name`` fixes, and what it only sets as a default.
+
+Every variant is a set of values for keys of ``algorithm`` and ``teacher``; the step, the operator
+and the tests are shared. Notation: A advantage of the response, lp_S, lp_T, lp_old log-probability
+of the sampled token under the student, the teacher and the policy before the update, sg
+stop-gradient, rho = exp(lp_S - lp_old), p and q the student's and the teacher's distribution.
+Rewards R of the G responses to one question; T tokens of a response, N of the global batch.
+
+docs/algorithms.md has a row for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+AlgorithmName = Literal[
+    "rlsd",
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "rlrt",
+    "ectr",
+    "sdar",
+    "opd",
+    "opsd",
+    "sdpo",
+    "grpo_opsd",
+    "sft",
+]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One algorithm. A key that is in neither mapping keeps its own default and may be set."""
+
+    fixed: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    """Keys of ``algorithm`` that make it what it is: the value, and why no other goes with it."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Keys of ``algorithm`` whose default differs."""
+    teacher_fixed: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    teacher_defaults: dict[str, Any] = field(default_factory=dict)
+    """The same for keys of ``teacher``."""
+
+
+NO_EVIDENCE = {"rlsd_lambda": (0.0, "it does not reweight tokens by evidence")}
+NO_AUXILIARY = {
+    "opd_coef": (0.0, "it has no distillation advantage"),
+    "sdar_coef": (0.0, "it has no gated distillation term"),
+    "divergence_coef": (0.0, "it compares no distributions"),
+}
+NO_TEACHER = NO_EVIDENCE | NO_AUXILIARY
+CLIPPED_RATIO = {"objective": ("clipped_ratio", "it clips the importance ratio")}
+NO_REWARD = {"advantage": ("none", "its loss does not use the reward")}
+
+RLSD = Variant()
+"""Self-Distilled RLVR (arXiv:2604.03128); every key of its own default, all of them free.
+
+    Delta = sg(lp_T - lp_S),  w = exp(sign(A) Delta),  w^ = clip(w, 1 - eps_w, 1 + eps_w)
+    A^ = A ((1 - lambda) + lambda w^)
+    L = max(-A^ rho, -A^ clip(rho, 1 - eps_low, 1 + eps_high)), at most -A^ dual_clip for A^ < 0
+
+``negative_only``: A^ = A where A > 0. ``span_start``, ``span_end``: w^ = 1 outside the span.
+"""
+
+GRPO = Variant()
+"""DeepSeekMath (arXiv:2402.03300): RLSD with lambda 0, whatever the lambda keys say.
+
+    A_i = (R_i - mean(R)) / (std(R) + 1e-6),  L = max(-A rho, -A clip(rho)), mean over N tokens
+"""
+
+DR_GRPO = Variant(
+    fixed=NO_TEACHER
+    | CLIPPED_RATIO
+    | {
+        "advantage": ("group_mean", "it drops the division by the rewards' standard deviation"),
+        "loss_aggregation": ("fixed_length", "it drops the division by the response's length"),
+        "importance_ratio": ("token", "its ratio is each token's own"),
+    },
+    defaults={"eps_clip_high": 0.2, "dual_clip": None},
+)
+"""Understanding R1-Zero-Like Training (arXiv:2503.20783).
+
+    A_i = R_i - mean(R),  loss = sum_i sum_t max(-A rho, -A clip(rho)) / (B max_response_tokens)
+
+over the B responses of the batch: the constant length is the authors' code's way to drop 1 / T.
+"""
+
+RLOO = Variant(
+    fixed=NO_TEACHER
+    | {
+        "advantage": ("leave_one_out", "its baseline is the mean of the other responses"),
+        "objective": ("log_prob", "it is REINFORCE without a ratio"),
+    },
+    defaults={"loss_aggregation": "fixed_length", "dual_clip": None},
+)
+"""Back to Basics (arXiv:2402.14740): REINFORCE with a leave-one-out baseline.
+
+    A_i = R_i - mean of the other R,  loss = sum_i -A_i sum_t lp_S / (B max_response_tokens)
+
+The constant under the sum is ours, so that the scale does not depend on the task; the paper's KL
+penalty inside the reward is not here (``kl_coef`` is one beside it). One update a rollout is meant:
+there is no ratio to correct for more.
+"""
+
+DAPO = Variant(
+    fixed=NO_TEACHER
+    | CLIPPED_RATIO
+    | {
+        "advantage": ("group_std", "its advantage is GRPO's"),
+        "loss_aggregation": ("token_mean", "its loss is the mean over all tokens"),
+        "group_filter": (True, "it samples on until groups differ in their rewards"),
+    },
+    defaults={"eps_clip_low": 0.2, "eps_clip_high": 0.28, "dual_clip": None},
+)
+"""DAPO (arXiv:2503.14476): GRPO with the upper clip raised, the token mean, and no group whose
+rewards are all equal. Its overlong penalty is the reward function ``length``.
+"""
+
+GSPO = Variant(
+    fixed=NO_TEACHER
+    | CLIPPED_RATIO
+    | {
+        "importance_ratio": ("sequence", "its ratio is that of the whole response"),
+        "loss_aggregation": ("sequence_mean", "each response counts alike"),
+    },
+    defaults={"eps_clip_low": 3e-4, "eps_clip_high": 4e-4, "dual_clip": None},
+)
+"""GSPO (arXiv:2507.18071).
+
+    s_i = exp(mean_t (lp_S - lp_old)),  loss = mean_i max(-A s, -A clip(s, 1 - 3e-4, 1 + 4e-4))
+"""
+
+CISPO = Variant(
+    fixed=NO_TEACHER
+    | {
+        "objective": ("clipped_weight", "it clips the weight of lp_S, not the update"),
+        "loss_aggregation": ("token_mean", "its loss is the mean over all tokens"),
+    },
+    defaults={"eps_clip_low": 1.0, "eps_clip_high": 4.0, "dual_clip": None},
+)
+"""MiniMax-M1 (arXiv:2506.13585).
+
+    L = -sg(clip(rho, 1 - eps_low, 1 + eps_high)) A lp_S
+
+without a lower bound (eps_low 1), as the paper has it; the upper bound 5 is our choice, the paper
+names none.
+"""
+
+RLRT = Variant(
+    fixed=NO_AUXILIARY | {"evidence": ("student_over_teacher", "it reverses the teacher's signal")},
+    defaults={"positive_only": True, "evidence_clip": 1.0},
+    teacher_defaults={"hint": "own_correct_response"},
+)
+"""Rebellious Student (arXiv:2605.10781): RLSD with the gain reversed, on correct responses.
+
+    w = exp(sign(A) (lp_S - lp_T)),  A^ = A ((1 - lambda) + lambda clip(w)) where A > 0, else A
+
+Our reading of "correct": A > 0 (``positive_only``), which for rewards of 0 and 1 is the same. The
+hint and the clip are those of a re-implementation by others, not checked against the authors' code.
+"""
+
+ECTR = Variant(
+    fixed=NO_AUXILIARY | {"evidence": ("correct_over_wrong_hint", "its gain compares two hints")},
+    defaults={"evidence_clip": 0.5},
+)
+"""Contrastive evidence: CEPO (arXiv:2605.19436), with the hints of RLCSD (arXiv:2606.11709).
+
+    Delta = sg(lp_T(correct hint) - lp_T(wrong hint)), then as RLSD, with CEPO's clip of 0.5
+
+The formula is that of CEPO's authors (their repository). Their wrong hint is the answer of a
+rejected response; ours, like RLCSD's, another wrong response of the group as a whole, but one of
+them where RLCSD averages over several, and without RLCSD's own modulation and second loss. Without
+a wrong response CEPO falls back to RLSD; here the response keeps A^ = A and is counted.
+"""
+
+SDAR = Variant(
+    fixed=NO_EVIDENCE
+    | {
+        "opd_coef": (0.0, "its distillation is a loss term, not an advantage"),
+        "divergence_coef": (0.0, "it looks at the sampled tokens alone"),
+    },
+    defaults={"sdar_coef": 0.1},
+)
+"""Self-Distilled Agentic RL (arXiv:2605.15155): GRPO plus a gated distillation term.
+
+    L = L_GRPO + c sg(sigmoid(beta (lp_T - lp_S))) (lp_T - lp_S),  beta 5, c 0.1
+
+on every response, its own reward equal to the others' or not. The authors' scripts use c = 0.01.
+"""
+
+OPD = Variant(
+    fixed=NO_EVIDENCE
+    | {
+        "sdar_coef": (0.0, "its distillation is an advantage, not a loss term"),
+        "divergence_coef": (0.0, "it looks at the sampled tokens alone"),
+    },
+    defaults={"opd_coef": 1.0, "dual_clip": None},
+    teacher_fixed={"hint": ("none", "its teacher is another model and reads the same prompt")},
+)
+"""On-policy distillation (arXiv:2306.13649 samples from the student; the advantage form is common
+practice): the sampled tokens' reverse KL as part of the advantage.
+
+    A^ = A - c sg(lp_S - lp_T)
+
+The teacher is the HF model ``teacher.hf_path``. ``advantage`` none distils alone, without a reward.
+"""
+
+OPSD = Variant(
+    fixed=NO_EVIDENCE
+    | NO_REWARD
+    | {
+        "opd_coef": (0.0, "it compares whole distributions, not sampled tokens"),
+        "sdar_coef": (0.0, "it compares whole distributions, not sampled tokens"),
+    },
+    defaults={"divergence_coef": 1.0},
+)
+"""Self-Distilled Reasoner (arXiv:2601.18734): no reward; p is drawn to q, token by token.
+
+    forward_kl  sum_v q log(q / p)        reverse_kl  sum_v p log(p / q)
+    jsd         b KL(q | m) + (1 - b) KL(p | m),  m = b q + (1 - b) p,  b = jsd_beta
+
+over the vocabulary, or with ``divergence_top_k`` over the teacher's k likeliest tokens, both
+renormalised (the authors' top-k form). Mean over the tokens whose teacher had a hint.
+"""
+
+SDPO = Variant(
+    fixed=OPSD.fixed,
+    defaults={"divergence_coef": 1.0},
+    teacher_defaults={"hint": "own_correct_response", "mode": "ema"},
+)
+"""Reinforcement Learning via Self-Distillation (arXiv:2601.20802): OPSD whose hint is another,
+successful response of the same group, or (``teacher.hint: critique``) the environment's feedback.
+
+The reward's only part is to say which responses succeeded. Not here: the authors' joint prompt of
+solution and feedback, and their top-k with a bucket for the rest.
+"""
+
+GRPO_OPSD = Variant(
+    fixed=NO_EVIDENCE
+    | {
+        "opd_coef": (0.0, "it compares whole distributions, not sampled tokens"),
+        "sdar_coef": (0.0, "it compares whole distributions, not sampled tokens"),
+    },
+    defaults={"divergence_coef": 0.1},
+)
+"""The sum: L_GRPO + divergence_coef L_OPSD (a baseline of arXiv:2604.03128, which names no
+coefficient; 0.1 is our choice).
+"""
+
+SFT = Variant(
+    fixed=NO_TEACHER
+    | {
+        "objective": ("log_prob", "it has no policy ratio"),
+        "advantage": ("one", "every reference response counts alike"),
+        "group_filter": (False, "its responses are the data's own"),
+    },
+    defaults={"dual_clip": None},
+)
+"""Supervised fine-tuning over the same step: the responses are ``prompts.sft_response`` of the
+problems instead of samples, and L = -lp_S, at temperature ``rollout.temperature``. The rewards say
+how many of them the verifier accepts.
+"""
+
+VARIANTS: dict[str, Variant] = {
+    "rlsd": RLSD,
+    "grpo": GRPO,
+    "dr_grpo": DR_GRPO,
+    "rloo": RLOO,
+    "dapo": DAPO,
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "rlrt": RLRT,
+    "ectr": ECTR,
+    "sdar": SDAR,
+    "opd": OPD,
+    "opsd": OPSD,
+    "sdpo": SDPO,
+    "grpo_opsd": GRPO_OPSD,
+    "sft": SFT,
+}
+
+
+def filled_in(name: object, section: dict[str, Any], part: Literal["algorithm", "teacher"]) -> Any:
+    """A raw section with the variant's values in the keys that it does not set."""
+    variant = VARIANTS.get(name) if isinstance(name, str) else None
+    if variant is None:
+        return section  # the section's own check names the valid choices
+    fixed = variant.fixed if part == "algorithm" else variant.teacher_fixed
+    defaults = variant.defaults if part == "algorithm" else variant.teacher_defaults
+    return {**defaults, **{key: value for key, (value, _) in fixed.items()}, **section}
+
+
+def contradictions(name: str, section: object, part: Literal["algorithm", "teacher"]) -> list[str]:
+    """One sentence for each key whose value the variant excludes."""
+    variant = VARIANTS[name]
+    fixed = variant.fixed if part == "algorithm" else variant.teacher_fixed
+    return [
+        f"{part}.{key}={getattr(section, key)!r} contradicts algorithm.name={name}: {reason} "
+        f"(leave the key out, or set {value!r})"
+        for key, (value, reason) in fixed.items()
+        if getattr(section, key) != value
+    ]

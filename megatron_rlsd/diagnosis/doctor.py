@@ -1,0 +1,142 @@
+"""All checks in order; what a check needs and another one found missing makes it skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_rlsd.config import Config, ConfigError, load_config
+from megatron_rlsd.data import DataError, TokenizerError, load_tokenizer
+from megatron_rlsd.diagnosis import inputs, machine, model, servers, versions
+from megatron_rlsd.diagnosis.check import Check, Skip, run_check
+from megatron_rlsd.diagnosis.collective import check_collectives
+from megatron_rlsd.hf_bridge import Family, HFBridgeError, family_for, load_hf_config
+from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
+from megatron_rlsd.rewards import RewardError
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.weight_sync import WeightSyncError
+
+Needed = TypeVar("Needed")
+USER_ERRORS: tuple[type[Exception], ...] = (
+    ConfigError,
+    DataError,
+    EngineError,
+    HFBridgeError,
+    LayoutError,
+    RewardError,
+    TokenizerError,
+    WeightSyncError,
+)
+
+
+class Doctor:
+    """Checks a machine and, with a configuration, what it names. Nothing is left running."""
+
+    def __init__(
+        self,
+        config_path: Path | None,
+        overrides: list[str] | None = None,
+        *,
+        world_size: int | None = None,
+        deep: bool = False,
+    ) -> None:
+        """``world_size``: the trainer's processes, where known."""
+        self._path, self._overrides = config_path, overrides or []
+        self._world_size, self._deep = world_size, deep
+        self._config: Config | None = None
+        self._hf_config: dict[str, Any] | None = None
+        self._family: Family | None = None
+        self._model: ModelShape | None = None
+
+    def checks(self, *, machine_too: bool = True) -> Iterator[Check]:
+        """One after the other, as they are done."""
+        if machine_too:
+            yield from self._machine()
+        if self._path is None:
+            return
+        yield self._run("config", self._read_config)
+        if self._config is None:
+            return
+        yield from self._configured(self._config)
+
+    def _machine(self) -> Iterator[Check]:
+        yield from versions.version_checks()
+        yield self._run("device", machine.check_device)
+        yield self._run("collectives", check_collectives)
+
+    def _configured(self, config: Config) -> Iterator[Check]:
+        yield self._run("sglang environment", lambda: versions.check_sglang(config))
+        yield self._run("model config", lambda: self._read_model(config))
+        yield self._run("weights", lambda: model.check_weights(config))
+        yield self._run(
+            "tokenizer",
+            lambda: model.check_tokenizer(
+                config, needed(self._hf_config, "the model's config.json")["vocab_size"]
+            ),
+        )
+        yield self._run(
+            "teacher",
+            lambda: model.check_teacher(
+                config, needed(self._hf_config, "the model's config.json")["vocab_size"]
+            ),
+        )
+        yield self._run(
+            "layout",
+            lambda: model.check_parallel(
+                config, needed(self._model, "the model's config.json"), self._world_size
+            ),
+        )
+        yield self._run("run_dir", lambda: machine.check_space(config, self._model))
+        yield self._run("data", lambda: self._check_data(config))
+        yield self._run("rewards", lambda: self._check_rewards(config))
+        yield self._run("servers", lambda: servers.check_servers(config))
+        if self._deep:
+            yield self._run("engine against trainer", lambda: self._check_engine(config))
+
+    def engine_check(self) -> Check:
+        """The deep check alone, for the ranks that only help."""
+        self._run("config", self._read_config)
+        return self._run("engine against trainer", lambda: self._check_engine(self._config))
+
+    def _check_engine(self, config: Config | None) -> str:
+        # Imported late: it pulls in Megatron, which the other checks do without.
+        from megatron_rlsd.diagnosis.deep import check_engine
+
+        return check_engine(needed(config, "the config"))
+
+    def _run(self, name: str, work: Callable[[], str]) -> Check:
+        return run_check(name, work, USER_ERRORS)
+
+    def _read_config(self) -> str:
+        assert self._path is not None
+        self._config = load_config(self._path, self._overrides)
+        return str(self._path)
+
+    def _read_model(self, config: Config) -> str:
+        hf_config = load_hf_config(config.model.hf_path)
+        self._family = family_for(hf_config)
+        self._hf_config = hf_config
+        self._model = model_shape(self._family, hf_config)
+        return model.check_hf_config(self._family, hf_config)
+
+    def _check_data(self, config: Config) -> str:
+        try:
+            tokenizer = load_tokenizer(config.tokenizer, config.model.hf_path)
+        except TokenizerError as error:
+            raise Skip("needs a tokenizer") from error
+        return inputs.check_data(config, tokenizer)
+
+    def _check_rewards(self, config: Config) -> str:
+        try:
+            problem = inputs.first_problem(config)
+        except DataError:
+            problem = None
+        return inputs.check_rewards(config, problem)
+
+
+def needed(value: Needed | None, what: str) -> Needed:
+    """Skip the check where another one failed to get what it needs."""
+    if value is None:
+        raise Skip(f"needs {what}")
+    return value

@@ -1,0 +1,66 @@
+"""Data sources and reward functions, tried with the first problems."""
+
+from __future__ import annotations
+
+from megatron_rlsd.config import Config
+from megatron_rlsd.data import (
+    PromptBuilder,
+    PromptTooLong,
+    Tokenizer,
+    build_sources,
+    evaluation_problems,
+)
+from megatron_rlsd.diagnosis.check import Doubt, Trouble
+from megatron_rlsd.rewards import RewardPool
+from megatron_rlsd.types import Problem, RewardInput
+
+PROBLEMS = 16
+
+
+def check_data(config: Config, tokenizer: Tokenizer) -> str:
+    """The first problems of the sources, as prompts of student and teacher."""
+    problems = build_sources(config.data.train, config.train.seed).next(PROBLEMS)
+    prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
+    lengths, too_long = [], 0
+    for problem in problems:
+        try:
+            lengths.append(len(prompts.student(problem)))
+        except PromptTooLong:
+            too_long += 1
+    held_out = sum(
+        len(evaluation_problems(source, config.eval.num_problems)) for source in config.data.eval
+    )
+    if not lengths:
+        raise Trouble(
+            f"all of the first {len(problems)} prompts are longer than prompts.max_prompt_tokens="
+            f"{config.prompts.max_prompt_tokens}"
+        )
+    if too_long:
+        raise Doubt(
+            f"{too_long} of the first {len(problems)} prompts are longer than "
+            f"prompts.max_prompt_tokens={config.prompts.max_prompt_tokens} and will be left out"
+        )
+    return (
+        f"first {len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens; "
+        f"{held_out} problems to evaluate"
+    )
+
+
+def first_problem(config: Config) -> Problem:
+    return build_sources(config.data.train, config.train.seed).next(1)[0]
+
+
+def check_rewards(config: Config, problem: Problem | None) -> str:
+    """Starts the workers, which load the functions, and scores an answer."""
+    names = ", ".join(function.name for function in config.reward.functions)
+    with RewardPool(config.reward) as pool:
+        pool.wait_until_ready()
+        if problem is None:
+            return f"{names}: loaded"
+        limit = config.rollout.max_response_tokens
+        sample = RewardInput(problem, problem.answer, 1, limit, "stop")
+        (result,) = pool.score([sample])
+    if result.errors:
+        texts = "; ".join(f"{name}: {reason}" for name, reason in result.errors.items())
+        raise Trouble(f"a reward function fails on the first problem: {texts}")
+    return f"{names}: the first problem's answer alone scores {result.value:g}"

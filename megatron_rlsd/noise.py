@@ -1,0 +1,157 @@
+"""The credit-noise gauge: the gain where it is known to be 0.
+
+The privileged information gain lp_T - lp_S is the difference of two passes of the same model: the
+hint moves the response to later positions and into other packs, so that its numbers are rounded
+differently. Here the teacher's pass is made with the student's own weights and prompt, moved by as
+many positions as hints take. A rotary embedding knows distances alone, so the true gain is 0 and
+all that is measured is noise. Evidence weights exp(sign(A) gain) are clipped to 1 - eps_w and
+1 + eps_w, so noise matters by its share of log(1 + eps_w).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.actor.packing import MicroBatch, Sequence
+from megatron_rlsd.actor.positions import shifted_positions
+from megatron_rlsd.config import Config
+from megatron_rlsd.ops import PolicyLossStats
+from megatron_rlsd.parallel.exchange import all_reduce_metrics
+from megatron_rlsd.types import TrainBatch
+
+OnTokens = Callable[[MicroBatch, PolicyLossStats], None]
+
+
+class NoiseGauge:
+    """Scores some of a step's trajectories as a teacher would, with the student's own prompt.
+
+    ``score`` before the step's first update, ``collect`` with that update's tokens, ``metrics``
+    after it; ``score`` and ``metrics`` are collective.
+    """
+
+    def __init__(self, config: Config, actor: Actor) -> None:
+        self._config, self._actor = config, actor
+        self._expected: dict[int, Tensor] | None = None
+        """Log-probabilities [T] of this rank's chosen trajectories; None: nothing to compare."""
+        self._is_due = False
+        self._sums = {"tokens": 0.0, "abs": 0.0, "square": 0.0}
+        self._largest = 0.0
+
+    def score(
+        self,
+        step: int,
+        batch: TrainBatch,
+        split: list[list[int]],
+        is_active: Callable[[int], bool],
+        rlsd_lambda: float,
+    ) -> None:
+        """The pass of a teacher with the student's weights and prompt, if one is due.
+
+        ``split``: the trajectories of the step's first update by data-parallel rank; those are
+        taken that the update trains on.
+        """
+        self._expected = None
+        self._sums, self._largest = dict.fromkeys(self._sums, 0.0), 0.0
+        settings = self._config.teacher
+        self._is_due = bool(
+            settings.noise_interval and step % settings.noise_interval == 0 and rlsd_lambda
+        )
+        if not self._is_due:
+            return
+        active = sorted(i for part in split for i in part if is_active(i))
+        chosen = set(active[: settings.noise_trajectories])
+        parts = [[i for i in part if i in chosen] for part in split]
+        hints = [len(batch.teacher_prompt_ids[i]) - len(batch.prompt_ids[i]) for i in chosen]
+        with shifted_positions(self._actor.chunks, max([0, *hints])):
+            flat = self._actor.token_log_probs(
+                [[Sequence(batch.prompt_ids[i], batch.response_ids[i]) for i in p] for p in parts],
+                self._config.rollout.temperature,
+            )
+        if flat is not None:
+            mine = parts[self._actor.groups.dp.rank()]
+            rows = flat.split([len(batch.response_ids[i]) for i in mine]) if mine else ()
+            self._expected = dict(zip(mine, rows, strict=True))
+
+    def collect(self, trajectories: list[int], lengths: list[int]) -> OnTokens | None:
+        """What to call with each micro-batch's results of the step's first update.
+
+        Later updates have other weights: for them there is nothing to call.
+
+        Args:
+            trajectories: indices in the step's batch, in the order of the update's flat tokens.
+            lengths: their response tokens; R in all.
+        """
+        expected, self._expected = self._expected, None
+        if not expected or not self._actor.groups.reports_stats:
+            return None
+        device = self._actor.groups.device
+        flat = torch.cat(
+            [
+                expected.get(index, torch.full((length,), math.nan, device=device))
+                for index, length in zip(trajectories, lengths, strict=True)
+            ]
+        )
+
+        def on_tokens(micro_batch: MicroBatch, stats: PolicyLossStats) -> None:
+            noise = flat[micro_batch.response_indices] - stats.log_probs[
+                micro_batch.response_positions
+            ].to(flat.dtype)
+            noise = noise[~noise.isnan()].double()
+            if noise.numel():
+                self._sums["tokens"] += noise.numel()
+                self._sums["abs"] += float(noise.abs().sum())
+                self._sums["square"] += float(noise.square().sum())
+                self._largest = max(self._largest, float(noise.abs().max()))
+
+        return on_tokens
+
+    def metrics(self) -> dict[str, float]:
+        """Of all ranks, and equal on them; empty where none was due. Rank 0 prints a warning."""
+        if not self._is_due:
+            return {}
+        groups = self._actor.groups
+        sums, maxima = all_reduce_metrics(self._sums, {"largest": self._largest}, groups.control)
+        tokens = sums["tokens"]
+        if not tokens:
+            return {}
+        found = {
+            "noise/tokens": tokens,
+            "noise/gain_abs_mean": sums["abs"] / tokens,
+            # About 0, the true value.
+            "noise/gain_std": math.sqrt(sums["square"] / tokens),
+            "noise/gain_abs_max": maxima["largest"],
+        }
+        bound = math.log1p(self._config.algorithm.evidence_clip)
+        if bound > 0:
+            share = found["noise/evidence_clip_share"] = found["noise/gain_std"] / bound
+            if groups.rank == 0 and share >= self._config.teacher.noise_share:
+                print(noise_warning(found, bound, self._config.teacher.noise_share), flush=True)
+        return found
+
+
+def noise_warning(found: dict[str, float], bound: float, share: float) -> str:
+    """What a user reads when the noise is no longer small beside the evidence."""
+    return (
+        f"warning: under identical prompts, where the gain is 0, it has a spread of "
+        f"{found['noise/gain_std']:.2g} (largest {found['noise/gain_abs_max']:.2g}): "
+        f"{100 * found['noise/evidence_clip_share']:.0f} % of log(1 + algorithm.evidence_clip) = "
+        f"{bound:.3g}, and more than {100 * share:g} % (teacher.noise_share); credit of single "
+        "tokens is partly noise at this precision"
+    )
+
+
+def both(first: OnTokens | None, second: OnTokens | None) -> OnTokens | None:
+    """One function that calls whichever of the two there are."""
+    if first is None or second is None:
+        return first or second
+
+    def call(micro_batch: MicroBatch, stats: PolicyLossStats) -> None:
+        first(micro_batch, stats)
+        second(micro_batch, stats)
+
+    return call

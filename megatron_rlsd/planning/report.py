@@ -1,0 +1,147 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_rlsd.config import Config
+from megatron_rlsd.parallel.layout import ModelShape
+from megatron_rlsd.planning.memory import GIB, RankMemory, model_parameters
+from megatron_rlsd.planning.plan import Machine, Plan
+from megatron_rlsd.planning.work import Lengths, StepTokens
+
+
+def layout_line(config: Config, gpus: int) -> str:
+    parallel = config.parallel
+    replicas = gpus // (parallel.tensor * parallel.pipeline * parallel.context)
+    sizes = {
+        "TP": parallel.tensor,
+        "PP": parallel.pipeline,
+        "VPP": parallel.virtual_pipeline,
+        "CP": parallel.context,
+        "EP": parallel.expert,
+        "DP": replicas,
+    }
+    parts = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "DP")]
+    parts += ["SP"] * parallel.sequence
+    if config.model.recompute == "selective":
+        parts.append(f"recompute {'+'.join(config.model.recompute_modules)}")
+    elif config.model.recompute == "full":
+        parts.append("full recompute")
+    parts += ["distributed optimizer"] * config.optimizer.distributed
+    return " ".join(parts)
+
+
+def plan_text(plan: Plan, model: ModelShape, lengths: Lengths) -> str:
+    """Everything about one plan, assumptions included."""
+    config, machine = plan.config, plan.machine
+    lines = [
+        f"model      {config.model.hf_path}: {model_parameters(model, config) / 1e9:.2f} B "
+        f"parameters, {config.model.dtype}",
+        f"layout     {layout_line(config, machine.gpus)} on {machine.gpus} GPUs",
+        f"batch      {batch_line(plan.tokens)}; at most {plan.work.micro_batches} micro-batches of "
+        f"{plan.work.update.tokens} tokens a rank and update "
+        f"({plan.work.score.tokens} with a hint)",
+        "",
+        *memory_table(plan),
+        "",
+        *time_lines(plan),
+        "",
+        *assumption_lines(machine, lengths),
+    ]
+    return "\n".join(lines)
+
+
+def batch_line(tokens: StepTokens) -> str:
+    return (
+        f"{tokens.trajectories} trajectories of {tokens.prompt:.0f} + {tokens.response:.0f} tokens "
+        f"(hint {tokens.hint:.0f}), {tokens.updates} update{'s' * (tokens.updates != 1)}"
+    )
+
+
+def memory_table(plan: Plan) -> list[str]:
+    """Parts by stage: the first, the fullest and the last one."""
+    last = len(plan.ranks) - 1
+    stages = sorted({0, plan.fullest.stage, last})
+    shown = [plan.ranks[stage] for stage in stages]
+    titles = [f"stage {rank.stage}" for rank in shown]
+    lines = [_row("memory of a GPU, GiB", titles)]
+    for name in _names(rank.held for rank in shown):
+        lines.append(_row(name, [_gib(rank.held.get(name, 0)) for rank in shown]))
+    for moment in _names(rank.moments for rank in shown):
+        lines.append(_row(f"at {moment}", [""] * len(shown)))
+        tables = [rank.moments.get(moment, {}) for rank in shown]
+        for part in _names(tables):
+            lines.append(_row(f"  {part}", [_gib(table.get(part, 0)) for table in tables]))
+        lines.append(_row("  in all", [_at(rank, moment) for rank in shown]))
+    lines.append(_row("peak", [f"{rank.peak / GIB:.2f}" for rank in shown]))
+    usable = plan.machine.usable / GIB
+    lines.append(
+        f"usable     {usable:.1f} GiB = {plan.machine.memory_gib:g} - "
+        f"{plan.machine.reserve_gib:g} for CUDA, NCCL and the allocator"
+    )
+    if plan.host_bytes:
+        parts = ", ".join(_names(rank.host for rank in plan.ranks))
+        lines.append(f"host       {plan.host_bytes / GIB:.1f} GiB pinned a machine ({parts})")
+    if plan.problems:
+        lines.append(f"DOES NOT FIT: {'; '.join(plan.problems)}")
+    else:
+        spare = usable - plan.fullest.peak / GIB
+        lines.append(f"FITS, {spare:.1f} GiB to spare on stage {plan.fullest.stage}")
+    return lines
+
+
+def time_lines(plan: Plan) -> list[str]:
+    time = plan.time
+    rollout = "unknown (servers that run already)"
+    if time.rollout is not None:
+        rollout = f"{time.rollout:.1f} s"
+    return [
+        f"step       {time.total:.1f} s: rollout {rollout}, score {time.score:.1f} s, "
+        f"update {time.update:.1f} s, weight sync {time.weight_sync:.1f} s",
+        f"update     {100 * time.mfu:.1f} % of the GPUs' peak (MFU); waiting in the pipeline "
+        f"{100 * time.bubble:.0f} %, communication {100 * time.communication:.0f} %",
+    ]
+
+
+def assumption_lines(machine: Machine, lengths: Lengths) -> list[str]:
+    rates = machine.rates
+    given = ", ".join(f"{name}={value:g}" for name, value in vars(rates).items())
+    return [
+        "assumed, not measured:",
+        f"  rates    {given}",
+        f"  lengths  prompt {lengths.prompt:.0f}, hint {lengths.hint:.0f}, response log-normal of "
+        f"mean {lengths.response:.0f} and spread {lengths.spread:g}, cut at the limit",
+        f"  kernels  {machine.kernels}; no overlap of communication with computation; experts get "
+        "equal shares",
+    ]
+
+
+def remedy_lines(found: list[tuple[dict[str, Any], Plan]]) -> list[str]:
+    if not found:
+        return ["no single change makes it fit; changed together:"]
+    lines = ["each of these makes it fit:"]
+    for changes, plan in found:
+        text = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+        lines.append(
+            f"  {text}   (peak {plan.fullest.peak / GIB:.1f} GiB, "
+            f"score and update {plan.time.score + plan.time.update:.1f} s)"
+        )
+    return lines
+
+
+def _names(tables: Iterable[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for table in tables for name in table))
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size else "-"
+
+
+def _at(rank: RankMemory, moment: str) -> str:
+    return f"{rank.at(moment) / GIB:.2f}" if moment in rank.moments else "-"
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:<32}" + "".join(f"{cell:>12}" for cell in cells)

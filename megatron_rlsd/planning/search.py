@@ -1,0 +1,135 @@
+"""Goes over layouts and keeps those that fit, the fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_rlsd.config import Config, ParallelConfig
+from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
+from megatron_rlsd.planning.plan import Machine, Plan, make_plan
+from megatron_rlsd.planning.work import Lengths
+
+RECOMPUTES: tuple[dict[str, Any], ...] = (
+    {"recompute": "none"},
+    {"recompute": "selective", "recompute_modules": ["core_attn"]},
+    {"recompute": "selective", "recompute_modules": ["layernorm", "mlp", "moe"]},
+    {"recompute": "full"},
+)
+MOST_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search saw."""
+
+    plans: list[Plan]
+    """Those that fit, the fastest training step first."""
+    tried: int
+    """Layouts that the model and the GPUs allow."""
+    smallest: Plan | None
+    """Of those that do not fit, the one with the lowest peak."""
+
+
+def search(config: Config, model: ModelShape, machine: Machine, lengths: Lengths) -> Found:
+    """Over tensor, pipeline, virtual pipeline, context, expert parallelism, recompute and the
+    distributed optimizer; sequence parallelism is on wherever tensor parallelism is."""
+    fitting: list[Plan] = []
+    tried, smallest = 0, None
+    for parallel in _layouts(model, machine):
+        for recompute in RECOMPUTES:
+            for distributed in (True, False):
+                candidate = config.model_copy(
+                    update={
+                        "parallel": parallel,
+                        "model": config.model.model_copy(update=recompute),
+                        "optimizer": config.optimizer.model_copy(
+                            update={"distributed": distributed}
+                        ),
+                    }
+                )
+                plan = make_plan(candidate, model, machine, lengths)
+                tried += 1
+                if not plan.problems:
+                    fitting.append(plan)
+                elif smallest is None or plan.fullest.peak < smallest.fullest.peak:
+                    smallest = plan
+    fitting.sort(key=_training_seconds)
+    return Found(fitting, tried, smallest)
+
+
+def _training_seconds(plan: Plan) -> tuple[float, int]:
+    """To a millisecond; among equals the one that needs the least memory comes first."""
+    return round(plan.timer.step(with_rollout=False).training, 3), plan.fullest.peak
+
+
+def overrides(plan: Plan, base: Config) -> list[str]:
+    """``key=value`` texts that turn ``base`` into the plan's configuration."""
+    changes = []
+    for section in ("parallel", "model", "optimizer"):
+        old, new = getattr(base, section), getattr(plan.config, section)
+        for name in type(new).model_fields:
+            if name == "recompute_modules" and new.recompute != "selective":
+                continue
+            value = getattr(new, name)
+            if value != getattr(old, name):
+                changes.append(f"{section}.{name}={_yaml(value)}")
+    return changes
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value)
+
+
+def _layouts(model: ModelShape, machine: Machine) -> Iterator[ParallelConfig]:
+    """Possible for the model; tensor (and expert) groups stay within one machine."""
+    gpus = machine.gpus
+    for tensor in _powers(min(machine.gpus_per_node, gpus)):
+        for stages in _stages(model.num_layers, gpus // tensor):
+            pipeline = stages["pipeline"]
+            for context in _powers(min(8, gpus // tensor // pipeline)):
+                for expert in _expert_sizes(model, gpus // pipeline):
+                    sizes = {"tensor": tensor, "context": context, "expert": expert, **stages}
+                    try:
+                        parallel = ParallelConfig(
+                            **sizes,
+                            expert_tensor=None if expert == 1 else 1,
+                            sequence=tensor > 1,
+                        )
+                        check_layout(parallel, gpus, model)
+                    except (LayoutError, ValidationError):
+                        continue
+                    yield parallel
+
+
+def _stages(layers: int, most: int) -> Iterator[dict[str, int]]:
+    """Even stages, interleaved too; for powers of two also stages of which the last has fewer."""
+    for pipeline in _divisors(layers, most):
+        for chunks in _divisors(layers // pipeline, MOST_CHUNKS) if pipeline > 1 else (1,):
+            yield {"pipeline": pipeline, "virtual_pipeline": chunks}
+    for pipeline in _powers(min(layers, most)):
+        last = layers - (pipeline - 1) * -(-layers // pipeline)
+        if layers % pipeline and last > 0:
+            yield {"pipeline": pipeline, "pipeline_last_stage_layers": last}
+
+
+def _expert_sizes(model: ModelShape, most: int) -> Iterator[int]:
+    return _divisors(model.num_experts, most) if model.moe_layers else iter((1,))
+
+
+def _powers(most: int) -> Iterator[int]:
+    size = 1
+    while size <= most:
+        yield size
+        size *= 2
+
+
+def _divisors(count: int, most: int) -> Iterator[int]:
+    return (n for n in range(1, min(count, most) + 1) if count % n == 0)

@@ -1,0 +1,289 @@
+"""Seconds of one training step, from counted operations and bytes and from assumed rates.
+
+No overlap of communication with computation is assumed: the estimate is that of a run that has
+none, and errs to the slow side otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_rlsd.config import Config
+from megatron_rlsd.parallel.layout import ModelShape, layers_of_stage
+from megatron_rlsd.parallel.memory import RankParameters, rank_parameters
+from megatron_rlsd.planning.memory import cache_bytes_per_token, model_parameters
+from megatron_rlsd.planning.rates import Rates
+from megatron_rlsd.planning.work import Lengths, StepTokens
+
+TERA, GIGA = 1e12, 1e9
+DECODE_STRIDE = 32
+"""Tokens that the model of decoding takes at once."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of the phases of one step, and the update's use of the GPUs' peak."""
+
+    rollout: float | None
+    """None: the configuration does not say how many GPUs serve."""
+    score: float
+    update: float
+    weight_sync: float
+    bubble: float
+    """Share of the update that stages of the pipeline wait."""
+    communication: float
+    """Share of the update."""
+    mfu: float
+    """Of the update: operations of one forward and one backward pass by the peak."""
+
+    @property
+    def training(self) -> float:
+        return self.score + self.update + self.weight_sync
+
+    @property
+    def total(self) -> float:
+        return (self.rollout or 0.0) + self.training
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Operations of one token's forward pass."""
+
+    products: float
+    attention: float
+
+
+class StepTimer:
+    """Estimates for one model, configuration and set of assumptions."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: ModelShape,
+        *,
+        world_size: int,
+        gpus_per_node: int,
+        rates: Rates,
+        lengths: Lengths,
+        tokens: StepTokens,
+    ) -> None:
+        self._config, self._model, self._rates = config, model, rates
+        self._world, self._per_node = world_size, gpus_per_node
+        self._lengths, self._tokens = lengths, tokens
+        self._parallel = config.parallel
+        self._item = 2 if config.model.dtype == "bfloat16" else 4
+        self._replicas = world_size // (
+            self._parallel.tensor * self._parallel.pipeline * self._parallel.context
+        )
+
+    def step(self, *, with_rollout: bool = True) -> StepTime:
+        """``with_rollout`` False leaves out what no layout of the trainer changes."""
+        tokens, peak = self._tokens, self._rates.peak_tflops * TERA * self._world
+        compute, talk, bubble = self._passes(tokens.student, training=True)
+        reduce = tokens.updates * (self._reduce_gradients() + self._optimizer())
+        update = compute + talk + bubble + reduce
+        whole = self._forward(range(self._model.num_layers), tokens.prompt + tokens.response)
+        operations = 3 * tokens.student * (whole.products + whole.attention)
+        operations += 3 * tokens.responses * self._head()
+        epochs = self._config.train.epochs_per_rollout
+        return StepTime(
+            rollout=self.rollout() if with_rollout else None,
+            score=self._score(),
+            update=epochs * (update - reduce) + reduce,
+            weight_sync=self.weight_sync(),
+            bubble=bubble / update,
+            communication=(talk + reduce) / update,
+            mfu=operations * epochs / peak / (epochs * (update - reduce) + reduce),
+        )
+
+    def weight_sync(self) -> float:
+        """Write and read a folder, or send over the network, once to each server."""
+        size = self._item * model_parameters(self._model, self._config)
+        if self._config.rollout.engine == "embedded":
+            return size / (self._rates.nvlink_gbs * GIGA)
+        servers = len(self._config.rollout.sglang.urls) or self._config.rollout.sglang.num_servers
+        if self._config.weight_sync.transport == "disk":
+            return (1 + servers) * size / (self._rates.disk_gbs * GIGA)
+        return size / (self._rates.network_gbs * GIGA)
+
+    def rollout(self) -> float | None:
+        """Until the last response ends; each engine decodes what fits it at once."""
+        settings = self._config.rollout
+        if settings.engine == "embedded":
+            engines, gpus, at_once = self._world, 1, settings.embedded.max_batch_size
+        elif settings.sglang.urls:
+            return None
+        else:
+            engines, gpus = settings.sglang.num_servers, settings.sglang.tensor_parallel
+            at_once = settings.sglang.max_in_flight
+        count = math.ceil(self._tokens.trajectories / engines)
+        waiting = self._lengths.responses(settings.max_response_tokens, count)
+        return self._decode(waiting, gpus, at_once) + self._prefill(count, gpus)
+
+    def _decode(self, waiting: list[int], gpus: int, at_once: int) -> float:
+        rates = self._rates
+        bandwidth = gpus * rates.hbm_gbs * GIGA * rates.hbm_efficiency
+        cache = cache_bytes_per_token(self._model, self._item)
+        whole = self._item * model_parameters(self._model, self._config)
+        seconds, running = 0.0, [[n, n] for n in waiting[-at_once:]]
+        waiting = waiting[: -len(running)]
+        while running:
+            held = sum(total - left + self._lengths.prompt for left, total in running)
+            step = self._read_share(len(running)) * whole + held * cache
+            tokens = min(DECODE_STRIDE, max(left for left, _ in running))
+            seconds += tokens * (step / bandwidth + rates.decode_overhead_ms / 1000)
+            running = [[left - tokens, total] for left, total in running if left > tokens]
+            while waiting and len(running) < at_once:
+                running.append([waiting[-1], waiting[-1]])
+                waiting.pop()
+        return seconds
+
+    def _read_share(self, batch: int) -> float:
+        """Of the weights that one decoding step reads: experts that no token chose are not."""
+        model = self._model
+        if not model.moe_layers:
+            return 1.0
+        one = 1 - model.experts_per_token / model.num_experts
+        held = rank_parameters(model, type(self._parallel)(), 0)
+        return (held.dense + held.experts * (1 - one**batch)) / held.total
+
+    def _prefill(self, count: int, gpus: int) -> float:
+        forward = self._forward(range(self._model.num_layers), self._tokens.prompt)
+        distinct = count / self._config.rollout.n_samples_per_prompt
+        operations = distinct * self._tokens.prompt * (forward.products + forward.attention)
+        return operations / (gpus * self._rates.peak_tflops * TERA * 0.5)
+
+    def _score(self) -> float:
+        """Passes without gradients: teacher, old policy, reference; copies of snapshots."""
+        config, seconds = self._config, 0.0
+        if config.algorithm.rlsd_lambda:
+            seconds += sum(self._passes(self._tokens.teacher, training=False))
+            if config.teacher.mode != "live":
+                seconds += self._copy_weights()
+        if self._tokens.updates > 1:
+            seconds += sum(self._passes(self._tokens.student, training=False))
+        if config.algorithm.kl_coef:
+            seconds += sum(self._passes(self._tokens.student, training=False))
+            seconds += self._copy_weights()
+        return seconds
+
+    def _copy_weights(self) -> float:
+        held = max(self._held(stage).total for stage in range(self._parallel.pipeline))
+        return held * self._item / (self._rates.pcie_gbs * GIGA)
+
+    def _passes(self, tokens: float, *, training: bool) -> tuple[float, float, float]:
+        """Computing, communicating and waiting, in seconds, of one pass over ``tokens``."""
+        parallel = self._parallel
+        per_replica = tokens / self._replicas
+        count = max(1.0, per_replica / self._config.train.max_tokens_per_microbatch)
+        batches = math.ceil(count / self._tokens.updates) * self._tokens.updates
+        if not training:
+            batches = math.ceil(count)
+        stages = range(parallel.pipeline)
+        compute = max(self._compute(stage, per_replica, training) for stage in stages)
+        talk = max(self._talk(stage, per_replica, training) for stage in stages)
+        updates = self._tokens.updates if training else 1
+        waits = updates * (parallel.pipeline - 1) / parallel.virtual_pipeline / batches
+        return compute, talk, waits * (compute + talk)
+
+    def _compute(self, stage: int, tokens: float, training: bool) -> float:
+        rates, parallel = self._rates, self._parallel
+        layers = layers_of_stage(parallel, self._model.num_layers, stage)
+        length = self._tokens.prompt + self._tokens.response
+        forward = self._forward(layers, length)
+        products, attention = (3.0, 3.0) if training else (1.0, 1.0)
+        settings = self._config.model
+        if training and settings.recompute == "full":
+            products, attention = products + 1, attention + 1
+        elif training and settings.recompute == "selective":
+            attention += "core_attn" in settings.recompute_modules
+            products += 0.6 * bool({"mlp", "moe"} & set(settings.recompute_modules))
+        seconds = products * forward.products / rates.product_efficiency
+        seconds += attention * forward.attention / rates.attention_efficiency
+        seconds *= tokens
+        if stage == parallel.pipeline - 1:
+            share = self._tokens.responses / max(1.0, self._tokens.student)
+            head = tokens * share * self._head() * (3 if training else 1)
+            seconds += head / rates.product_efficiency
+        return seconds / (parallel.tensor * parallel.context * rates.peak_tflops * TERA)
+
+    def _talk(self, stage: int, tokens: float, training: bool) -> float:
+        """Collectives within the layers, and messages between stages."""
+        model, parallel = self._model, self._parallel
+        tp, cp, ep = parallel.tensor, parallel.context, parallel.expert
+        layers = layers_of_stage(parallel, model.num_layers, stage)
+        directions = 2 if training else 1
+        if training and self._config.model.recompute == "full":
+            directions += 1
+        hidden = self._item * tokens / cp * model.hidden_size
+        seconds = 0.0
+        if tp > 1:
+            # Gather before and scatter after attention and feed-forward.
+            each = 4 * (tp - 1) / tp * hidden
+            seconds += len(layers) * directions * each / self._bandwidth(tp)
+        if cp > 1:
+            keys = self._item * tokens * 2 * model.num_query_groups * model.head_dim / tp
+            seconds += len(layers) * directions * (cp - 1) / cp * keys / self._bandwidth(tp * cp)
+        if ep > 1:
+            routed = hidden / tp * model.experts_per_token
+            moe = len(model.moe_layers.intersection(layers))
+            bandwidth = self._bandwidth(max(tp, ep * parallel.expert_tensor_size))
+            seconds += moe * directions * 2 * (ep - 1) / ep * routed / bandwidth
+        if parallel.pipeline > 1:
+            messages = directions * parallel.virtual_pipeline * hidden / tp
+            seconds += messages / self._bandwidth(self._world)
+        return seconds
+
+    def _reduce_gradients(self) -> float:
+        """Float32 gradients over the replicas; with the distributed optimizer weights come back."""
+        copies = self._replicas * self._parallel.context
+        if copies == 1:
+            return 0.0
+        held = max(self._held(stage).total for stage in range(self._parallel.pipeline))
+        # A gather of weights in place of the second half of an all-reduce.
+        size = held * (4 + (self._item if self._config.optimizer.distributed else 4))
+        return (copies - 1) / copies * size / self._bandwidth(self._world)
+
+    def _optimizer(self) -> float:
+        """Reads and writes all of the state once."""
+        held = max(self._held(stage).total for stage in range(self._parallel.pipeline))
+        copies = self._replicas * self._parallel.context
+        share = copies if self._config.optimizer.distributed else 1
+        return held * (2 * 12 + 4 + 4) / share / (self._rates.hbm_gbs * GIGA)
+
+    def _held(self, stage: int) -> RankParameters:
+        return rank_parameters(self._model, self._parallel, stage)
+
+    def _bandwidth(self, ranks: int) -> float:
+        """Bytes per second between ``ranks`` neighbours: NVLink while they are in one machine."""
+        inside = ranks <= self._per_node
+        return (self._rates.nvlink_gbs if inside else self._rates.network_gbs) * GIGA
+
+    def _head(self) -> float:
+        return 2.0 * self._model.vocab_size * self._model.hidden_size
+
+    def _forward(self, layers: range | list[int], length: float) -> _Layers:
+        """Operations of one token in these layers: two for each parameter that it meets."""
+        model = self._model
+        outer = 2 * model.vocab_size * model.hidden_size
+        held = rank_parameters(model, type(self._parallel)(), 0)
+        tied = model.vocab_size * model.hidden_size if model.tied_embeddings else outer
+        moe = len(model.moe_layers)
+        expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
+        dense_width = 3 * model.hidden_size * model.ffn_hidden_size
+        rest = held.dense - tied - (model.num_layers - moe) * dense_width
+        each = rest / model.num_layers
+        parameters = 0.0
+        for layer in layers:
+            routed = layer in model.moe_layers
+            parameters += each + (model.experts_per_token * expert if routed else dense_width)
+        heads = model.num_attention_heads
+        latent = model.latent_attention
+        channels = (
+            latent.nope_head_dim + latent.rope_head_dim + latent.value_head_dim
+            if latent
+            else 2 * model.head_dim
+        )
+        # Two products over the half of the keys that a causal mask leaves.
+        return _Layers(2 * parameters, len(layers) * heads * channels * length)

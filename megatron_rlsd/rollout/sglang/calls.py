@@ -1,0 +1,104 @@
+"""What is asked of the servers: calls of many requests, and a request's stays at servers.
+
+A weight update may interrupt a stay. What it sampled is kept, and the next stay goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.sglang.server import Server
+from megatron_rlsd.types import Generation, GenerationRequest
+
+
+@dataclass(eq=False)
+class Call:
+    """One ``generate``: a place for each result, filled once."""
+
+    requests: list[GenerationRequest]
+    done: asyncio.Future[None]
+    results: list[Generation | None]
+    remaining: int
+    running: set[Stay] = field(default_factory=set)
+    servers: dict[tuple[int, ...], Server] = field(default_factory=dict)
+    """Prompt -> the server that had it last."""
+    slack: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """Prompt -> tokens by which its server may be busier than the others: the group's own, but no
+    more than a server's fair share of the call."""
+
+    def fail(self, error: EngineError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@dataclass(eq=False)
+class Work:
+    """A request that waits for a server."""
+
+    call: Call
+    index: int
+    number: int
+    """Unique in the fleet's life."""
+    attempts: int = 0
+    parts: list[Generation] = field(default_factory=list)
+    """What weight updates left of it; the rest is sampled by the new weights."""
+
+    @property
+    def asked(self) -> GenerationRequest:
+        return self.call.requests[self.index]
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What is still to be sampled."""
+        return continued(self.asked, self.parts)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.asked.prompt_ids) + self.asked.params.max_new_tokens
+
+
+class Stay:
+    """A request at a server (server.Attempt)."""
+
+    def __init__(
+        self, work: Work, server: Server, rid: str, version: int, publications: int
+    ) -> None:
+        self.work, self.server, self.rid = work, server, rid
+        self.version, self.publications = version, publications
+        """Of the weights when it began, and how many updates had begun by then."""
+        self.task: asyncio.Task[Generation] | None = None
+        self.lost_reason: str | None = None
+
+    def lost(self, reason: str) -> None:
+        self.lost_reason = reason
+        if self.task is not None:
+            self.task.cancel()
+
+
+def continued(request: GenerationRequest, parts: list[Generation]) -> GenerationRequest:
+    """The request for what is left once ``parts`` have been sampled."""
+    if not parts:
+        return request
+    done = [token for part in parts for token in part.token_ids]
+    left = request.params.max_new_tokens - len(done)
+    return replace(
+        request,
+        prompt_ids=request.prompt_ids + done,
+        params=replace(request.params, max_new_tokens=left),
+    )
+
+
+def joined(parts: list[Generation]) -> Generation:
+    """The parts as one generation, which ends as the last one does."""
+    if len(parts) == 1:
+        return parts[0]
+    versions = [v for p in parts for v in p.token_versions or [p.weight_version] * len(p.token_ids)]
+    return Generation(
+        token_ids=[token for part in parts for token in part.token_ids],
+        log_probs=[value for part in parts for value in part.log_probs],
+        finish_reason=parts[-1].finish_reason,
+        weight_version=versions[0],
+        token_versions=versions if versions[0] != versions[-1] else [],
+    )

@@ -1,0 +1,171 @@
+"""The SGLang servers of one node, for a trainer that runs elsewhere.
+
+    python -m megatron_rlsd.serve CONFIG.yaml [key=value ...]
+
+Starts ``rollout.sglang.num_servers`` servers that bind ``rollout.sglang.host`` and, once all of
+them serve, writes their URLs, one a line, to run_dir/servers/NODE/urls. A server that dies is
+started again on its port, ``rollout.sglang.max_restarts`` times in all; the trainer gives it the
+current weights before it asks it anything. SIGTERM or SIGINT ends the servers, unless this program
+was started with that signal ignored.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from megatron_rlsd.config import Config, ConfigError, SGLangConfig, load_config
+from megatron_rlsd.lifecycle import EXIT_USER_ERROR
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.sglang import SGLangEngine
+from megatron_rlsd.rollout.sglang.process import free_port, on_cpu
+from megatron_rlsd.rollout.sglang.server import State
+
+POLL_SECONDS = 0.5
+WILDCARDS = ("0.0.0.0", "::")
+INITIAL_WEIGHTS = "initial"
+"""Weight version of a server that nothing was published to. Not 0, which the trainer's first
+publication is called, of weights that may be others (train.resume)."""
+
+
+class Stopped(Exception):
+    """A signal asked this program to end."""
+
+
+def serve(config: Config) -> None:
+    """Keep this node's servers up until a signal comes (Stopped) or one is given up (EngineError).
+
+    Raises ConfigError for settings under which there is nothing to serve.
+    """
+    settings = settings_to_serve(config)
+    folder = Path(config.run_dir) / "servers" / node_name()
+    urls = folder / "urls"
+    urls.unlink(missing_ok=True)
+    engine = SGLangEngine(
+        settings,
+        hf_path=config.model.hf_path,
+        dtype=config.model.dtype,
+        # Bounds on requests, and this program sends none.
+        vocab_size=0,
+        max_positions=None,
+        run_dir=folder,
+    )
+    try:
+        engine.wait_until_ready()
+        write_whole(urls, "".join(f"{url}\n" for url in announced_urls(settings)))
+        print(f"serving; the URLs are in {urls}", flush=True)
+        while True:
+            for server in engine.fleet.servers:
+                if server.state is State.GIVEN_UP:
+                    raise EngineError(f"{server} is given up: {server.reason}")
+            time.sleep(POLL_SECONDS)
+    finally:
+        urls.unlink(missing_ok=True)
+        engine.close()
+
+
+def settings_to_serve(config: Config) -> SGLangConfig:
+    """rollout.sglang as this node's servers need it; ConfigError if they cannot be started."""
+    settings = config.rollout.sglang
+    if config.rollout.engine != "sglang":
+        raise ConfigError(f"rollout.engine={config.rollout.engine}: only sglang has servers")
+    if settings.urls:
+        raise ConfigError(
+            f"rollout.sglang.urls={settings.urls}: these servers run already; the trainer is given "
+            "urls, and whoever starts the servers is not"
+        )
+    if not (Path(config.model.hf_path) / "config.json").is_file():
+        raise ConfigError(f"model.hf_path={config.model.hf_path}: no config.json there")
+    _check_gpus(settings)
+    changes = {
+        # A restarted server must be found where it was.
+        "port": settings.port or free_port(settings.host, settings.num_servers),
+        # The trainer pauses servers while weights change: from here that would look like a hang.
+        "health_interval_seconds": math.inf,
+        "args": {"weight_version": INITIAL_WEIGHTS, **settings.args},
+    }
+    return settings.model_copy(update=changes)
+
+
+def announced_urls(settings: SGLangConfig) -> list[str]:
+    """Where other nodes find the servers."""
+    assert settings.port is not None
+    host = socket.gethostname() if settings.host in WILDCARDS else settings.host
+    shown = f"[{host}]" if ":" in host else host
+    return [f"http://{shown}:{settings.port + index}" for index in range(settings.num_servers)]
+
+
+def node_name() -> str:
+    """Slurm's name of this node, else the machine's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """``path`` appears, or changes, at once."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _check_gpus(settings: SGLangConfig) -> None:
+    if on_cpu(settings):
+        return
+    import torch
+
+    needed = settings.first_gpu + settings.num_servers * settings.tensor_parallel
+    if needed > (found := torch.cuda.device_count()):
+        raise ConfigError(
+            f"rollout.sglang.first_gpu={settings.first_gpu} + num_servers={settings.num_servers} x "
+            f"tensor_parallel={settings.tensor_parallel} = {needed} GPUs, but this node has {found}"
+        )
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT raise Stopped, once; a signal that is ignored already stays so."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in heeded:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(signal.Signals(number).name)
+
+    heeded = [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    previous = {number: signal.signal(number, stop) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if argv else EXIT_USER_ERROR
+    try:
+        config = load_config(argv[0], argv[1:])
+        with stopped_by_signals():
+            serve(config)
+    except Stopped as stop:
+        print(f"{stop}: the servers have ended", flush=True)
+    except (ConfigError, EngineError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""Privileged information that depends on the response: what else its group produced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rlsd.config import TeacherConfig
+from megatron_rlsd.types import Group
+
+
+def response_hints(
+    group: Group, solved: Sequence[bool], teacher: TeacherConfig
+) -> list[str | None] | None:
+    """The hint for each response of the group as ``teacher.hint`` asks; None where there is none.
+
+    Returns None where the hint is the problem's own (its answer or solution), which
+    ``PromptBuilder.teacher`` finds itself.
+
+    Args:
+        group: G responses to one question.
+        solved: [G], which of them the verifier accepted.
+    """
+    if teacher.hint == "own_correct_response":
+        return another_response(group, solved)
+    if teacher.hint == "critique":
+        critique = group.problem.metadata.get(teacher.critique_key)
+        text = critique.strip() if isinstance(critique, str) else ""
+        return [text or None] * len(group.trajectories)
+    return None
+
+
+def wrong_hints(group: Group, solved: Sequence[bool]) -> list[str | None]:
+    """A wrong response of the group for each of its responses; None where there is no other."""
+    return another_response(group, [not each for each in solved])
+
+
+def another_response(group: Group, eligible: Sequence[bool]) -> list[str | None]:
+    """For each response the text of the next eligible one, in a circle, never its own.
+
+    A teacher that has read the very response that it scores only copies. Responses without text
+    are no hint.
+    """
+    texts = [t.response_text.strip() for t in group.trajectories]
+    count = len(texts)
+    chosen: list[str | None] = []
+    for own in range(count):
+        others = ((own + step) % count for step in range(1, count))
+        chosen.append(next((texts[i] for i in others if eligible[i] and texts[i]), None))
+    return chosen

@@ -1,0 +1,85 @@
+"""The planner's memory against what an update on a CUDA device really allocates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.hf_bridge import family_for, load_hf_config
+from megatron_rlsd.ops import PolicyLossConfig
+from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.parallel.layout import model_shape
+from megatron_rlsd.planning.activations import ActivationCounter, Pack
+from megatron_rlsd.planning.memory import Workload, rank_memory
+from tests.distributed.activations import KeptForBackward, case_config
+
+LENGTHS = (2048, 2048, 1024)
+SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**SIZES)
+        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_activations_and_peak_of_an_update(model: Path, recompute: str) -> None:
+    case: dict[str, Any] = {
+        "path": str(model),
+        "model": {"dtype": "bfloat16", "recompute": recompute},
+        "lengths": LENGTHS,
+        "tokens": sum(LENGTHS),
+    }
+    config, hf_config = case_config(case), load_hf_config(model)
+    family = family_for(hf_config)
+    shape = model_shape(family, hf_config)
+    pack = Pack(LENGTHS)
+    counted = ActivationCounter(shape, config.parallel, config.model, pack, "cuda").stage(0).kept
+    planned = rank_memory(
+        config,
+        shape,
+        world_size=1,
+        stage=0,
+        work=Workload(update=pack, score=pack, micro_batches=1),
+        kernels="cuda",
+    )
+    with parallel_world(config.parallel, shape, timeout_seconds=60, seed=0) as groups:
+        actor = Actor(config, family, hf_config, groups, 2)
+        sequences = [Sequence([1] * (n - n // 2), [2] * (n // 2 + 1)) for n in LENGTHS]
+        _, (micro_batch,) = actor._micro_batches([sequences])
+        with KeptForBackward(list(actor.parameters().values())) as kept:
+            hidden = actor.chunks[0](
+                micro_batch.tokens,
+                micro_batch.position_ids,
+                packed_seq_params=micro_batch.packed_seq_params,
+                head=lambda hidden, weight: hidden,
+            )
+        assert counted == pytest.approx(kept.bytes, rel=0.05)
+        del kept, hidden
+        tokens = sum(len(s.response_ids) for s in sequences)
+        ones = torch.ones(tokens, device=groups.device)
+        for _ in range(2):  # the first makes the optimizer's state
+            torch.cuda.reset_peak_memory_stats()
+            actor.update([sequences], TokenValues(ones, ones / tokens), PolicyLossConfig(), 1.0)
+        assert planned.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+        del actor

@@ -1,0 +1,310 @@
+"""Every way for weights to the servers: that they arrive, that it is proven, and what breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rlsd.rollout.sglang import Server, SGLangEngine, Update
+from megatron_rlsd.rollout.sglang.server import State
+from megatron_rlsd.types import GenerationRequest
+from megatron_rlsd.weight_sync import (
+    BroadcastTransport,
+    DiskTransport,
+    IpcTransport,
+    SyncSettings,
+    WeightSyncError,
+    WeightTransport,
+    check_parity,
+)
+from megatron_rlsd.weight_sync.flat import FlatWeights
+from megatron_rlsd.weight_sync.payload import payload, shared_buffer
+from tests.sglang.conftest import RESTART_SECONDS, Publisher, Reference, wait_for_all
+from tests.sglang.test_faults import group_of, members, wait_until
+from tests.sglang.test_weight_sync_disk import TEXT, trainer_scores
+
+MakeRequests = Callable[..., list[GenerationRequest]]
+TENSOR = "model.layers.2.mlp.down_proj.weight"
+
+
+class Interruptible(WeightTransport):
+    """Before a transport's own class: lets a test act in the middle of a publication."""
+
+    before_verification: Callable[[], object] | None = None
+    while_loading: Callable[[], object] | None = None
+
+    def _bring(
+        self, stream: Iterator[tuple[str, torch.Tensor]], update: Update
+    ) -> dict[str, float]:
+        totals = super()._bring(stream, update)  # type: ignore[safe-super]
+        if self.before_verification is not None:
+            self.before_verification()
+        return totals
+
+    async def _give(self, server: Server) -> None:
+        if self.while_loading is not None:
+            # A few milliseconds into the request.
+            asyncio.get_running_loop().call_later(0.005, self.while_loading)
+        await super()._give(server)  # type: ignore[safe-super]
+
+
+class Disk(Interruptible, DiskTransport): ...
+
+
+class Broadcast(Interruptible, BroadcastTransport): ...
+
+
+class Ipc(Interruptible, IpcTransport): ...
+
+
+@pytest.fixture(scope="module")
+def transports(
+    engine: SGLangEngine, sync_settings: SyncSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, WeightTransport]]:
+    made: dict[str, WeightTransport] = {
+        "disk": Disk(engine, sync_settings, tmp_path_factory.mktemp("weights")),
+        "broadcast": Broadcast(engine, sync_settings),
+        "ipc": Ipc(engine, sync_settings),
+    }
+    yield made
+    for transport in made.values():
+        transport.close()
+
+
+@pytest.fixture(params=["disk", "broadcast", "ipc"])
+def over(
+    request: pytest.FixtureRequest,
+    transports: dict[str, WeightTransport],
+    engine: SGLangEngine,
+    reference: Reference,
+) -> Publisher:
+    """Servers and reference with new weights that came over each transport."""
+    wait_for_all(engine)
+    publisher = Publisher(transports[request.param], engine, reference)
+    publisher.publish_new()
+    return publisher
+
+
+def server_parameters(engine: SGLangEngine) -> int:
+    checksums = engine.call(engine.fleet.servers[0].client.checksums(timeout=30), 60)
+    return len(checksums[0])
+
+
+def check_servers(published: Publisher, engine: SGLangEngine, servers: int = 2) -> None:
+    scores = engine.score_on_each(TEXT)
+    assert len(scores) == servers
+    check_parity(scores, trainer_scores(published), bound=1e-4, version=published.version)
+
+
+def test_every_tensor_arrives_at_every_server(
+    over: Publisher, engine: SGLangEngine, requests_of: MakeRequests
+) -> None:
+    check_servers(over, engine)
+    before = trainer_scores(over)
+    over.publish_new()
+    check_servers(over, engine)
+    with pytest.raises(WeightSyncError, match=r"server 0"):
+        check_parity(engine.score_on_each(TEXT), before, bound=1e-2, version=0)
+    requests = requests_of(4, 2)
+    generations = engine.generate(requests)
+    over.reference.check(requests, generations)
+    assert {g.weight_version for g in generations} == {over.version}
+
+    metrics = over.transport.metrics
+    size = sum(p.nbytes for p in over.reference.model.parameters())
+    assert metrics["weight_sync/bytes"] == size
+    assert metrics["weight_sync/verified_tensors"] == server_parameters(engine)
+    assert metrics["weight_sync/unverified_tensors"] == 0
+    if "weight_sync/buckets" in metrics:
+        assert metrics["weight_sync/buckets"] >= size / 20_000
+
+
+def scale(server: Server, name: str, reference: Reference, factor: float) -> Callable[[], object]:
+    """Change one tensor on one server, past every transport."""
+    weights = FlatWeights(10**6, shared_buffer)
+    tensor = dict(reference.model.named_parameters())[name].detach()
+    (bucket,) = weights.refill([(name, tensor * factor)])
+
+    async def change() -> None:
+        await server.client.begin_update(timeout=30)
+        with payload(bucket, on_gpu=False) as text:
+            await server.client.take_bucket([text], timeout=30)
+        await server.client.end_update(timeout=30)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("tensor", "parameter"),
+    [
+        (TENSOR, r"model\.layers\.2\.mlp\.down_proj\.weight"),
+        (
+            "model.layers.1.self_attn.k_proj.weight",
+            r"model\.layers\.1\.self_attn\.qkv_proj\.weight",
+        ),
+    ],
+)
+def test_one_tensor_that_is_wrong_on_one_server_stops_the_run_and_is_named(
+    over: Publisher, engine: SGLangEngine, tensor: str, parameter: str
+) -> None:
+    spoil = scale(engine.fleet.servers[1], tensor, over.reference, 1.01)
+    over.transport.before_verification = lambda: engine.call(spoil(), 60)
+    try:
+        with pytest.raises(
+            WeightSyncError, match=rf"server 1 .*: {parameter} differ \(\d\d others"
+        ):
+            over.publish_new()
+    finally:
+        over.transport.before_verification = None
+    assert engine.weight_version != over.version
+    over.publish_new()
+    check_servers(over, engine)
+
+
+def test_a_server_killed_in_the_middle_of_an_update_costs_only_itself(
+    over: Publisher, engine: SGLangEngine, requests_of: MakeRequests
+) -> None:
+    victim, other = engine.fleet.servers
+    group, starts = group_of(victim), (victim.starts, other.starts)
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, named in enumerate(over.reference.model.named_parameters()):
+            if number == 20 and not isinstance(over.transport, DiskTransport):
+                # Half of the buckets are there, and one is under way.
+                kill()
+            yield named
+
+    over.change()
+    over.transport.while_loading = kill
+    try:
+        over.transport.publish(stream(), over.version)
+    finally:
+        over.transport.while_loading = None
+    assert victim.state is not State.READY
+    assert not members(group)
+    check_servers(over, engine, servers=1)
+    requests = requests_of(6, 2)
+    over.reference.check(requests, engine.generate(requests))
+
+    wait_until(lambda: victim.state is State.READY, RESTART_SECONDS, "server 0 is back")
+    # Nobody published meanwhile; it was given the current weights before its first request.
+    check_servers(over, engine)
+    assert (victim.starts, other.starts) == (starts[0] + 1, starts[1])
+    over.publish_new()
+    check_servers(over, engine)
+
+
+def test_a_server_that_hangs_in_an_update_is_left_behind_within_the_bound(
+    published: Publisher, engine: SGLangEngine, sync_settings: SyncSettings
+) -> None:
+    victim, _ = engine.fleet.servers
+    starts = victim.starts
+    transport = BroadcastTransport(engine, replace(sync_settings, update_seconds=3))
+    hasty = Publisher(transport, engine, published.reference)
+    hasty.publish_new()
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, named in enumerate(published.reference.model.named_parameters()):
+            if number == 20:
+                os.killpg(group_of(victim), signal.SIGSTOP)
+            yield named
+
+    hasty.change()
+    started = time.monotonic()
+    try:
+        transport.publish(stream(), hasty.version)
+        assert victim.state is not State.READY
+        assert "within 3 s" in victim.reason
+    finally:
+        os.killpg(group_of(victim), signal.SIGCONT)
+    assert time.monotonic() - started < 15
+    # It wakes up in the middle of the update that went on without it.
+    wait_until(lambda: victim.state is State.READY, 60, "server 0 is trusted again")
+    check_servers(hasty, engine)
+    assert victim.starts == starts
+    transport.close()
+
+
+def test_a_servers_own_label_is_not_believed_when_it_was_lost(
+    over: Publisher, engine: SGLangEngine
+) -> None:
+    """An earlier run may have left other weights there under the same version."""
+    stray = engine.fleet.servers[0]
+    engine.call(scale(stray, TENSOR, over.reference, 3.0)(), 60)
+    found = engine.call(stray.client.weight_version(timeout=30), 60)
+    assert found == str(over.version)
+    stray.holds = None
+    engine._loop.call_soon_threadsafe(stray.distrust, "a test")
+    wait_until(lambda: stray.state is not State.READY or stray.holds is not None, 30, "doubted")
+    wait_until(lambda: stray.state is State.READY, 60, "trusted again")
+    check_servers(over, engine)
+
+
+TRAINER = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from megatron_rlsd.config import SGLangConfig
+from megatron_rlsd.rollout.sglang import SGLangEngine
+from megatron_rlsd.weight_sync import BroadcastTransport, IpcTransport, SyncSettings
+
+model, kind, *urls = sys.argv[1:]
+engine = SGLangEngine(
+    SGLangConfig(urls=urls, api_key="a key"), hf_path=model, dtype="float32", vocab_size=320,
+    max_positions=None, run_dir=Path("unused"),
+)
+settings = SyncSettings(
+    source=Path(model), dtype=None, device=torch.device("cpu"), update_seconds=60,
+    bucket_bytes=20_000, verify_interval=0,
+)
+transport = {"broadcast": BroadcastTransport, "ipc": IpcTransport}[kind](engine, settings)
+tensors = [pair for f in Path(model).glob("*.safetensors") for pair in load_file(f).items()]
+
+def stream():
+    for number, (name, tensor) in enumerate(tensors):
+        if number == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield name, tensor
+
+transport.publish(stream(), 7000)
+"""
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "ipc"])
+def test_servers_outlive_a_trainer_that_was_killed_in_the_middle_of_an_update(
+    kind: str,
+    published: Publisher,
+    engine: SGLangEngine,
+    transports: dict[str, WeightTransport],
+    tiny_model: Path,
+) -> None:
+    """They are left paused, half updated and in a broken group; the next trainer takes them.
+
+    That this returns at all shows that no process of the trainer holds its output any more.
+    """
+    urls = [server.url for server in engine.fleet.servers]
+    starts = [server.starts for server in engine.fleet.servers]
+    command = [sys.executable, "-c", TRAINER, str(tiny_model), kind, *urls]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    after = Publisher(transports[kind], engine, published.reference)
+    after.publish_new()
+    check_servers(after, engine)
+    assert [server.starts for server in engine.fleet.servers] == starts

@@ -1,0 +1,257 @@
+"""examples/run_rlsd_70b.sh on a real Slurm of two nodes, with a tiny model and real SGLang."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rlsd.observability import read_metrics
+from tests.conftest import ROOT
+from tests.slurm.cluster import Cluster, ClusterError
+
+STEPS = 6
+SCRIPT = ROOT / "examples/run_rlsd_70b.sh"
+JOB_SECONDS = 600
+
+
+@dataclass
+class Job:
+    """The script with a run folder of its own, submitted or run in an allocation."""
+
+    cluster: Cluster
+    folder: Path
+    number: int = 0
+    program: subprocess.Popen[bytes] | None = None
+    """Of a job in an allocation."""
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def log(self) -> str:
+        path = self.folder / "job.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def steps(self) -> list[dict[str, Any]]:
+        path = self.run_dir / "metrics.jsonl"
+        lines = read_metrics(path) if path.exists() else []
+        return [line for line in lines if "train/loss" in line]
+
+    def task_log(self, name: str, start: int = 0) -> str:
+        return next(self.run_dir.glob(f"logs/job_*_{start}/{name}.log")).read_text()
+
+    def environment(self, settings: dict[str, str]) -> dict[str, str]:
+        ours = {"TINY": "1", "PYTHON": sys.executable, "RUN_DIR": str(self.run_dir)}
+        return {**ours, **settings}
+
+    def submit(self, *arguments: str, **settings: str) -> Job:
+        self.folder.mkdir(parents=True)
+        options = ["--nodes=2", "--gres=none", f"--output={self.folder}/job.log", "--parsable"]
+        answer = self.cluster.run(
+            "sbatch", *options, str(SCRIPT), *arguments, env=self.environment(settings)
+        )
+        self.number = int(answer)
+        return self
+
+    def allocate(self, *arguments: str, **settings: str) -> None:
+        """As a user does it by hand, on one node; ``end`` must follow."""
+        self.folder.mkdir(parents=True)
+        with (self.folder / "job.log").open("wb") as log:
+            self.program = subprocess.Popen(
+                ["salloc", "--nodes=1", "--exclusive", "bash", SCRIPT, *arguments],
+                env={**self.cluster.env, **self.environment(settings)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def end(self) -> None:
+        if self.program is not None:
+            self.program.terminate()
+            self.program.wait(60)
+
+    def has_failed(self) -> bool:
+        if self.program is not None:
+            return self.program.poll() is not None
+        return self.cluster.job(self.number)["JobState"] == "FAILED"
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert not self.has_failed(), f"the job ended before: {what}\n{self.log}"
+            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.log}"
+            time.sleep(0.2)
+
+    def ends(self, state: str, seconds: float = JOB_SECONDS) -> None:
+        try:
+            found = self.cluster.wait(self.number, seconds)
+        except ClusterError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
+        assert found == state, self.log
+        wait_for_no_process(self.cluster)
+
+
+def wait_for_no_process(cluster: Cluster) -> None:
+    deadline = time.monotonic() + 10
+    while left := cluster.processes():
+        assert time.monotonic() < deadline, f"left behind: {[p.cmdline() for p in left]}"
+        time.sleep(0.2)
+
+
+def responses(job: Job, step: int) -> list[tuple[str, str]]:
+    """Problem and response of all samples of a step."""
+    path = job.run_dir / f"samples/step_{step:06d}.jsonl"
+    samples = map(json.loads, path.open())
+    return [(sample["problem_id"], sample["response"]) for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job that nothing happened to; it also makes the model that the others use."""
+    job = Job(cluster, tmp_path_factory.mktemp("finished") / "job").submit()
+    job.ends("COMPLETED")
+    return job
+
+
+def test_two_trainer_tasks_and_a_server_on_the_other_node_train(finished: Job) -> None:
+    lines = finished.steps()
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    for line in lines:
+        # The servers had the weights of this very step: on fixed text and on every sampled token.
+        assert line["weight_sync/parity_max"] < 1e-4
+        assert line["train/rollout_log_prob_diff_max"] < 1e-4
+        assert line["train/grad_norm"] > 0
+        assert line["rollout/request_retries"] == 0
+    assert len({line["train/entropy"] for line in lines}) == STEPS
+    assert re.search(r"serving: http://127\.0\.0\.1:\d+\n", finished.log)
+    assert "finished" in finished.log
+    logs = {path.name for path in finished.run_dir.glob("logs/job_*_0/*.log")}
+    assert logs == {"model_0.log", "servers-n2_0.log", "trainer_0.log", "trainer_1.log"}
+    assert "SIGINT: the servers have ended" in finished.task_log("servers-n2_0")
+    assert json.loads((finished.run_dir / "status.json").read_text())["status"] == "finished"
+    assert not (finished.run_dir / "servers/n2/urls").exists()
+
+
+def test_a_preempted_job_saves_requeues_itself_and_goes_on_where_it_was(
+    finished: Job, cluster: Cluster, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path / "job").submit(MODEL=str(finished.run_dir / "model"))
+    job.wait_until(lambda: bool(job.steps()), JOB_SECONDS, "a step is done")
+    cluster.run("scancel", "--batch", "--signal=TERM", str(job.number))
+    job.wait_until(
+        lambda: cluster.job(job.number)["Restarts"] == "1", 60, "the job has been requeued"
+    )
+    saved = [json.loads(p.read_text()) for p in job.run_dir.glob("checkpoints/*/checkpoint.json")]
+    done = max(manifest["step"] for manifest in saved)
+    assert 0 < done < STEPS
+    assert f"SIGUSR1: stopped after step {done}, all saved; exit code 75" in job.task_log(
+        "trainer_0"
+    )
+    assert "saved and requeued: the next start goes on" in job.log
+    job.ends("COMPLETED")
+
+    assert f"resuming at step {done} from" in job.task_log("trainer_0", start=1)
+    lines = job.steps()
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    for step, (line, other) in enumerate(zip(lines, finished.steps(), strict=True)):
+        assert responses(job, step) == responses(finished, step)
+        for key in line.keys() & other.keys():
+            if key.startswith(("algorithm/", "reward/", "rollout/", "train/")):
+                # Log-probabilities differ by rounding with the batch that they are computed in.
+                assert line[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), (step, key)
+        # The new servers had the saved weights before they were asked anything.
+        assert line["weight_sync/parity_max"] < 1e-4
+        assert line["train/rollout_log_prob_diff_max"] < 1e-4
+
+
+def test_a_server_that_dies_comes_back_once_and_then_ends_the_job_with_the_reason(
+    finished: Job, cluster: Cluster, tmp_path: Path
+) -> None:
+    """By hand in an allocation of one node, which trainer and server share."""
+    job = Job(cluster, tmp_path / "job")
+    job.allocate(
+        "rollout.sglang.max_restarts=1",
+        "train.steps=1000",
+        MODEL=str(finished.run_dir / "model"),
+        STOP_SECONDS="15",
+    )
+    try:
+        job.wait_until(lambda: bool(job.steps()), JOB_SECONDS, "a step is done")
+        kill_server(cluster)
+        before = len(job.steps())
+        job.wait_until(lambda: len(job.steps()) > before + 2, JOB_SECONDS, "the run goes on")
+        for line in job.steps():
+            # After its restart too the server had the current weights.
+            assert line["weight_sync/parity_max"] < 1e-4
+            assert line["train/rollout_log_prob_diff_max"] < 1e-4
+        assert sum(line["rollout/request_retries"] for line in job.steps()) > 0
+
+        kill_server(cluster)
+        started = time.monotonic()
+        assert job.program is not None
+        assert job.program.wait(60) == 1, job.log
+        # STOP_SECONDS for the trainer, and as much again for what is slow here.
+        assert time.monotonic() - started < 30
+    finally:
+        job.end()
+    assert "the servers on n1 ended while the trainer needed them, with exit code 2" in job.log
+    assert re.search(r"error: server 0 \(http://\S+\) is given up: its process ended", job.log)
+    wait_for_no_process(cluster)
+
+
+def kill_server(cluster: Cluster) -> None:
+    guard = next(p for p in cluster.processes() if "guard.py" in " ".join(p.cmdline()))
+    guard.children()[0].kill()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"ROLLOUT_NODES": "2"},
+            "TRAINER_NODES=0 and TRAINER_TASKS_PER_NODE=2: there must be a trainer",
+        ),
+        (
+            {"ROLLOUT_NODES": "2", "TRAINER_NODES": "4"},
+            "TRAINER_NODES=4 + ROLLOUT_NODES=2 = 6 nodes, but the job has 2",
+        ),
+        (
+            {"ROLLOUT_NODES": "0", "GPUS_PER_NODE": "8", "TRAINER_TASKS_PER_NODE": "8"},
+            "leave the servers none of the 8 GPUs of a node; trainer and servers cannot share a",
+        ),
+        # As far as it can be tried without pyxis, whose option this is.
+        ({"CONTAINER_IMAGE": "x.sqsh"}, "unrecognized option '--container-image=x.sqsh'"),
+        ({"CONFIG": "/no.yaml"}, "CONFIG=/no.yaml does not exist"),
+        ({"REPO": "/"}, "REPO=/ is not this repository"),
+        (
+            {"MODEL": "/", "TINY": "0", "CONFIG": "examples/configs/tiny_slurm.yaml"}
+            | {"TRAINER_TASKS_PER_NODE": "2"},
+            "error: model.hf_path=/: no config.json there",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(
+    cluster: Cluster, tmp_path: Path, settings: dict[str, str], reason: str
+) -> None:
+    job = Job(cluster, tmp_path / "job").submit(**settings)
+    job.ends("FAILED", 60)
+    assert reason in job.log
+
+
+def test_outside_an_allocation_it_says_how_it_is_used() -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    ended = subprocess.run(
+        ["bash", SCRIPT], env=env, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ended.returncode == 1
+    assert "no Slurm allocation: use sbatch, or salloc and then bash" in ended.stderr

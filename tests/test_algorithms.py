@@ -1,0 +1,259 @@
+"""One step of every algorithm, against transformers in float64: the loss, and its gradient's norm.
+
+The program's part is everything between the configuration and the update: hints, advantages, which
+responses the teacher scores, weights, passes and operators. Its reference here is full logits of
+another implementation of the model, autograd, and the formula.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_rlsd import train
+from megatron_rlsd.config import Config
+from megatron_rlsd.data import load_tokenizer
+from megatron_rlsd.experience import ExperienceError
+from megatron_rlsd.observability import read_metrics
+from megatron_rlsd.recording import read_step
+from megatron_rlsd.types import TrainBatch
+from tests.algorithm_runs import NAMES, small_config
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_model: Path, tmp_path_factory) -> Path:
+    """A teacher of the same vocabulary and tokenizer, but with other weights and another width."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    config = transformers.AutoConfig.from_pretrained(tiny_model)
+    config.hidden_size, config.initializer_range = 48, 0.1
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+class Scorer:
+    """log p [T, V] of a HF model in float64 at the response's positions."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+    def __call__(self, prompt: list[int], response: list[int]) -> Tensor:
+        logits = self.model(torch.tensor([prompt + response])).logits[0]
+        return logits[len(prompt) - 1 : -1].log_softmax(1)
+
+
+def sampled(log_p: Tensor, response: list[int]) -> Tensor:
+    return log_p.gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def token_terms(config: Config, batch: TrainBatch, i: int, S: Scorer, Q: Scorer) -> Tensor:
+    """L_t of one response at ratio 1, without the divergence over the vocabulary."""
+    algorithm, response, A = config.algorithm, batch.response_ids[i], batch.advantages[i]
+    lp = sampled(S(batch.prompt_ids[i], response), response)
+    A_hat = torch.full_like(lp, A).detach()
+    with torch.no_grad():
+        teacher = batch.teacher_prompt_ids[i]
+        lp_T = sampled(Q(teacher, response), response) if teacher else None
+    sign, lam = math.copysign(1, A), algorithm.rlsd_lambda
+    name, clip = algorithm.name, algorithm.evidence_clip
+
+    def reweighted(gain: Tensor) -> Tensor:
+        w = (sign * gain).exp().clamp(1 - clip, 1 + clip)
+        if batch.evidence_spans:
+            start, stop = batch.evidence_spans[i]
+            w[:start], w[stop:] = 1, 1
+        return A * ((1 - lam) + lam * w)
+
+    extra = torch.zeros_like(lp)
+    if name == "rlsd":
+        lam = algorithm.rlsd_lambda * (1 - 1 / algorithm.lambda_decay_steps)
+        A_hat = reweighted(lp_T - lp.detach())
+    elif name == "rlrt" and lp_T is not None and A > 0:
+        A_hat = reweighted(lp.detach() - lp_T)
+    elif name == "ectr" and batch.contrast_prompt_ids[i]:
+        with torch.no_grad():
+            wrong = sampled(Q(batch.contrast_prompt_ids[i], response), response)
+        A_hat = reweighted(lp_T - wrong)
+    elif name == "opd":
+        A_hat = A_hat - algorithm.opd_coef * (lp.detach() - lp_T)
+    elif name == "sdar":
+        gate = torch.sigmoid(algorithm.sdar_beta * (lp_T - lp.detach()))
+        extra = algorithm.sdar_coef * gate * (lp_T - lp)
+    if name in ("rloo", "cispo", "sft"):
+        return -A_hat * lp
+    return -A_hat * (lp - lp.detach()).exp() + extra
+
+
+def divergence(config: Config, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[T] by the definition."""
+    algorithm = config.algorithm
+    p, q = log_p.exp(), log_q.exp()
+    if algorithm.divergence_top_k is not None:
+        chosen = q.topk(algorithm.divergence_top_k, dim=1).indices
+        p, q = p.gather(1, chosen), q.gather(1, chosen)
+        p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    m = algorithm.jsd_beta * q + (1 - algorithm.jsd_beta) * p
+    forward, backward = q * (q / m).log(), p * (p / m).log()
+    return {
+        "forward_kl": q * (q / p).log(),
+        "reverse_kl": p * (p / q).log(),
+        "jsd": algorithm.jsd_beta * forward + (1 - algorithm.jsd_beta) * backward,
+    }[algorithm.divergence].sum(1)
+
+
+def expected_loss(config: Config, batch: TrainBatch, S: Scorer, Q: Scorer) -> Tensor:
+    algorithm, B = config.algorithm, len(batch)
+    terms = [token_terms(config, batch, i, S, Q) for i in range(B)]
+    loss = {
+        "token_mean": lambda: torch.cat(terms).mean(),
+        "sequence_mean": lambda: sum(t.mean() for t in terms) / B,
+        "fixed_length": lambda: sum(t.sum() for t in terms) / (B * 10),
+    }[algorithm.loss_aggregation]()
+    if algorithm.divergence_coef:
+        rows = []
+        for i, response in enumerate(batch.response_ids):
+            if batch.teacher_prompt_ids[i]:
+                with torch.no_grad():
+                    log_q = Q(batch.teacher_prompt_ids[i], response)
+                rows.append(divergence(config, S(batch.prompt_ids[i], response), log_q))
+        loss = loss + algorithm.divergence_coef * torch.cat(rows).mean()
+    return loss
+
+
+def first_step(config: Config) -> dict[str, Any]:
+    train.train(config)
+    lines = read_metrics(Path(config.run_dir) / "metrics.jsonl")
+    return next(line for line in lines if "train/loss" in line)
+
+
+def run_one_step(config: Config) -> tuple[TrainBatch, dict[str, Any]]:
+    metrics = first_step(config)
+    return read_step(Path(config.run_dir), 0).batch, metrics
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_has_the_loss_and_the_gradient_of_the_formula(
+    name, tiny_model, other_model, tmp_path
+):
+    config = small_config(
+        *(name, tmp_path / "run", tiny_model, other_model),
+        *("train.steps=1", "train.global_batch_size=null", "train.record_steps=all"),
+        "data.train.0.params={min_terms: 2, max_terms: 3, min_digits: 1, max_digits: 1}",
+    )
+    batch, metrics = run_one_step(config)
+    assert name in ("opd", "opsd", "sdpo") or any(batch.advantages)
+    student = Scorer(tiny_model)
+    teacher = Scorer(other_model) if name == "opd" else student
+    loss = expected_loss(config, batch, student, teacher)
+    loss.backward()
+    gradients = [p.grad for p in student.model.parameters() if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    assert metrics["train/loss"] == pytest.approx(loss.item(), rel=2e-5, abs=2e-7)
+    assert metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert norm > 1e-3
+
+
+@pytest.mark.parametrize("name", ["rlrt", "sdpo", "ectr"])
+def test_hints_come_from_the_group_and_their_absence_is_counted(
+    name, tiny_model, other_model, tmp_path
+):
+    config = small_config(
+        *(name, tmp_path / "run", tiny_model, other_model),
+        *("train.steps=1", "train.record_steps=all"),
+    )
+    batch, metrics = run_one_step(config)
+    tokenizer = load_tokenizer(config.tokenizer, tiny_model)
+    texts = [tokenizer.decode(ids) for ids in batch.response_ids]
+    solved = [
+        sum(c in "02468" for c in text if c.isdigit()) / max(1, sum(map(str.isdigit, text))) >= 0.5
+        for text in texts
+    ]
+    prompts = batch.contrast_prompt_ids if name == "ectr" else batch.teacher_prompt_ids
+    wanted = [not each for each in solved] if name == "ectr" else solved
+    for i, prompt in enumerate(prompts):
+        group = range(i // 4 * 4, i // 4 * 4 + 4)
+        others = [texts[j].strip() for j in group if wanted[j] and j != i and texts[j].strip()]
+        assert bool(prompt) == bool(others)
+        if prompt:
+            assert any(text in tokenizer.decode(prompt) for text in others)
+    missing = sum(not prompt for prompt in prompts) / len(prompts)
+    assert metrics["teacher/without_hint_share"] == pytest.approx(missing)
+    if name == "sdpo":
+        assert 0 < missing < 1
+        assert metrics["teacher/skipped_share"] == pytest.approx(missing)
+
+
+def test_a_span_limits_the_evidence_to_its_tokens(tiny_model, other_model, tmp_path):
+    config = small_config(
+        *("rlsd", tmp_path / "run", tiny_model, other_model),
+        *("train.steps=1", "train.record_steps=all", "algorithm.span_end='1'"),
+    )
+    batch, metrics = run_one_step(config)
+    tokenizer = load_tokenizer(config.tokenizer, tiny_model)
+    spans = list(zip(batch.response_ids, batch.evidence_spans, strict=True))
+    assert any(stop < len(ids) for ids, (_, stop) in spans)
+    for ids, (start, stop) in spans:
+        assert start == 0
+        assert "1" not in tokenizer.decode(ids[: max(0, stop - 1)])
+        assert stop == len(ids) or "1" in tokenizer.decode(ids[: stop + 1])
+    student = Scorer(tiny_model)
+    loss = expected_loss(config, batch, student, student).item()
+    assert metrics["train/loss"] == pytest.approx(loss, rel=2e-5, abs=2e-7)
+    batch.evidence_spans.clear()
+    assert expected_loss(config, batch, student, student).item() != pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sdpo", "rlrt", "ectr"])
+def test_a_step_in_which_nobody_has_a_hint_ends(name, tiny_model, other_model, tmp_path):
+    """sdpo then has nothing to learn from, the others are GRPO."""
+    threshold = "reward.solved_threshold=" + ("-1" if name == "ectr" else "2")
+    settings = (threshold, "train.steps=1", "rollout.n_samples_per_prompt=4")
+    config = small_config(name, tmp_path / "run", tiny_model, other_model, *settings)
+    metrics = first_step(config)
+    assert metrics["teacher/without_hint_share"] == 1
+    assert metrics["teacher/skipped_share"] == 1
+    if name == "sdpo":
+        assert metrics["train/grad_norm"] == 0
+        return
+    plain = small_config("grpo", tmp_path / "grpo", tiny_model, other_model, *settings)
+    grpo = first_step(plain)
+    assert metrics["train/grad_norm"] == grpo["train/grad_norm"]
+    assert metrics["train/loss"] == grpo["train/loss"]
+
+
+def test_critiques_come_from_the_data_and_a_wrong_key_is_named(tiny_model, other_model, tmp_path):
+    lines = [
+        {"prompt": f"What is {n} + 2?", "answer": str(n + 2), "metadata": {"note": f"Add {n}."}}
+        for n in range(8)
+    ]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = (
+        f"data.train=[{{kind: jsonl, path: '{data}'}}]",
+        "teacher.hint=critique",
+        "train.steps=1",
+        "train.record_steps=all",
+    )
+    wrong = small_config("sdpo", tmp_path / "wrong", tiny_model, other_model, *settings)
+    with pytest.raises(ExperienceError, match=r"metadata\['critique'\]"):
+        train.train(wrong)
+    right = small_config(
+        *("sdpo", tmp_path / "right", tiny_model, other_model, *settings),
+        "teacher.critique_key=note",
+    )
+    batch, metrics = run_one_step(right)
+    tokenizer = load_tokenizer(right.tokenizer, tiny_model)
+    assert all("Add " in tokenizer.decode(prompt) for prompt in batch.teacher_prompt_ids)
+    assert metrics["teacher/without_hint_share"] == 0
+    assert metrics["train/grad_norm"] > 0

@@ -1,0 +1,294 @@
+"""Every algorithm's loss and gradients in float64, against its formula written out response by
+response over full logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rlsd.algorithms import group_advantages, token_loss_weights
+from megatron_rlsd.config import AlgorithmConfig
+from megatron_rlsd.learner import policy_loss_config
+from megatron_rlsd.ops import DivergenceConfig, divergence_loss, policy_loss
+
+D, V = 5, 31
+REWARDS = [[1.0, 0.0, 0.0, 0.25], [0.5, 1.0, 0.0]]
+LENGTHS = [3, 1, 6, 2, 4, 5, 2]
+MAX_TOKENS = 9
+T = sum(LENGTHS)
+B = len(LENGTHS)
+
+
+@dataclass
+class Data:
+    """Seven responses to two questions; each list has one entry per response."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    old: list[Tensor]
+    teacher: list[Tensor]
+    wrong: list[Tensor]
+
+    def distributions(self) -> tuple[list[Tensor], list[Tensor]]:
+        """log p of the student, differentiable, and log q of the teacher, [T, V] each."""
+        log_p = (self.hidden @ self.weight.T).log_softmax(1)
+        log_q = (self.teacher_hidden @ self.teacher_weight.T).log_softmax(1)
+        return list(log_p.split(LENGTHS)), list(log_q.split(LENGTHS))
+
+    def log_probs(self) -> list[Tensor]:
+        """Of the sampled tokens, by response."""
+        log_p, _ = self.distributions()
+        targets = self.targets.split(LENGTHS)
+        return [rows.gather(1, y[:, None])[:, 0] for rows, y in zip(log_p, targets, strict=True)]
+
+
+@pytest.fixture
+def data() -> Data:
+    generator = torch.Generator().manual_seed(11)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight = normal(T, D), normal(V, D)
+    targets = torch.randint(V, (T,), generator=generator)
+    log_probs = (hidden @ weight.T).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    old, teacher, wrong = (
+        list((log_probs + normal(T, scale=scale)).split(LENGTHS)) for scale in (1.2, 0.4, 0.4)
+    )
+    return Data(
+        *(hidden.requires_grad_(), weight.requires_grad_(), targets),
+        *(hidden.detach() + normal(T, D, scale=0.3), weight.detach() + normal(V, D, scale=0.3)),
+        *(old, teacher, wrong),
+    )
+
+
+def by_group(mode: str) -> list[float]:
+    """Advantages by their definitions."""
+    found = []
+    for rewards in REWARDS:
+        mean = sum(rewards) / len(rewards)
+        spread = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
+        for r in rewards:
+            others = (sum(rewards) - r) / (len(rewards) - 1)
+            found.append(
+                {
+                    "group_std": (r - mean) / (spread + 1e-6),
+                    "group_mean": r - mean,
+                    "leave_one_out": r - others,
+                }[mode]
+            )
+    return found
+
+
+def clip_loss(A: Tensor, rho: Tensor, low: float, high: float, dual: float | None) -> Tensor:
+    loss = -torch.minimum(A * rho, A * rho.clamp(1 - low, 1 + high))
+    return loss if dual is None else torch.where(A < 0, torch.minimum(loss, -A * dual), loss)
+
+
+def each(data: Data, term: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+    """``term(response number, its log-probabilities)`` of all responses."""
+    return [term(i, lp) for i, lp in enumerate(data.log_probs())]
+
+
+def token_mean(terms: list[Tensor]) -> Tensor:
+    return torch.cat(terms).mean()
+
+
+def grpo_terms(data: Data, mode="group_std", low=0.2, high=0.28, dual=3.0) -> list[Tensor]:
+    A = by_group(mode)
+    return each(
+        data,
+        lambda i, lp: clip_loss(
+            torch.full_like(lp, A[i]), (lp - data.old[i]).exp(), low, high, dual
+        ),
+    )
+
+
+def weighed(data: Data, clip: float, lam: float, signal, only=lambda A: True) -> Tensor:
+    """RLSD's loss for a gain ``signal(response number, its log-probabilities)``."""
+    A = by_group("group_std")
+
+    def term(i: int, lp: Tensor) -> Tensor:
+        w = (math.copysign(1, A[i]) * signal(i, lp.detach())).exp().clamp(1 - clip, 1 + clip)
+        if not only(A[i]):
+            w = torch.ones_like(w)
+        A_hat = A[i] * ((1 - lam) + lam * w)
+        return clip_loss(A_hat, (lp - data.old[i]).exp(), 0.2, 0.28, 3.0)
+
+    return token_mean(each(data, term))
+
+
+def dr_grpo(data: Data) -> Tensor:
+    terms = grpo_terms(data, "group_mean", 0.2, 0.2, None)
+    return sum(t.sum() for t in terms) / (B * MAX_TOKENS)
+
+
+def rloo(data: Data) -> Tensor:
+    A = by_group("leave_one_out")
+    return sum(each(data, lambda i, lp: -A[i] * lp.sum())) / (B * MAX_TOKENS)
+
+
+def gspo(data: Data) -> Tensor:
+    A = by_group("group_std")
+
+    def term(i: int, lp: Tensor) -> Tensor:
+        s = ((lp - data.old[i]).sum() / len(lp)).exp()
+        return -torch.minimum(A[i] * s, A[i] * s.clamp(1 - 0.3, 1 + 0.4))
+
+    return sum(each(data, term)) / B
+
+
+def cispo(data: Data) -> Tensor:
+    A = by_group("group_std")
+    return token_mean(
+        each(data, lambda i, lp: -(lp - data.old[i]).exp().clamp(0, 1.2).detach() * A[i] * lp)
+    )
+
+
+def sdar(data: Data) -> Tensor:
+    def term(i: int, lp: Tensor) -> Tensor:
+        gate = 1 / (1 + (-5 * (data.teacher[i] - lp.detach())).exp())
+        return 0.3 * gate * (data.teacher[i] - lp)
+
+    return token_mean(grpo_terms(data)) + token_mean(each(data, term))
+
+
+def opd(data: Data) -> Tensor:
+    A = by_group("group_std")
+
+    def term(i: int, lp: Tensor) -> Tensor:
+        A_hat = A[i] - 0.7 * (lp.detach() - data.teacher[i])
+        return clip_loss(A_hat, (lp - data.old[i]).exp(), 0.2, 0.28, None)
+
+    return token_mean(each(data, term))
+
+
+def divergence(data: Data, kind: str, without: tuple[int, ...] = (), top_k=None) -> Tensor:
+    rows = []
+    for i, (log_p, log_q) in enumerate(zip(*data.distributions(), strict=True)):
+        if i in without:
+            continue
+        p, q = log_p.exp(), log_q.exp()
+        if top_k is not None:
+            chosen = log_q.argsort(1, descending=True)[:, :top_k]
+            p, q = p.gather(1, chosen), q.gather(1, chosen)
+            p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+        m = 0.3 * q + 0.7 * p
+        rows.append(
+            {
+                "forward_kl": q * (q / p).log(),
+                "reverse_kl": p * (p / q).log(),
+                "jsd": 0.3 * q * (q / m).log() + 0.7 * p * (p / m).log(),
+            }[kind].sum(1)
+        )
+    return torch.cat(rows).mean()
+
+
+CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
+    "grpo": ({}, lambda d: token_mean(grpo_terms(d))),
+    "dr_grpo": ({}, dr_grpo),
+    "rloo": ({}, rloo),
+    "dapo": ({}, lambda d: token_mean(grpo_terms(d, dual=None))),
+    "gspo": ({"eps_clip_low": 0.3, "eps_clip_high": 0.4}, gspo),
+    "cispo": ({"eps_clip_high": 0.2}, cispo),
+    "rlsd": (
+        {"rlsd_lambda": 0.6},
+        lambda d: weighed(d, 0.2, 0.6, lambda i, lp: d.teacher[i] - lp),
+    ),
+    "rlsd, negative only": (
+        {"rlsd_lambda": 0.6, "negative_only": True},
+        lambda d: weighed(d, 0.2, 0.6, lambda i, lp: d.teacher[i] - lp, lambda A: A < 0),
+    ),
+    "rlrt": (
+        {"rlsd_lambda": 0.6},
+        lambda d: weighed(d, 1.0, 0.6, lambda i, lp: lp - d.teacher[i], lambda A: A > 0),
+    ),
+    "rlrt, both signs": (
+        {"rlsd_lambda": 0.6, "positive_only": False, "evidence_clip": 0.2},
+        lambda d: weighed(d, 0.2, 0.6, lambda i, lp: lp - d.teacher[i]),
+    ),
+    "ectr": (
+        {"rlsd_lambda": 0.6},
+        lambda d: weighed(d, 0.5, 0.6, lambda i, lp: d.teacher[i] - d.wrong[i]),
+    ),
+    "sdar": ({"sdar_coef": 0.3}, sdar),
+    "opd": ({"opd_coef": 0.7}, opd),
+    "opsd": ({"divergence": "jsd", "jsd_beta": 0.3}, lambda d: divergence(d, "jsd")),
+    "opsd, forward": ({"divergence": "forward_kl"}, lambda d: divergence(d, "forward_kl")),
+    "opsd, top 4": (
+        {"divergence": "jsd", "jsd_beta": 0.3, "divergence_top_k": 4},
+        lambda d: divergence(d, "jsd", top_k=4),
+    ),
+    "sdpo": (
+        {"divergence": "reverse_kl"},
+        lambda d: divergence(d, "reverse_kl", without=(0, 4)),
+    ),
+    "grpo_opsd": (
+        {"divergence": "reverse_kl", "divergence_coef": 0.2},
+        lambda d: token_mean(grpo_terms(d)) + 0.2 * divergence(d, "reverse_kl"),
+    ),
+    "sft": ({}, lambda d: token_mean(each(d, lambda i, lp: -lp))),
+}
+
+
+def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) -> Tensor:
+    """The same loss as the learner forms it: advantages, weights, and the operators of ops."""
+    lengths = torch.tensor(LENGTHS)
+    A = torch.cat([group_advantages(rewards, algorithm.advantage) for rewards in REWARDS])
+    weights = token_loss_weights(LENGTHS, algorithm.loss_aggregation, MAX_TOKENS)
+    lam = 0.0 if algorithm.name == "grpo" else algorithm.rlsd_lambda
+    loss, _ = policy_loss(
+        data.hidden,
+        data.weight,
+        data.targets,
+        advantages=A.repeat_interleave(lengths),
+        loss_weights=weights.repeat_interleave(lengths),
+        config=policy_loss_config(algorithm, lam),
+        old_log_probs=torch.cat(data.old),
+        teacher_log_probs=torch.cat(data.teacher),
+        contrast_log_probs=torch.cat(data.wrong) if algorithm.contrasts_hints else None,
+        sequence_ids=torch.arange(B).repeat_interleave(lengths),
+    )
+    if algorithm.divergence_coef:
+        taught = [0 if i in without else length for i, length in enumerate(LENGTHS)]
+        weights = token_loss_weights(taught, algorithm.loss_aggregation, MAX_TOKENS)
+        distilled, _ = divergence_loss(
+            *(data.hidden, data.weight, data.teacher_hidden, data.teacher_weight),
+            torch.arange(T),
+            loss_weights=algorithm.divergence_coef * weights.repeat_interleave(lengths),
+            config=DivergenceConfig(
+                algorithm.divergence, algorithm.jsd_beta, algorithm.divergence_top_k
+            ),
+        )
+        loss = loss + distilled
+    return loss
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_operators_compute_the_formula(case, data):
+    settings, formula = CASES[case]
+    name = case.split(",")[0]
+    loss = operators(data, AlgorithmConfig(name=name, **settings), (0, 4) if case == "sdpo" else ())
+    expected = formula(data)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    leaves = [data.hidden, data.weight]
+    ours, theirs = torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
+    assert all(g.abs().max() > 1e-3 for g in theirs)
+    for gradient, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-11)
+
+
+def test_every_algorithm_has_a_case_and_the_cases_differ(data):
+    from megatron_rlsd.config.variants import VARIANTS
+
+    assert {case.split(",")[0] for case in CASES} == set(VARIANTS)
+    values = [round(formula(data).item(), 9) for _, formula in CASES.values()]
+    assert len(set(values)) == len(values)

@@ -1,0 +1,256 @@
+"""Plans of published models: sums that add up, layouts that fit, refusals with a reason."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_rlsd.config import Config, ParallelConfig, load_config, parse_config
+from megatron_rlsd.hf_bridge import family_for
+from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
+from megatron_rlsd.parallel.memory import rank_parameters
+from megatron_rlsd.planning.activations import ActivationCounter, Pack, in_flight
+from megatron_rlsd.planning.plan import Machine, Plan, changed, make_plan, remedies
+from megatron_rlsd.planning.rates import Rates
+from megatron_rlsd.planning.search import overrides, search
+from megatron_rlsd.planning.work import Lengths
+from tests.conftest import ROOT
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+LENGTHS = Lengths(prompt=500, hint=400, response=3000)
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    return {
+        "run_dir": "runs/70b",
+        "model": {"hf_path": str(folder), "recompute": "full"},
+        "parallel": {"tensor": 8, "pipeline": 4, "sequence": True},
+        "data": {"train": [{"kind": "jsonl", "path": "problems.jsonl"}]},
+        "reward": {"functions": [{"name": "math_verify"}]},
+        "rollout": {
+            "engine": "sglang",
+            "prompts_per_step": 64,
+            "max_response_tokens": 8192,
+            "sglang": {"num_servers": 4, "tensor_parallel": 8},
+        },
+        "optimizer": {"distributed": True},
+        "train": {"max_tokens_per_microbatch": 16384},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    return tmp_path
+
+
+@pytest.fixture
+def config(folder: Path) -> Config:
+    return parse_config(raw_config(folder))
+
+
+@pytest.fixture
+def model() -> ModelShape:
+    return model_shape(family_for(LLAMA_70B), LLAMA_70B)
+
+
+def plan_of(config: Config, model: ModelShape, gpus: int = 64, **machine: Any) -> Plan:
+    return make_plan(config, model, Machine(gpus=gpus, **machine), LENGTHS)
+
+
+def test_a_70b_layout_fits_and_its_parts_add_up(config: Config, model: ModelShape) -> None:
+    plan = plan_of(config, model)
+    assert plan.problems == []
+    billions = (
+        sum(rank_parameters(model, config.parallel, stage).total * 8 for stage in range(4))
+        - 8 * 8192 * (2 * 80 + 1) * 7 / 8
+    )  # norms, on each of the 8 ranks
+    assert billions == pytest.approx(70.55e9, rel=1e-4)
+    for rank in plan.ranks:
+        held = rank_parameters(model, config.parallel, rank.stage).total
+        assert rank.held == {
+            "parameters": 2 * held,
+            "gradients": 4 * held,
+            "optimizer state": 12 * held // 2,  # over two data-parallel ranks
+        }
+        update = rank.moments["update"]
+        assert rank.at("update") == sum(rank.held.values()) + sum(update.values())
+        assert rank.peak == max(map(rank.at, rank.moments))
+        assert ("head" in update) == (rank.stage == 3)
+    # Full recompute: a layer's input for each of 20 layers, of 4 micro-batches in flight.
+    inputs = 4 * 20 * 2 * (16384 // 8) * 8192
+    assert plan.ranks[0].moments["update"]["activations"] == pytest.approx(inputs, rel=0.01)
+    # Teacher weights lie in pinned memory, and on the GPU only while they score.
+    assert plan.ranks[0].moments["score"]["teacher weights"] == plan.ranks[0].held["parameters"]
+    assert "teacher weights" not in plan.ranks[0].moments["update"]
+    assert plan.host_bytes == 8 * 2 * max(
+        rank_parameters(model, config.parallel, stage).total for stage in range(4)
+    )
+
+
+def test_what_does_not_fit_is_refused_with_changes_that_help(
+    config: Config, model: ModelShape
+) -> None:
+    without = changed(config, {"model.recompute": "none", "parallel.pipeline": 2})
+    assert without is not None
+    plan = plan_of(without, model)
+    (problem,) = plan.problems
+    assert "stage 0 needs" in problem
+    assert "(update)" in problem
+    found = remedies(plan, model, LENGTHS)
+    assert {"model.recompute": "full"} in [change for change, _ in found]
+    for change, other in found:
+        again = changed(without, change)
+        assert again is not None
+        assert plan_of(again, model).problems == []
+        assert other.fullest.peak < plan.fullest.peak
+
+
+def test_pinned_memory_can_be_what_does_not_fit(config: Config, model: ModelShape) -> None:
+    (problem,) = plan_of(config, model, host_gib=16).problems
+    assert "pinned host memory" in problem
+    live = changed(config, {"teacher.mode": "live"})
+    assert live is not None
+    assert plan_of(live, model, host_gib=16).problems == []
+
+
+def test_search_finds_what_its_overrides_reproduce(
+    config: Config, model: ModelShape, folder: Path
+) -> None:
+    machine = Machine(gpus=64)
+    found = search(config, model, machine, LENGTHS)
+    assert found.plans
+    times = [plan.time.training for plan in found.plans]
+    assert times == sorted(times, key=lambda seconds: round(seconds, 3))
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config(folder)))
+    for plan in found.plans[:10]:
+        again = make_plan(load_config(path, overrides(plan, config)), model, machine, LENGTHS)
+        assert (again.fullest.peak, again.time) == (plan.fullest.peak, plan.time)
+
+
+def test_a_model_too_large_for_its_gpus_has_no_layout(config: Config, model: ModelShape) -> None:
+    found = search(config, model, Machine(gpus=8), LENGTHS)
+    assert found.plans == []
+    assert found.tried > 10
+    # Weights, gradients and optimizer alone: 18 bytes a parameter over 8 GPUs.
+    assert found.smallest is not None
+    assert found.smallest.fullest.peak > 18 * 70e9 / 8
+
+
+def test_an_impossible_layout_is_an_error(config: Config, model: ModelShape) -> None:
+    with pytest.raises(LayoutError, match="must divide the number of processes, 48"):
+        plan_of(config, model, gpus=48)
+
+
+def test_the_longest_sequence_decides_where_it_is_longer_than_a_micro_batch(
+    config: Config, model: ModelShape
+) -> None:
+    short = changed(config, {"train.max_tokens_per_microbatch": 1024})
+    assert short is not None
+    plan = plan_of(short, model)
+    assert plan.work.update.lengths == (2048 + 8192,)
+    assert plan.work.score.lengths == (2048 + 2048 + 8192,)
+
+
+def test_recompute_sequence_parallel_and_smaller_packs_keep_less(
+    config: Config, model: ModelShape
+) -> None:
+    def kept(**changes: Any) -> int:
+        settings = config.model.model_copy(update=changes.pop("model", {"recompute": "none"}))
+        parallel = ParallelConfig(tensor=8, **changes)
+        pack = Pack.of(16384, 8192)
+        return ActivationCounter(model, parallel, settings, pack, "cuda").stage(0).kept
+
+    everything = kept(sequence=True)
+    selective = kept(
+        sequence=True, model={"recompute": "selective", "recompute_modules": ["mlp", "layernorm"]}
+    )
+    full = kept(sequence=True, model={"recompute": "full"})
+    assert full < selective < everything < kept(sequence=False)
+    assert kept(sequence=True, context=2) < 0.65 * everything
+
+
+def test_time_follows_from_operations_rates_and_waiting(config: Config, model: ModelShape) -> None:
+    slow = plan_of(config, model).time
+    fast = plan_of(config, model, rates=Rates().with_given(["peak_tflops=1978"])).time
+    assert 0.1 < slow.mfu < Rates().product_efficiency
+    # Twice the peak: computing takes half as long, so the step gains and MFU falls.
+    assert slow.update / 2 < fast.update < slow.update
+    assert fast.mfu < slow.mfu
+    few = changed(config, {"train.global_batch_size": 16})
+    assert few is not None
+    assert plan_of(few, model).time.bubble > 3 * slow.bubble
+    # Decoding reads 141 GB of weights over 8 GPUs for each of at least 8192 tokens.
+    least = 8192 * 141e9 / (8 * 3350e9)
+    assert slow.rollout is not None
+    assert least < slow.rollout < 20 * least
+
+
+def test_lengths_have_the_mean_asked_for_and_the_cut() -> None:
+    lengths = Lengths(prompt=1, hint=1, response=1000, spread=0.5)
+    assert lengths.mean_response(10**6) == pytest.approx(1000, rel=0.01)
+    cut = lengths.responses(1500, 100)
+    assert cut == sorted(cut)
+    assert max(cut) == 1500
+    assert lengths.mean_response(1500) < 1000
+
+
+def test_stages_near_the_end_keep_fewer_micro_batches() -> None:
+    four = ParallelConfig(pipeline=4)
+    assert [in_flight(four, stage, 16) for stage in range(4)] == [4, 3, 2, 1]
+    assert in_flight(four, 0, 2) == 2
+
+
+@pytest.mark.parametrize("text", ["warp=9", "disk_gbs=fast", "disk_gbs=-1", "disk_gbs"])
+def test_a_bad_rate_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=text.split("=")[0]):
+        Rates().with_given([text])
+
+
+def run_tool(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config(folder)))
+    command = [sys.executable, str(ROOT / "tools/plan_run.py"), str(path), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_tool_prints_a_plan_that_fits(folder: Path) -> None:
+    done = run_tool(folder, "--gpus", "64", "--memory", "80", "--response-tokens", "3000")
+    assert done.returncode == 0, done.stderr
+    assert "TP8 PP4 DP2 SP full recompute distributed optimizer on 64 GPUs" in done.stdout
+    assert "FITS" in done.stdout
+    assert "assumed, not measured" in done.stdout
+
+
+def test_the_tool_refuses_what_cannot_fit(folder: Path) -> None:
+    done = run_tool(folder, "--gpus", "16", "parallel.pipeline=2", "model.recompute=none")
+    assert done.returncode == 1
+    assert "DOES NOT FIT: stage 0 needs" in done.stdout
+    assert "74.0 GiB of a GPU" in done.stdout
+    done = run_tool(folder, "--gpus", "8", "--search")
+    assert done.returncode == 1
+    assert "NO LAYOUT FITS" in done.stdout
+    done = run_tool(folder, "--gpus", "64", "parallel.tensr=8")
+    assert done.returncode == 2
+    assert "parallel.tensr: unknown key" in done.stderr

@@ -1,0 +1,55 @@
+"""Hints that come from a response's own group."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_rlsd.config import TeacherConfig
+from megatron_rlsd.teacher import response_hints, wrong_hints
+from megatron_rlsd.types import Generation, Group, Problem, Trajectory
+
+
+def group(*texts: str, **metadata: object) -> Group:
+    problem = Problem("p/1", ({"role": "user", "content": "?"},), "3", metadata=metadata)
+    generation = Generation([1], [0.0], "stop", 0)
+    return Group(problem, [Trajectory(problem, [1], [], generation, text) for text in texts])
+
+
+def hints(group: Group, solved: list[bool], hint: str, **teacher: object):
+    return response_hints(group, solved, TeacherConfig.model_validate({"hint": hint, **teacher}))
+
+
+@pytest.mark.parametrize("hint", ["none", "answer", "reference_solution"])
+def test_the_problems_own_hints_are_left_to_the_prompts(hint):
+    assert hints(group("a", "b"), [True, False], hint) is None
+
+
+def test_another_correct_response_never_its_own():
+    chosen = hints(group("a", "b", "c", "d"), [True, False, True, False], "own_correct_response")
+    assert chosen == ["c", "c", "a", "a"]
+
+
+def test_a_lone_correct_response_teaches_the_others_only():
+    chosen = hints(group("a", "b", "c"), [False, True, False], "own_correct_response")
+    assert chosen == ["b", None, "b"]
+    assert hints(group("a", "b"), [False, False], "own_correct_response") == [None, None]
+    assert hints(group("a"), [True], "own_correct_response") == [None]
+
+
+def test_wrong_hints_are_wrong_and_of_others():
+    solved = [True, False, True, False]
+    assert wrong_hints(group("a", "b", "c", "d"), solved) == ["b", "d", "d", "b"]
+    assert wrong_hints(group("a", "b"), [True, False]) == ["b", None]
+    assert wrong_hints(group("a", "b"), [True, True]) == [None, None]
+
+
+def test_a_response_without_text_is_no_hint():
+    assert hints(group("a", " \n", "c"), [True] * 3, "own_correct_response") == ["c", "c", "a"]
+
+
+def test_a_critique_is_the_problems_metadata():
+    with_critique = group("a", "b", critique=" Mind the sign. ", other="Else.")
+    assert hints(with_critique, [True, False], "critique") == ["Mind the sign."] * 2
+    assert hints(with_critique, [True, False], "critique", critique_key="other") == ["Else."] * 2
+    assert hints(group("a", "b", critique=7), [True, False], "critique") == [None, None]
+    assert hints(group("a", "b"), [True, False], "critique") == [None, None]

@@ -1,0 +1,112 @@
+"""Checksums of SGLang's parameters, from Hugging Face tensors. Real servers: tests/sglang."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from megatron_rlsd.weight_sync import WeightSyncError, checksums
+from megatron_rlsd.weight_sync.checksums import Rank, pieces_of, word_hash_pieces
+from megatron_rlsd.weight_sync.verify import Comparison
+
+ALONE = Rank(0, 1, 2)
+LAYER = "model.layers.0.self_attn"
+
+
+def held(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name.replace("__", "."): torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
+
+
+def joined(name: str, tensors: dict[str, torch.Tensor], rank: Rank = ALONE) -> torch.Tensor:
+    """The parameter's elements in order."""
+    pieces = pieces_of(name, tensors, rank)
+    assert pieces is not None
+    return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "expected"),
+    # Computed by SGLang 0.5.23's gpu_tensor_hash kernel in Triton's interpreter.
+    [
+        (1, torch.int32, "f3b1336a88b2abf4"),
+        (5, torch.bfloat16, "71acc00baf11bb1c"),
+        (8193, torch.float32, "10a3a6c025ecd785"),
+        (40000, torch.float32, "4ed14f1e7c778aee"),
+    ],
+)
+@pytest.mark.parametrize("longest", [8192, 2**24])
+def test_the_word_hash_is_that_of_sglangs_kernel(monkeypatch, longest, count, dtype, expected):
+    monkeypatch.setattr(checksums, "LONGEST_PIECE", longest)
+    tensor = (torch.arange(count) * 3 - 7).to(dtype)
+    assert word_hash_pieces([tensor]) == expected
+    assert word_hash_pieces([tensor[: count // 2], tensor[count // 2 :]]) == expected
+
+
+def test_the_byte_hash_is_the_beginning_of_sha256():
+    a, b = torch.randn(3, 4), torch.randn(5).bfloat16()
+    whole = a.numpy().tobytes() + b.view(torch.int16).numpy().tobytes()
+    expected = hashlib.sha256(whole).digest()[:8].hex()
+    assert checksums.sha256_pieces([a, b]) == expected
+
+
+def test_attention_and_experts_are_joined_as_sglang_joins_them():
+    parts = held(
+        **{f"{LAYER}__{p}_proj__weight": (n, 3) for p, n in (("q", 8), ("k", 4), ("v", 4))},
+    )
+    expected = torch.cat([parts[f"{LAYER}.{p}_proj.weight"] for p in "qkv"])
+    assert torch.equal(joined(f"{LAYER}.qkv_proj.weight", parts), expected.reshape(-1))
+    experts = held(
+        **{
+            f"m__experts__{e}__{p}_proj__weight": (4, 6) if p != "down" else (6, 4)
+            for e in range(3)
+            for p in ("gate", "up", "down")
+        }
+    )
+
+    def of(expert: int, part: str) -> torch.Tensor:
+        return experts[f"m.experts.{expert}.{part}_proj.weight"]
+
+    w13 = torch.stack([torch.cat([of(e, "gate"), of(e, "up")]) for e in range(3)])
+    assert torch.equal(joined("m.experts.w13_weight", experts), w13.reshape(-1))
+    second = torch.stack([torch.cat([of(e, "gate")[2:], of(e, "up")[2:]]) for e in range(3)])
+    assert torch.equal(joined("m.experts.w13_weight", experts, Rank(1, 2, 2)), second.reshape(-1))
+    w2 = torch.stack([of(e, "down")[:, :2] for e in range(3)])
+    assert torch.equal(joined("m.experts.w2_weight", experts, Rank(0, 2, 2)), w2.reshape(-1))
+
+
+def test_key_and_value_heads_are_repeated_where_ranks_outnumber_them():
+    parts = held(**{f"{LAYER}__{p}_proj__bias": (n,) for p, n in (("q", 8), ("k", 4), ("v", 4))})
+    q, k, v = (parts[f"{LAYER}.{p}_proj.bias"] for p in "qkv")
+    found = joined(f"{LAYER}.qkv_proj.bias", parts, Rank(2, 4, 2))
+    assert torch.equal(found, torch.cat([q[4:6], k[2:], v[2:]]))
+
+
+def test_the_vocabulary_is_filled_up_with_zeros():
+    tensors = held(model__embed_tokens__weight=(70, 3))
+    table = tensors["model.embed_tokens.weight"]
+    full = torch.zeros(128, 3)
+    full[:70] = table
+    name = "model.embed_tokens.weight"
+    assert torch.equal(joined(name, tensors), full.reshape(-1))
+    assert torch.equal(joined(name, tensors, Rank(1, 2, 2)), full[64:].reshape(-1))
+
+
+def test_what_cannot_be_derived_is_not_guessed():
+    tensors = held(a__q_proj__weight=(2, 2), a__k_proj__weight=(2, 2), norm__weight=(2,))
+    assert pieces_of("a.qkv_proj.weight", tensors, ALONE) is None
+    assert pieces_of("a.some_scale", tensors, ALONE) is None
+    assert torch.equal(joined("norm.weight", tensors, Rank(1, 2, 2)), tensors["norm.weight"])
+
+
+def test_a_comparison_names_server_and_tensors_and_refuses_to_prove_nothing():
+    Comparison("server 0", 3, matching={"a"}).raise_if_wrong()
+    with pytest.raises(WeightSyncError, match=r"server 1 .*version 3 .*: b\.weight differ \(1 oth"):
+        Comparison("server 1", 3, matching={"a"}, wrong={"b.weight"}).raise_if_wrong()
+    with pytest.raises(WeightSyncError, match="verify_interval=0"):
+        Comparison("server 1", 3, unknown={"a"}).raise_if_wrong()
