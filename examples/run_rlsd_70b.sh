@@ -66,7 +66,7 @@ settings() {
         MODEL=${MODEL:-$REPO/models/Llama-3.3-70B-Instruct}
         GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
     fi
-    # By default a third of the nodes sample; on a single node both parts share it.
+    # By default a third of the nodes (or a little more) sample; on a single node both parts share it.
     ROLLOUT_NODES=${ROLLOUT_NODES:-$((${#nodes[@]} > 1 ? (${#nodes[@]} + 2) / 3 : 0))}
     TRAINER_NODES=${TRAINER_NODES:-$((${#nodes[@]} - ROLLOUT_NODES))}
     if [[ -z ${TRAINER_TASKS_PER_NODE:-} ]]; then

@@ -23,7 +23,8 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.data import load_tokenizer
 from megatron_rlsd.experience import ExperienceError
 from megatron_rlsd.observability import read_metrics
-from megatron_rlsd.recording import read_step
+from megatron_rlsd.recording import RecordingError, read_step
+from megatron_rlsd.replay import replay
 from megatron_rlsd.types import TrainBatch
 from tests.algorithm_runs import NAMES, small_config
 
@@ -257,3 +258,22 @@ def test_critiques_come_from_the_data_and_a_wrong_key_is_named(tiny_model, other
     assert all("Add " in tokenizer.decode(prompt) for prompt in batch.teacher_prompt_ids)
     assert metrics["teacher/without_hint_share"] == 0
     assert metrics["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["ectr", "opd"])
+def test_a_replayed_step_needs_no_teacher(name, tiny_model, other_model, tmp_path):
+    """Its scores are recorded, those under a wrong hint and another model's included."""
+    config = small_config(
+        *(name, tmp_path / "run", tiny_model, other_model),
+        *("train.steps=1", "train.record_steps=all"),
+    )
+    _, metrics = run_one_step(config)
+    replayed = replay(config, 0).metrics
+    assert replayed["train/loss"] == metrics["train/loss"]
+    assert replayed["train/grad_norm"] == metrics["train/grad_norm"]
+
+
+def test_a_step_that_compares_distributions_is_not_replayed(tiny_model, other_model, tmp_path):
+    config = small_config("opsd", tmp_path / "run", tiny_model, other_model)
+    with pytest.raises(RecordingError, match=r"opsd compares distributions .* hidden states"):
+        replay(config, 0)

@@ -157,7 +157,7 @@ def test_kill_9_in_a_step_and_in_saves(pair, tmp_path):
     for module, name, call, last in [
         ("storage", "_on_cpu", 1, 4),
         ("checkpointer.manifests", "write_manifest", 1, 4),
-        ("checkpointer.manifests", "put_in_place", 2, 6),
+        ("checkpointer", "put_in_place", 2, 6),
     ]:
         fault = KILLED_IN_A_SAVE.format(
             module=module, imported=module.split(".")[0], name=name, call=call

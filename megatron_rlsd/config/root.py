@@ -74,8 +74,8 @@ class Config(Section):
         if samples == 1 and (compares or teacher.hint == "own_correct_response"):
             problems.append(
                 f"rollout.n_samples_per_prompt=1 leaves nothing to compare a response with; "
-                f"algorithm.advantage={algorithm.advantage} and teacher.hint={teacher.hint} need at "
-                "least 2"
+                f"algorithm.advantage={algorithm.advantage} and teacher.hint={teacher.hint} need "
+                "at least 2"
             )
         if problems:
             raise ValueError("; ".join(problems))

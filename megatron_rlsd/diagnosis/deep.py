@@ -53,6 +53,7 @@ def small(config: Config) -> Config:
         # What the comparison is made at.
         "temperature": 1.0,
     }
+    raw["rollout"]["asynchronous"]["max_staleness"] = 0
     raw["algorithm"]["group_filter"] = False
     raw["weight_sync"] |= {"verify_interval": 1, "parity_interval": 1}
     raw["data"]["eval"] = []

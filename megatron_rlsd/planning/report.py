@@ -96,7 +96,7 @@ def time_lines(plan: Plan) -> list[str]:
     time = plan.time
     rollout = "unknown (servers that run already)"
     if time.rollout is not None:
-        rollout = f"{time.rollout:.1f} s"
+        rollout = f"{time.rollout:.1f} s{' beside training' if time.overlaps else ''}"
     return [
         f"step       {time.total:.1f} s: rollout {rollout}, score {time.score:.1f} s, "
         f"update {time.update:.1f} s, weight sync {time.weight_sync:.1f} s",

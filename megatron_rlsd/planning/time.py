@@ -36,6 +36,8 @@ class StepTime:
     """Share of the update."""
     mfu: float
     """Of the update: operations of one forward and one backward pass by the peak."""
+    overlaps: bool = False
+    """Asynchronous: the next rollout runs while this step trains."""
 
     @property
     def training(self) -> float:
@@ -43,7 +45,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return (self.rollout or 0.0) + self.training
+        rollout = self.rollout or 0.0
+        return max(rollout, self.training) if self.overlaps else rollout + self.training
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class StepTimer:
             weight_sync=self.weight_sync(),
             bubble=bubble / update,
             communication=(talk + reduce) / update,
+            overlaps=self._config.rollout.asynchronous.max_staleness > 0,
             mfu=operations * epochs / peak / (epochs * (update - reduce) + reduce),
         )
 

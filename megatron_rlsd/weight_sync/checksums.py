@@ -38,6 +38,9 @@ BY_COLUMNS = ("o_proj", "down_proj", "w2")
 VOCABULARY = ("embed_tokens", "lm_head")
 VOCABULARY_MULTIPLE = 64
 """Rows that SGLang fills the vocabulary up to, with zeros."""
+INTERMEDIATE = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+CPU_INTERMEDIATE_MULTIPLE = 32
+"""A CPU server fills each rank's part of a layer's intermediate size up to this, with zeros."""
 LONGEST_PIECE = 2**24
 """Words hashed together, which bounds the memory for intermediate results."""
 
@@ -50,6 +53,8 @@ class Rank:
     size: int
     kv_heads: int
     """Of the whole model: ranks beyond their number hold copies."""
+    intermediate_multiple: int = 1
+    """What each rank's part of the intermediate size is filled up to."""
 
 
 def kv_heads(hf_config: Mapping[str, Any]) -> int:
@@ -160,28 +165,32 @@ def _shard(name: str, tensor: Tensor, rank: Rank) -> Iterator[Tensor]:
     """The rows or columns of a Hugging Face tensor that a rank holds."""
     module, _, kind = name.rpartition(".")
     part = module.rpartition(".")[2]
+    multiple = rank.size
     if part in VOCABULARY:
-        yield from _vocabulary_rows(tensor, rank)
-    elif rank.size == 1:
-        yield tensor
-    elif part in BY_ROWS:
+        multiple = VOCABULARY_MULTIPLE
+        if -(-len(tensor) // multiple) * multiple % rank.size:
+            multiple *= rank.size
+    elif part in INTERMEDIATE:
+        multiple = rank.intermediate_multiple * rank.size
+    if part in BY_ROWS:
         copies = 1
         if part in ("k_proj", "v_proj"):
             copies = max(1, rank.size // rank.kv_heads)
-        yield tensor.chunk(rank.size // copies)[rank.rank // copies]
+            multiple //= copies
+        start, each = _place(len(tensor), rank.rank // copies, rank.size // copies, multiple)
+        rows = tensor[start : start + each]
+        yield rows
+        if len(rows) < each:
+            yield tensor.new_zeros(each - len(rows), *tensor.shape[1:])
     elif part in BY_COLUMNS and kind == "weight":
-        yield tensor.chunk(rank.size, dim=1)[rank.rank]
+        start, each = _place(tensor.shape[1], rank.rank, rank.size, multiple)
+        columns = tensor[:, start : start + each]
+        yield torch.nn.functional.pad(columns, (0, each - columns.shape[1]))
     else:
         yield tensor
 
 
-def _vocabulary_rows(tensor: Tensor, rank: Rank) -> Iterator[Tensor]:
-    multiple = VOCABULARY_MULTIPLE
-    if -(-len(tensor) // multiple) * multiple % rank.size:
-        multiple *= rank.size
-    padded = -(-len(tensor) // multiple) * multiple
-    each = padded // rank.size
-    rows = tensor[rank.rank * each : (rank.rank + 1) * each]
-    yield rows
-    if len(rows) < each:
-        yield tensor.new_zeros(each - len(rows), *tensor.shape[1:])
+def _place(length: int, rank: int, size: int, multiple: int) -> tuple[int, int]:
+    """First index and number of a rank's share of ``length`` filled up to ``multiple``."""
+    each = -(-length // multiple) * multiple // size
+    return rank * each, each

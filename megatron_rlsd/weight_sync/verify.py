@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_rlsd.rollout.sglang import Server, ServerFacts
 from megatron_rlsd.weight_sync.checksums import (
+    CPU_INTERMEDIATE_MULTIPLE,
     HashPieces,
     Rank,
     expected_checksums,
@@ -105,7 +106,8 @@ class Verifier:
 
     def _compute(self, names: list[str], rank: int, facts: ServerFacts) -> dict[str, str]:
         hf_config = json.loads((self._source / "config.json").read_text())
-        place = Rank(rank, facts.tensor_parallel, kv_heads(hf_config))
+        multiple = CPU_INTERMEDIATE_MULTIPLE if facts.device == "cpu" else 1
+        place = Rank(rank, facts.tensor_parallel, kv_heads(hf_config), multiple)
         return expected_checksums(names, self._held(), place, _hash_of(facts.device))
 
 

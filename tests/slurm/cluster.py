@@ -7,6 +7,7 @@ a child of the test process and ends with ``stop``.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 import psutil
 
 NODES = ("n1", "n2")
+PR_SET_PDEATHSIG = 1
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 SLURM_CONF = """
 ClusterName=test
@@ -176,6 +178,7 @@ class Cluster:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=end_with_parent,
                 )
             )
 
@@ -197,6 +200,11 @@ class Cluster:
                 )
                 raise ClusterError(f"not within {seconds} s: {what}; ended: {ended}{logs}")
             time.sleep(0.1)
+
+
+def end_with_parent() -> None:
+    """In a daemon's process: should the tests be killed, the kernel tells it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_ports(count: int) -> list[int]:

@@ -205,6 +205,10 @@ def test_time_follows_from_operations_rates_and_waiting(config: Config, model: M
     least = 8192 * 141e9 / (8 * 3350e9)
     assert slow.rollout is not None
     assert least < slow.rollout < 20 * least
+    assert slow.total == slow.rollout + slow.training
+    beside = changed(config, {"rollout.asynchronous": {"max_staleness": 1}})
+    assert beside is not None
+    assert plan_of(beside, model).time.total == max(slow.rollout, slow.training)
 
 
 def test_lengths_have_the_mean_asked_for_and_the_cut() -> None:

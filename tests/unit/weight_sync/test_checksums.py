@@ -97,6 +97,23 @@ def test_the_vocabulary_is_filled_up_with_zeros():
     assert torch.equal(joined(name, tensors, Rank(1, 2, 2)), full[64:].reshape(-1))
 
 
+def test_a_cpu_server_fills_up_the_intermediate_size():
+    tensors = held(**{f"m__{p}_proj__weight": (96, 3) for p in ("gate", "up")})
+    tensors |= held(m__down_proj__weight=(3, 96))
+    rank = Rank(1, 2, 2, 32)
+    gate, up = (torch.zeros(128, 3) for _ in range(2))
+    gate[:96], up[:96] = tensors["m.gate_proj.weight"], tensors["m.up_proj.weight"]
+    found = joined("m.gate_up_proj.weight", tensors, rank)
+    assert torch.equal(found, torch.cat([gate[64:], up[64:]]).reshape(-1))
+    down = torch.zeros(3, 128)
+    down[:, :96] = tensors["m.down_proj.weight"]
+    assert torch.equal(joined("m.down_proj.weight", tensors, rank), down[:, 64:].reshape(-1))
+    assert torch.equal(
+        joined("m.down_proj.weight", tensors, Rank(0, 2, 2)),
+        tensors["m.down_proj.weight"][:, :48].reshape(-1),
+    )
+
+
 def test_what_cannot_be_derived_is_not_guessed():
     tensors = held(a__q_proj__weight=(2, 2), a__k_proj__weight=(2, 2), norm__weight=(2,))
     assert pieces_of("a.qkv_proj.weight", tensors, ALONE) is None
