@@ -23,6 +23,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import megatron_rlsd.rollout.sglang
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.rollout.sglang import SGLangEngine
@@ -30,6 +31,20 @@ from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON
 from megatron_rlsd.types import GenerationRequest, SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+CPU_FOLDER = Path(megatron_rlsd.rollout.sglang.__file__).parent / "cpu"
+# Without the preparation that its CPU server gets SGLang cannot be imported here, nor without the
+# package datasets, which no random prompt needs.
+THEIR_CLIENT = f"""
+import importlib.util, sys, types
+sys.path.insert(0, {str(CPU_FOLDER)!r})
+if importlib.util.find_spec("datasets") is None:
+    sys.modules["datasets"] = types.ModuleType("datasets")
+    sys.modules["datasets"].load_dataset = None
+import launch
+from sglang.benchmark.serving import cli_main
+cli_main()
+"""
 
 
 def without_end(model: Path, folder: Path) -> Path:
@@ -84,7 +99,7 @@ def ours(engine: SGLangEngine, args: argparse.Namespace, vocab_size: int, seed: 
 def theirs(engine: SGLangEngine, args: argparse.Namespace, model: Path, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.jsonl"
-        command = [str(PROJECT_PYTHON), "-m", "sglang.benchmark.serving", "--backend", "sglang"]
+        command = [str(PROJECT_PYTHON), "-c", THEIR_CLIENT, "--backend", "sglang"]
         command += ["--base-url", engine.fleet.servers[0].url, "--model", str(model)]
         command += ["--dataset-name", "random-ids", "--tokenize-prompt"]
         command += ["--random-input-len", str(args.prompt_tokens)]

@@ -68,6 +68,8 @@ class Verifier:
         self._version: int | None = None
         self._expected: dict[tuple[int, int, str, int], asyncio.Task[dict[str, str]]] = {}
         """By tensor-parallel rank and size, device and names: servers alike share the work."""
+        self._names: list[list[str]] = []
+        """Of each tensor-parallel rank, as a server reported them last."""
 
     def new_version(self, version: int) -> None:
         if version != self._version:
@@ -83,9 +85,15 @@ class Verifier:
                 "compared with what was sent: set weight_sync.verify_interval=0"
             )
         result = Comparison(str(server), self._version)
+        if len(self._names) == facts.tensor_parallel:
+            # Both sides at once, if the names are still these.
+            for rank, names in enumerate(self._names):
+                self._expect(names, rank, facts)
         theirs = await server.client.checksums(timeout=self._seconds)
+        self._names = [sorted(found) for found in theirs]
         for rank, found in enumerate(theirs):
-            expected = await self._expect(sorted(found), rank, facts)
+            # Another server may wait for it too.
+            expected = await asyncio.shield(self._expect(self._names[rank], rank, facts))
             for name, checksum in found.items():
                 if name not in expected:
                     result.unknown.add(name)
@@ -96,13 +104,14 @@ class Verifier:
         result.matching -= result.wrong
         return result
 
-    async def _expect(self, names: list[str], rank: int, facts: ServerFacts) -> dict[str, str]:
+    def _expect(
+        self, names: list[str], rank: int, facts: ServerFacts
+    ) -> asyncio.Task[dict[str, str]]:
         key = (rank, facts.tensor_parallel, facts.device, hash(tuple(names)))
         if key not in self._expected:
             work = asyncio.to_thread(self._compute, names, rank, facts)
             self._expected[key] = asyncio.create_task(work)
-        # Another server may wait for it too.
-        return await asyncio.shield(self._expected[key])
+        return self._expected[key]
 
     def _compute(self, names: list[str], rank: int, facts: ServerFacts) -> dict[str, str]:
         hf_config = json.loads((self._source / "config.json").read_text())
