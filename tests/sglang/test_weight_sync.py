@@ -241,18 +241,20 @@ def test_a_server_that_hangs_in_an_update_is_left_behind_within_the_bound(
 
 
 def test_a_servers_own_label_is_not_believed_when_it_was_lost(
-    over: Publisher, engine: SGLangEngine
+    published: Publisher, engine: SGLangEngine, requests_of: MakeRequests
 ) -> None:
     """An earlier run may have left other weights there under the same version."""
+    # Good answers: three doubts without one would have it restarted.
+    engine.generate(requests_of(4, 2))
     stray = engine.fleet.servers[0]
-    engine.call(scale(stray, TENSOR, over.reference, 3.0)(), 60)
+    engine.call(scale(stray, TENSOR, published.reference, 3.0)(), 60)
     found = engine.call(stray.client.weight_version(timeout=30), 60)
-    assert found == str(over.version)
+    assert found == str(published.version)
     stray.holds = None
     engine._loop.call_soon_threadsafe(stray.distrust, "a test")
-    wait_until(lambda: stray.state is not State.READY or stray.holds is not None, 30, "doubted")
+    wait_until(lambda: stray.holds is not None, 60, "it was given weights")
     wait_until(lambda: stray.state is State.READY, 60, "trusted again")
-    check_servers(over, engine)
+    check_servers(published, engine)
 
 
 TRAINER = """

@@ -22,7 +22,7 @@ from tests.slurm.cluster import Cluster, ClusterError
 STEPS = 6
 SCRIPT = ROOT / "examples/run_rlsd_70b.sh"
 JOB_SECONDS = 400
-"""About 70 on two quiet cores. Twice this is below the limit of a test."""
+"""About 60 on two quiet cores. Twice this is below the limit of a test."""
 
 
 @dataclass
