@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang import Server, ServerFacts, SGLangClient, SGLangEngine
 from megatron_rlsd.weight_sync.flat import Allocate, FlatBucket
-from megatron_rlsd.weight_sync.payload import payload, shared_buffer
+from megatron_rlsd.weight_sync.payload import payload, remove_stale_names, shared_buffer
 from megatron_rlsd.weight_sync.streamed import StreamedTransport
 from megatron_rlsd.weight_sync.transport import SyncSettings
 
@@ -28,6 +28,8 @@ class IpcTransport(StreamedTransport):
 
     def __init__(self, engine: SGLangEngine | None, settings: SyncSettings) -> None:
         super().__init__(engine, settings)
+        if engine is not None:
+            remove_stale_names()
         self._facts: dict[Server, tuple[SGLangClient, ServerFacts]] = {}
 
     def _allocator(self) -> Allocate:

@@ -52,6 +52,14 @@ def shared_buffer(nbytes: int) -> Tensor:
     return buffer
 
 
+def remove_stale_names() -> None:
+    """Free the buckets that trainers were killed over while they were being read."""
+    for path in SHARED_MEMORY.glob("rlsd_*_*"):
+        pid = path.name.split("_")[1]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            path.unlink(missing_ok=True)
+
+
 def _file_of(storage: torch.UntypedStorage) -> Path:
     return SHARED_MEMORY / storage._share_filename_cpu_()[1].decode().lstrip("/")
 
