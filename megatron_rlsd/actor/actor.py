@@ -39,6 +39,7 @@ from megatron_rlsd.actor.packing import (
     build_micro_batch,
     response_offsets,
 )
+from megatron_rlsd.actor.precision import layer_kind
 from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import Family, ShardLayout, export_hf_tensors, load_hf_weights
 from megatron_rlsd.ops import (
@@ -121,9 +122,10 @@ class Actor:
         self.family, self.hf_config, self.groups = family, hf_config, groups
         self.vocab_size: int = hf_config["vocab_size"]
         self._max_tokens = config.train.max_tokens_per_microbatch
-        self._pack_shape = pack_shape(config.parallel)
-        self._config = transformer_config(config.model, config.parallel, family, hf_config)
-        self.chunks: list[HeadGPTModel] = build_model(self._config, family, hf_config, groups)
+        self._pack_shape = pack_shape(config.parallel, config.pack_multiple)
+        kind = layer_kind(config.model.precision, groups.device)
+        self._config = transformer_config(config.model, config.parallel, family, hf_config, kind)
+        self.chunks: list[HeadGPTModel] = build_model(self._config, family, hf_config, groups, kind)
         # Before the optimizer, whose float32 master copy of 16-bit weights is made from them.
         self.load_hf(Path(config.model.hf_path))
         self._model: list[Any] = list(self.chunks)

@@ -32,12 +32,12 @@ class PackShape:
         return max(self.pack_multiple, round_up(total, self.pack_multiple))
 
 
-def pack_shape(parallel: ParallelConfig) -> PackShape:
-    """What this layout asks of its packs."""
+def pack_shape(parallel: ParallelConfig, pack_multiple: int) -> PackShape:
+    """What this layout asks of its packs; ``pack_multiple``: Config.pack_multiple."""
     interleaved = parallel.virtual_pipeline > 1
     return PackShape(
         sequence_multiple=parallel.sequence_multiple,
-        pack_multiple=parallel.pack_multiple,
+        pack_multiple=pack_multiple,
         equal_lengths=interleaved,
         count_multiple=parallel.pipeline if interleaved else 1,
     )

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -26,6 +29,7 @@ from torch import Tensor
 
 from megatron_rlsd.actor.context_parallel import gather_pack, held_chunks
 from megatron_rlsd.actor.latent_attention import LatentAttention
+from megatron_rlsd.actor.precision import LayerKind
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -117,21 +121,27 @@ class PackedAttention(MegatronModule):
         return out[0] if squeeze else out
 
 
-def local_block_spec(
-    config: TransformerConfig, vp_stage: int | None = None
+def block_spec(
+    config: TransformerConfig, kind: LayerKind, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Megatron's local layer specs with the layers above in place of those that need CUDA.
+    """This rank's layers: Transformer Engine's, or Megatron's local ones with the layers above in
+    place of those that need CUDA.
 
     ``vp_stage``: the model chunk on this rank, where pipeline stages are interleaved.
     """
     offset = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
+    layer_spec, norm = _local_layer_spec, RMSNorm
+    if kind == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer_spec, norm = _engine_layer_spec, TENorm
     return TransformerBlockSubmodules(
         layer_specs=[
-            _local_layer_spec(config, has_experts(config, layer))
+            layer_spec(config, has_experts(config, layer))
             for layer in range(offset, offset + count)
         ],
-        layer_norm=RMSNorm,
+        layer_norm=norm,
     )
 
 
@@ -143,6 +153,15 @@ def has_experts(config: TransformerConfig, layer: int) -> bool:
     if isinstance(frequency, int):
         return layer % frequency == 0
     return bool(frequency[layer])
+
+
+def _engine_layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if with_experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
 
 
 def _local_layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:

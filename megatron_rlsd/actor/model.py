@@ -11,7 +11,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from megatron_rlsd.actor.layers import local_block_spec
+from megatron_rlsd.actor.layers import block_spec
+from megatron_rlsd.actor.precision import LayerKind, precision_fields
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import Family
 from megatron_rlsd.parallel.groups import ParallelGroups
@@ -59,7 +60,11 @@ class HeadGPTModel(GPTModel):
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, family: Family, hf_config: dict[str, Any]
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    family: Family,
+    hf_config: dict[str, Any],
+    kind: LayerKind = "local",
 ) -> TransformerConfig:
     """Megatron's configuration: the family's fields, this layout, this precision."""
     dtype = getattr(torch, model.dtype)
@@ -79,9 +84,13 @@ def transformer_config(
     fields = family.transformer_config_fields(hf_config)
     latent = fields.get("multi_latent_attention", False)
     config_class = MLATransformerConfig if latent else TransformerConfig
+    precision = precision_fields(
+        model.precision, kind, has_experts=bool(fields.get("num_moe_experts"))
+    )
     return config_class(
         **fields,
         **recompute,
+        **precision,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
@@ -125,7 +134,11 @@ def _leave_unset(weight: Tensor) -> Tensor:
 
 
 def build_model(
-    config: TransformerConfig, family: Family, hf_config: dict[str, Any], groups: ParallelGroups
+    config: TransformerConfig,
+    family: Family,
+    hf_config: dict[str, Any],
+    groups: ParallelGroups,
+    kind: LayerKind = "local",
 ) -> list[HeadGPTModel]:
     """This rank's model chunks (one, unless pipeline stages are interleaved), weights unset."""
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
@@ -134,7 +147,7 @@ def build_model(
         vp_stage = number if num_chunks > 1 else None
         chunk = HeadGPTModel(
             config,
-            local_block_spec(config, vp_stage),
+            block_spec(config, kind, vp_stage),
             pre_process=groups.is_first_stage and number == 0,
             post_process=groups.is_last_stage and number == num_chunks - 1,
             pg_collection=groups.megatron,

@@ -10,7 +10,7 @@ from megatron_rlsd.config.data import (
     Source,
 )
 from megatron_rlsd.config.loading import dump_config, load_config, parse_config
-from megatron_rlsd.config.model import ModelConfig, ParallelConfig, TokenizerConfig
+from megatron_rlsd.config.model import ModelConfig, ParallelConfig, PrecisionConfig, TokenizerConfig
 from megatron_rlsd.config.operation import (
     CheckpointConfig,
     DistributedConfig,
@@ -52,6 +52,7 @@ __all__ = [
     "ObservabilityConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PrecisionConfig",
     "PromptConfig",
     "ReasoningGymSource",
     "RewardConfig",

@@ -9,15 +9,67 @@ from pydantic import Field, model_validator
 from megatron_rlsd.config.section import Section
 
 
+class PrecisionConfig(Section):
+    """Arithmetic inside the transformer layers. The head, the log-probabilities and the loss are no
+    part of it: they take hidden states and weights in model.dtype and count in float32."""
+
+    layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose modules the layers are made of. auto: Transformer Engine's where CUDA and it are."""
+    fp8: Literal["none", "delayed", "current", "blockwise", "mxfp8"] = "none"
+    """Scaling of 8-bit products: by earlier maxima, by the tensor's own, by blocks (Hopper), by
+    blocks of 32 (Blackwell). Weights, gradients and optimizer stay in model.dtype and float32."""
+    fp8_format: Literal["e4m3", "hybrid"] = "hybrid"
+    """hybrid: gradients in e5m2."""
+    fp8_amax_history: int = Field(1024, ge=1)
+    """delayed: steps whose maxima set the scale."""
+    first_layers_bf16: int = Field(0, ge=0)
+    last_layers_bf16: int = Field(0, ge=0)
+    """Layers at the model's start and end whose products stay in bfloat16."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> PrecisionConfig:
+        kept = self.first_layers_bf16 or self.last_layers_bf16
+        if self.fp8 == "none" and kept:
+            raise ValueError(
+                f"first_layers_bf16={self.first_layers_bf16} and last_layers_bf16="
+                f"{self.last_layers_bf16} mean nothing with fp8=none"
+            )
+        if self.fp8 != "none" and self.layers == "local":
+            raise ValueError(
+                f"fp8={self.fp8} needs layers=transformer_engine (or auto): the local layers have "
+                "no 8-bit products"
+            )
+        if self.fp8 == "delayed" and kept:
+            raise ValueError(
+                "fp8=delayed keeps maxima of all layers and cannot leave some in bfloat16; use "
+                "fp8=current or blockwise with first_layers_bf16 and last_layers_bf16"
+            )
+        return self
+
+    @property
+    def token_multiple(self) -> int:
+        """Tokens of a rank's micro-batch are a multiple of this: 8-bit products demand it."""
+        return {"none": 1, "delayed": 16, "current": 16, "mxfp8": 32, "blockwise": 128}[self.fp8]
+
+
 class ModelConfig(Section):
     hf_path: str
     """Folder with config.json and safetensors; the architecture and the initial weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: PrecisionConfig = PrecisionConfig()
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: list[str] = ["core_attn"]
     """For selective recompute: Megatron's names (core_attn, mlp, layernorm, ...)."""
     recompute_num_layers: int = Field(1, ge=1)
     """For full recompute: layers per checkpointed unit."""
+
+    @model_validator(mode="after")
+    def _products_fit_the_weights(self) -> ModelConfig:
+        if self.precision.fp8 != "none" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"precision.fp8={self.precision.fp8} needs dtype=bfloat16, got dtype={self.dtype}"
+            )
+        return self
 
 
 class TokenizerConfig(Section):
@@ -74,5 +126,5 @@ class ParallelConfig(Section):
 
     @property
     def pack_multiple(self) -> int:
-        """Each micro-batch is padded to a multiple of this many tokens."""
+        """What the layout asks of a micro-batch's tokens; see Config.pack_multiple."""
         return self.sequence_multiple * (self.tensor if self.sequence else 1)

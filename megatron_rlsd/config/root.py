@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import model_validator
@@ -41,6 +42,14 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
     distributed: DistributedConfig = DistributedConfig()
+
+    @property
+    def pack_multiple(self) -> int:
+        """Each micro-batch, context-parallel ranks together, is padded to a multiple of this."""
+        return math.lcm(
+            self.parallel.pack_multiple,
+            self.model.precision.token_multiple * self.parallel.context,
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -90,10 +99,10 @@ class Config(Section):
             raise ValueError(
                 "sft.stop_at_accuracy needs data.eval, eval.interval > 0 and eval.n_samples > 0"
             )
-        if self.train.max_tokens_per_microbatch < self.parallel.pack_multiple:
+        if self.train.max_tokens_per_microbatch < self.pack_multiple:
             raise ValueError(
                 f"train.max_tokens_per_microbatch={self.train.max_tokens_per_microbatch} is less "
-                f"than {self.parallel.pack_multiple}, of which every micro-batch is a multiple in "
+                f"than {self.pack_multiple}, of which every micro-batch is a multiple in "
                 f"this layout"
             )
         batch = self.train.global_batch_size

@@ -95,7 +95,7 @@ def workload(config: Config, tokens: StepTokens, data_parallel: int) -> Workload
     longest prompt, hint and response decide where they are longer.
     """
     limit = config.train.max_tokens_per_microbatch
-    multiple = config.parallel.pack_multiple
+    multiple = config.pack_multiple
     longest = config.prompts.max_prompt_tokens + config.rollout.max_response_tokens
     hinted = longest + config.prompts.max_hint_tokens
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+
+if find_spec("megatron") is None:
+    pytest.skip("not installed: megatron-core", allow_module_level=True)
 
 from megatron_rlsd.actor.actor import Actor, TokenValues
 from megatron_rlsd.actor.packing import Sequence

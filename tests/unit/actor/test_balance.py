@@ -28,7 +28,9 @@ layouts = st.sampled_from(
 @settings(max_examples=300, deadline=None)
 def test_micro_batches_hold_everything_once_within_the_bound(lengths_by_rank, max_tokens, layout):
     parallel = ParallelConfig(**layout)
-    plan = plan_micro_batches(lengths_by_rank, max_tokens, pack_shape(parallel))
+    plan = plan_micro_batches(
+        lengths_by_rank, max_tokens, pack_shape(parallel, parallel.pack_multiple)
+    )
     counts = {len(bins) for bins in (*plan.members, *plan.pack_lengths)}
     assert len(counts) == 1
     count = counts.pop()

@@ -1,0 +1,87 @@
+"""Whose modules the layers are made of, and in how many bits they multiply."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import torch
+
+from megatron_rlsd.config import PrecisionConfig
+from megatron_rlsd.platform import PlatformError
+
+LayerKind = Literal["local", "transformer_engine"]
+CAPABILITY = {"delayed": (8, 9), "current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""The first compute capability with these products."""
+ENGINE_VERSION = {"delayed": (1, 7), "current": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
+"""The first release of Transformer Engine with them."""
+
+
+def layer_kind(precision: PrecisionConfig, device: torch.device) -> LayerKind:
+    """The layers to build on this machine.
+
+    Raises PlatformError where Transformer Engine was asked for, by name or by fp8, and cannot be
+    had here, with the reason.
+    """
+    if precision.layers == "local":
+        return "local"
+    reason = _missing(device)
+    if reason is None:
+        if precision.fp8 != "none":
+            capability = torch.cuda.get_device_capability(device)
+            check_fp8(precision, capability, version("transformer-engine"))
+        return "transformer_engine"
+    if precision.fp8 != "none":
+        raise PlatformError(f"model.precision.fp8={precision.fp8}: {reason}")
+    if precision.layers == "transformer_engine":
+        raise PlatformError(f"model.precision.layers=transformer_engine: {reason}")
+    return "local"
+
+
+def check_fp8(precision: PrecisionConfig, capability: tuple[int, int], engine: str) -> None:
+    """Raise PlatformError unless this device and Transformer Engine release have the products."""
+    needed, first = CAPABILITY[precision.fp8], ENGINE_VERSION[precision.fp8]
+    if capability < needed:
+        raise PlatformError(
+            f"model.precision.fp8={precision.fp8} needs compute capability "
+            f"{needed[0]}.{needed[1]}, this device has {capability[0]}.{capability[1]}"
+        )
+    if tuple(int(part) for part in engine.split(".")[:2]) < first:
+        raise PlatformError(
+            f"model.precision.fp8={precision.fp8} needs transformer-engine "
+            f">= {first[0]}.{first[1]}, found {engine}"
+        )
+
+
+def precision_fields(
+    precision: PrecisionConfig, kind: LayerKind, *, has_experts: bool
+) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig."""
+    if kind == "local":
+        return {}
+    fields: dict[str, Any] = {"moe_grouped_gemm": has_experts}
+    if precision.fp8 == "none":
+        return fields
+    kept = precision.first_layers_bf16 + precision.last_layers_bf16
+    return fields | {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": "tensorwise" if precision.fp8 == "current" else precision.fp8,
+        "fp8_amax_history_len": precision.fp8_amax_history,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": kept > 0,
+        "num_layers_at_start_in_bf16": precision.first_layers_bf16,
+        "num_layers_at_end_in_bf16": precision.last_layers_bf16,
+        # Experts get any number of tokens; the products need multiples.
+        "moe_router_padding_for_quantization": has_experts,
+    }
+
+
+def _missing(device: torch.device) -> str | None:
+    """Why Transformer Engine cannot be used on this device; None: it can."""
+    if device.type != "cuda":
+        return f"Transformer Engine needs a CUDA device, this is {device.type}"
+    try:
+        version("transformer-engine")
+    except PackageNotFoundError:
+        return "the package transformer-engine is not installed"
+    return None

@@ -1,0 +1,116 @@
+"""Transformer Engine's layers against the local ones on one GPU, and the noise of FP8."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+if missing := [name for name in ("megatron", "transformer_engine") if find_spec(name) is None]:
+    pytest.skip(f"not installed: {', '.join(missing)}", allow_module_level=True)
+
+from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.precision import CAPABILITY
+from megatron_rlsd.config import parse_config
+from megatron_rlsd.hf_bridge import family_for, load_hf_config
+from megatron_rlsd.ops import PolicyLossConfig
+from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.parallel.layout import model_shape
+
+LENGTHS = (96, 40, 120)
+RESPONSE = 32
+EVIDENCE_CLIP = 0.2
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(model: Path) -> dict[str, Any]:
+    return measured(model, {"layers": "local"})
+
+
+def test_a_step_with_its_layers_is_the_local_layers_step(model: Path, local: Any) -> None:
+    """Both in bfloat16, so to its rounding."""
+    found = measured(model, {"layers": "transformer_engine"})
+    noise = (found["log_probs"] - local["log_probs"]).abs()
+    print(f"Transformer Engine against local: log-probs {noise.mean():.1e}, {noise.max():.1e} max")
+    assert noise.mean() < 0.02
+    assert found["grad_norm"] == pytest.approx(local["grad_norm"], rel=0.02)
+    for name, weight in local["weights"].items():
+        assert (found["weights"][name] - weight).norm() <= 1e-2 * weight.norm(), name
+
+
+@pytest.mark.parametrize("fp8", ["delayed", "current", "blockwise", "mxfp8"])
+def test_noise_of_fp8_beside_the_evidence_clip(model: Path, local: Any, fp8: str) -> None:
+    if torch.cuda.get_device_capability() < CAPABILITY[fp8]:
+        pytest.skip(f"{fp8} needs compute capability {CAPABILITY[fp8]}")
+    found = measured(model, {"layers": "transformer_engine", "fp8": fp8})
+    noise = found["log_probs"] - local["log_probs"]
+    share = float(noise.std()) / math.log1p(EVIDENCE_CLIP)
+    print(f"{fp8}: log-prob noise std {noise.std():.1e}, {share:.0%} of log(1 + evidence_clip)")
+    # Student and teacher run in the same precision; what they do not share is less than this.
+    assert noise.abs().mean() < 0.3
+    assert found["grad_norm"] == pytest.approx(local["grad_norm"], rel=0.2)
+
+
+def measured(model: Path, precision: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities, one update, and the weights after it."""
+    config = parse_config(
+        {
+            "run_dir": str(model.parent / "run"),
+            "model": {"hf_path": str(model), "dtype": "bfloat16", "precision": precision},
+            "data": {"train": [{"kind": "jsonl", "path": "unused"}]},
+            "reward": {"functions": [{"name": "exact_match"}]},
+            "optimizer": {"lr": 1e-4},
+        }
+    )
+    hf_config = load_hf_config(model)
+    family = family_for(hf_config)
+    generator = torch.Generator().manual_seed(1)
+    sequences = [
+        Sequence(ids[:-RESPONSE], ids[-RESPONSE:])
+        for ids in (
+            torch.randint(0, SIZES["vocab_size"], (n,), generator=generator).tolist()
+            for n in LENGTHS
+        )
+    ]
+    rows = RESPONSE * len(sequences)
+    with parallel_world(
+        config.parallel, model_shape(family, hf_config), timeout_seconds=120, seed=0
+    ) as groups:
+        actor = Actor(config, family, hf_config, groups, total_updates=10)
+        log_probs = actor.token_log_probs([sequences], 1.0)
+        assert log_probs is not None
+        values = TokenValues(
+            advantages=torch.linspace(-1, 1, rows, device=groups.device),
+            loss_weights=torch.full((rows,), 1 / rows, device=groups.device),
+        )
+        loss = PolicyLossConfig(rlsd_lambda=0.0)
+        result = actor.update([sequences], values, loss, 1.0)
+        return {
+            "log_probs": log_probs.float().cpu(),
+            "grad_norm": result.grad_norm,
+            "weights": {name: t.float().cpu().clone() for name, t in actor.hf_tensors()},
+        }

@@ -1,0 +1,106 @@
+"""What can be said of Transformer Engine and FP8 without a GPU: arguments, padding, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from megatron_rlsd.actor import model
+from megatron_rlsd.actor.precision import check_fp8, layer_kind, precision_fields
+from megatron_rlsd.config import Config, ConfigError, PrecisionConfig, parse_config
+from megatron_rlsd.platform import PlatformError
+
+CPU = torch.device("cpu")
+BFLOAT16 = {"dtype": "bfloat16"}
+
+
+def test_on_a_cpu_the_layers_are_local_unless_that_is_refused() -> None:
+    assert layer_kind(PrecisionConfig(), CPU) == "local"
+    assert layer_kind(PrecisionConfig(layers="local"), CPU) == "local"
+    with pytest.raises(PlatformError, match=r"layers=transformer_engine: .*needs a CUDA device"):
+        layer_kind(PrecisionConfig(layers="transformer_engine"), CPU)
+    with pytest.raises(PlatformError, match=r"precision.fp8=current: .*needs a CUDA device"):
+        layer_kind(PrecisionConfig(fp8="current"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "capability", "engine", "message"),
+    [
+        ("current", (8, 0), "2.15.0", r"capability 8\.9, this device has 8\.0"),
+        ("blockwise", (8, 9), "2.15.0", r"capability 9\.0, this device has 8\.9"),
+        ("mxfp8", (9, 0), "2.15.0", r"capability 10\.0, this device has 9\.0"),
+        ("blockwise", (9, 0), "2.2.0", r"transformer-engine >= 2\.3, found 2\.2\.0"),
+        ("current", (9, 0), "1.13.0+abc", r"transformer-engine >= 2\.2, found 1\.13"),
+    ],
+)
+def test_what_a_device_or_a_release_lacks_is_named(fp8, capability, engine, message) -> None:
+    with pytest.raises(PlatformError, match=message):
+        check_fp8(PrecisionConfig(fp8=fp8), capability, engine)
+
+
+def test_hopper_has_all_but_mxfp8() -> None:
+    for fp8 in ("delayed", "current", "blockwise"):
+        check_fp8(PrecisionConfig(fp8=fp8), (9, 0), "2.15.0")
+    check_fp8(PrecisionConfig(fp8="mxfp8"), (10, 0), "2.15.0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fp8": "current", "layers": "local"}, "needs layers=transformer_engine"),
+        ({"fp8": "delayed", "first_layers_bf16": 1}, "cannot leave some in bfloat16"),
+        ({"last_layers_bf16": 1}, "mean nothing with fp8=none"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrecisionConfig(**settings)
+
+
+def test_8_bit_products_need_bfloat16_weights(make_config: Callable[..., Config]) -> None:
+    raw = make_config().model_dump(mode="json")
+    raw["model"]["precision"] = {"fp8": "current"}
+    with pytest.raises(ConfigError, match="needs dtype=bfloat16, got dtype=float32"):
+        parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "parallel", "multiple"),
+    [
+        ("none", {}, 1),
+        ("current", {}, 16),
+        ("mxfp8", {"context": 2}, 64),
+        ("blockwise", {"tensor": 2, "sequence": True}, 128),
+        ("current", {"context": 2, "tensor": 3, "sequence": True}, 96),
+    ],
+)
+def test_micro_batches_are_padded_to_what_the_products_take(
+    make_config: Callable[..., Config], fp8: str, parallel: dict, multiple: int
+) -> None:
+    raw = make_config(parallel=parallel).model_dump(mode="json")
+    raw["model"] |= {**BFLOAT16, "precision": {"fp8": fp8}}
+    assert parse_config(raw).pack_multiple == multiple
+
+
+@pytest.mark.parametrize("fp8", ["none", "delayed", "current", "blockwise", "mxfp8"])
+def test_megatron_takes_the_fields(fp8: str) -> None:
+    kept = {"first_layers_bf16": 1, "last_layers_bf16": 2} if fp8 in ("current", "mxfp8") else {}
+    precision = PrecisionConfig(fp8=fp8, fp8_format="e4m3", **kept)
+    fields = precision_fields(precision, "transformer_engine", has_experts=False)
+    config = model.TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=2, **fields)
+    recipe = {"none": None, "current": "tensorwise"}.get(fp8, fp8)
+    assert (config.fp8_recipe if config.fp8 else None) == recipe
+    assert config.first_last_layers_bf16 == bool(kept)
+    if kept:
+        assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (1, 2)
+    assert precision_fields(precision, "local", has_experts=True) == {}
+
+
+def test_experts_are_grouped_and_padded() -> None:
+    fields = precision_fields(
+        PrecisionConfig(fp8="blockwise"), "transformer_engine", has_experts=True
+    )
+    assert fields["moe_grouped_gemm"]
+    assert fields["moe_router_padding_for_quantization"]
