@@ -49,7 +49,14 @@ def response(pieces: list[str], reward: float, gains: list[float] | None, text: 
             entropy=[0.7] * count,
         )
     return Trajectory(
-        problem, [1], [1], generation, text, RewardResult(reward, {}), advantage, credit
+        problem,
+        [1],
+        [1],
+        generation,
+        text,
+        RewardResult(reward, {}),
+        advantage,
+        credit=credit,
     )
 
 
