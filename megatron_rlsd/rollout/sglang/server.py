@@ -263,7 +263,8 @@ class Supervisor:
                 return f"{server.faults} faults in a row, the last: {server.reason}"
             failures = 0
             next_check = time.monotonic() + config.health_interval_seconds
-            if server.state is State.SUSPECT:
+            # Doubt that came up in the middle of this check is for the next one.
+            if server.state is State.SUSPECT and not server.recheck.is_set():
                 server.state, server.reason = State.READY, ""
                 self._changed()
 
