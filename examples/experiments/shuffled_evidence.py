@@ -1,0 +1,43 @@
+"""RLSD's control: the same evidence, on the wrong tokens.
+
+The gains of each response are permuted over its tokens before the update, so that the weights keep
+their distribution within every response and lose their place. The student's log-probabilities are
+taken from the rollout: with one update a rollout and the embedded engine they are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import megatron_rlsd.train
+from megatron_rlsd.config import Config
+from megatron_rlsd.learner import Learner, Scores
+from megatron_rlsd.types import TrainBatch
+
+
+class ShuffledLearner(Learner):
+    """Learner whose teacher's gains are permuted within each response."""
+
+    def __init__(self, config: Config, *rest: Any) -> None:
+        super().__init__(config, *rest)
+        self._generator = torch.Generator().manual_seed(config.train.seed)
+
+    def score(self, batch: TrainBatch, splits: list[list[list[int]]], rlsd_lambda: float) -> Scores:
+        scores = super().score(batch, splits, rlsd_lambda)
+        for index, teacher in (scores.teacher or {}).items():
+            student = teacher.new_tensor(batch.rollout_log_probs[index])
+            order = torch.randperm(len(teacher), generator=self._generator)
+            scores.teacher[index] = student + (teacher - student)[order]
+        return scores
+
+
+def train(config: Config) -> None:
+    """megatron_rlsd.train.train with the control's learner."""
+    plain = megatron_rlsd.train.Learner
+    megatron_rlsd.train.Learner = ShuffledLearner
+    try:
+        megatron_rlsd.train.train(config)
+    finally:
+        megatron_rlsd.train.Learner = plain
