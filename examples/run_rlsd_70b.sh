@@ -3,15 +3,16 @@
 #
 #     sbatch examples/run_rlsd_70b.sh [key=value ...]            # as a job that requeues itself
 #     bash examples/run_rlsd_70b.sh [key=value ...]              # inside an allocation (salloc)
-#     TINY=1 sbatch --nodes=2 --gres=none examples/run_rlsd_70b.sh   # the same without any GPU
+#     TINY=1 sbatch examples/run_rlsd_70b.sh                     # the same without any GPU
 #
 # docs/slurm.md explains it. Every setting below is an environment variable; key=value goes to the
 # configuration. A preemption signal makes the trainer save; the job then requeues itself, and goes
 # on. Whatever part dies, the job ends, with the last lines of that part's log.
 #
+# Whole nodes, and with them their GPUs (none is fine for TINY=1). The 70B default wants six: given
+# fewer, which the range allows so that TINY=1 takes two, the job submits itself again for six.
 #SBATCH --job-name=rlsd
-#SBATCH --nodes=6
-#SBATCH --gres=gpu:8
+#SBATCH --nodes=2-6
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --output=rlsd_%j.log
@@ -45,6 +46,9 @@ settings() {
     [[ -f $REPO/megatron_rlsd/train.py ]] ||
         fail "REPO=$REPO is not this repository; submit from there, or set REPO"
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    [[ $TINY != 1 ]] || nodes=("${nodes[@]:0:2}")
+    # Slurm's defaults for srun; every step says itself what it takes.
+    unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET
 
     CONTAINER_IMAGE=${CONTAINER_IMAGE:-}
     CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}
@@ -59,8 +63,11 @@ settings() {
         MODEL=${MODEL:-$RUN_DIR/model}
         GPUS_PER_NODE=${GPUS_PER_NODE:-0}
         TRAINER_TASKS_PER_NODE=${TRAINER_TASKS_PER_NODE:-2}
+        NODES=${NODES:-0}
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     else
+        # How many nodes another configuration wants, its author knows.
+        NODES=${NODES:-$([[ -n ${CONFIG:-} ]] && echo 0 || echo 6)}
         CONFIG=${CONFIG:-$REPO/examples/configs/llama_70b.yaml}
         RUN_DIR=${RUN_DIR:-$REPO/runs/llama_70b}
         MODEL=${MODEL:-$REPO/models/Llama-3.3-70B-Instruct}
@@ -75,6 +82,7 @@ settings() {
     MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 8000))}
     START_SECONDS=${START_SECONDS:-1800}
     STOP_SECONDS=${STOP_SECONDS:-30}
+    LATE_SECONDS=${LATE_SECONDS:-900}
     WAIT_SECONDS=${WAIT_SECONDS:-600}
     RUN_DIR=$(realpath -m "$RUN_DIR") MODEL=$(realpath -m "$MODEL") CONFIG=$(realpath -m "$CONFIG")
     LOG_DIR=${LOG_DIR:-$RUN_DIR/logs/job_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}}
@@ -83,6 +91,7 @@ settings() {
     printf '  %s\n' "TINY=$TINY" "REPO=$REPO" "CONFIG=$CONFIG" "MODEL=$MODEL" "RUN_DIR=$RUN_DIR" \
         "PYTHON=$PYTHON" \
         "SGLANG_PYTHON=$SGLANG_PYTHON  (of the servers; empty: the configuration's)" \
+        "NODES=$NODES  (to ask for should the layout need more than these; 0: none)" \
         "TRAINER_NODES=$TRAINER_NODES" \
         "ROLLOUT_NODES=$ROLLOUT_NODES  (0: servers share the trainer's nodes)" \
         "GPUS_PER_NODE=$GPUS_PER_NODE" \
@@ -90,6 +99,7 @@ settings() {
         "MASTER_PORT=$MASTER_PORT" \
         "START_SECONDS=$START_SECONDS  (until all servers serve)" \
         "STOP_SECONDS=$STOP_SECONDS  (a part has to end once it is told)" \
+        "LATE_SECONDS=$LATE_SECONDS  (before the job's time limit it does not start anew)" \
         "WAIT_SECONDS=$WAIT_SECONDS  (after the first trainer task ended, for the others)" \
         "CONTAINER_IMAGE=$CONTAINER_IMAGE  (empty: no container)" \
         "CONTAINER_MOUNTS=$CONTAINER_MOUNTS" \
@@ -113,7 +123,7 @@ of the $GPUS_PER_NODE GPUs of a node; trainer and servers cannot share a GPU"
 # The parts of the job: each is one srun in the background, known by its step's name.
 
 start_part() { # start_part NAME NODELIST TASKS_PER_NODE COMMAND...; logs are NAME_TASK.log
-    local name=$1 list=$2 tasks=$3 names container=() cpus
+    local name=$1 list=$2 tasks=$3 names container=() gpus=() cpus
     shift 3
     IFS=, read -ra names <<<"$list"
     cpus=$((${SLURM_JOB_CPUS_PER_NODE%%[^0-9]*} / tasks))
@@ -123,6 +133,8 @@ start_part() { # start_part NAME NODELIST TASKS_PER_NODE COMMAND...; logs are NA
             --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
             --no-container-mount-home)
     fi
+    # Of GPUs that came with the whole node a step gets none unless it says so.
+    [[ ! ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9] ]] || gpus=(--gres="gpu:$SLURM_GPUS_ON_NODE")
     # Slurm tells all parts at once when a job has to end, and servers must outlive the trainer's
     # last step: each part hears of it from this script alone, in its turn.
     # Steps overlap: where parts share a node, each sees all of it and takes GPUs by number.
@@ -131,7 +143,7 @@ start_part() { # start_part NAME NODELIST TASKS_PER_NODE COMMAND...; logs are NA
         --ntasks=$((${#names[@]} * tasks)) --ntasks-per-node="$tasks" \
         --cpus-per-task=$((cpus > 0 ? cpus : 1)) --distribution=block --overlap --export=ALL \
         --disable-status --kill-on-bad-exit=0 --wait="$WAIT_SECONDS" --chdir="$REPO" \
-        --output="$LOG_DIR/${name}_%t.log" "${container[@]}" \
+        --output="$LOG_DIR/${name}_%t.log" "${gpus[@]}" "${container[@]}" \
         bash -c 'trap "" TERM USR1
             export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
             exec "$@"' "$name" "$@" &
@@ -146,6 +158,15 @@ exit_code_of() { # exit_code_of NAME: in $code, of a part that ended
 }
 
 pause() { sleep 1 || true; } # a signal to the whole job ends the sleep, too
+
+finish_part() { # finish_part NAME: wait for its end; exit code in $code
+    while running "$1"; do
+        [[ -z $stop ]] || stop_early
+        pause
+    done
+    exit_code_of "$1"
+    unset "parts[$1]"
+}
 
 end_parts() { # end_parts SIGNAL NAME...: within STOP_SECONDS in order, then by force
     local name id deadline=$((SECONDS + STOP_SECONDS))
@@ -171,14 +192,62 @@ end_everything() {
     end_parts INT "${!parts[@]}"
 }
 
+seconds_left() { # of the job, as Slurm limits it; much if it has no limit
+    local end
+    end=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null) ||
+        end=$((EPOCHSECONDS + 1000000))
+    printf '%s' "$((end - EPOCHSECONDS))"
+}
+
+stop_early() { # a signal came before the trainer started: nothing has to be saved
+    end_everything
+    [[ $stop != SIGINT ]] || fail "SIGINT before the trainer started"
+    # Starting again would only come this far again.
+    (($(seconds_left) > LATE_SECONDS)) ||
+        fail "$stop before the trainer started, at the end of the job's time limit: raise --time"
+    requeue "$stop before the trainer started"
+}
+
 make_tiny_model() {
     [[ ! -f $MODEL/config.json ]] || return 0
     say "making a tiny random model: $MODEL"
     start_part model "${trainer_nodes[0]}" 1 "$PYTHON" tools/make_tiny_model.py "$CONFIG" \
         "$MODEL" --vocab-size 320 --hidden-size 32 --layers 4 --ffn-size 64 --head-dim 16 \
         --problems 200
-    exit_code_of model
+    finish_part model
     ((code == 0)) || fail "the model could not be made" "$LOG_DIR/model_0.log"
+}
+
+check_layout() { # before anything large starts
+    local tasks=$((TRAINER_NODES * TRAINER_TASKS_PER_NODE)) wanted=()
+    # The default split of the nodes wanted, all of whose GPUs are used.
+    ((NODES <= ${#nodes[@]})) ||
+        wanted=(--wanted-tasks $(((NODES - (NODES + 2) / 3) * TRAINER_TASKS_PER_NODE)))
+    start_part preflight "${trainer_nodes[0]}" 1 "$PYTHON" -m megatron_rlsd.diagnosis.preflight \
+        "${arguments[@]}" "${server_arguments[@]}" --tasks "$tasks" "${wanted[@]}" \
+        --gpus-per-node "$GPUS_PER_NODE"
+    finish_part preflight
+    ((code != 3)) || submit_again
+    ((code == 0)) ||
+        fail "this cannot run with $tasks trainer tasks" "$LOG_DIR/preflight_0.log"
+}
+
+submit_again() { # as this job was submitted, but for NODES nodes and no fewer
+    local job field again=() options=(Account=account Partition=partition QOS=qos Features=constraint
+        TimeLimit=time Reservation=reservation WorkDir=chdir StdOut=output JobName=job-name)
+    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    for field in "${options[@]}"; do
+        # shellcheck disable=SC2076
+        [[ " $job " =~ " ${field%%=*}="([^ ]+)" " ]] || continue
+        [[ ${BASH_REMATCH[1]} == "(null)" || ${BASH_REMATCH[1]} == UNLIMITED ]] ||
+            again+=("--${field##*=}=${BASH_REMATCH[1]}")
+    done
+    say "the layout needs more than ${#nodes[@]} nodes; submitting this job again, for $NODES"
+    tail -n "$TAIL_LINES" "$LOG_DIR/preflight_0.log" | sed 's/^/    /'
+    sbatch "${again[@]}" --nodes="$NODES" "$REPO/examples/run_rlsd_70b.sh" \
+        "${given_arguments[@]}" || fail "the layout needs NODES=$NODES nodes, and Slurm refuses \
+to give them: see above"
+    exit 0
 }
 
 address_of() { # address_of NODE: where Slurm itself reaches it
@@ -206,7 +275,7 @@ wait_for_servers() {
             ls "$RUN_DIR/servers/$node" >/dev/null 2>&1 || true # makes NFS look again
             pause
         done
-        [[ -z $stop ]] || fail "$stop before the trainer started"
+        [[ -z $stop ]] || stop_early
         mapfile -t -O "${#urls[@]}" urls <"$RUN_DIR/servers/$node/urls"
     done
     say "serving: ${urls[*]}"
@@ -256,20 +325,20 @@ telling_logs() { # the trainer's logs that say why it ended, at most three
     printf '%s\n' "${logs:-$LOG_DIR/trainer_0.log}"
 }
 
-requeue() { # everything is saved: the job starts again, unless Slurm ends it for good
+requeue() { # requeue WHAT: the job starts again, unless Slurm ends it for good
     local job
     job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
     if [[ $job == *" BatchFlag=1 "* && $job == *" JobState=RUNNING "* ]] &&
         scontrol requeue "$SLURM_JOB_ID"; then
-        say "saved and requeued: the next start goes on"
+        say "$1 and requeued: the next start goes on"
     else
-        say "saved: the next start with RUN_DIR=$RUN_DIR goes on"
+        say "$1: the next start with RUN_DIR=$RUN_DIR goes on"
     fi
     exit 75
 }
 
 main() {
-    arguments=("$@") server_arguments=() trainer_arguments=()
+    given_arguments=("$@") arguments=("$@") server_arguments=() trainer_arguments=()
     settings
     check_sizes
     trainer_nodes=("${nodes[@]:0:TRAINER_NODES}")
@@ -289,6 +358,7 @@ main() {
     arguments=("$CONFIG" "run_dir=$RUN_DIR" "model.hf_path=$MODEL" "${arguments[@]}")
     [[ -z $SGLANG_PYTHON ]] || arguments+=("rollout.sglang.python=$SGLANG_PYTHON")
 
+    check_layout
     start_servers
     wait_for_servers
     start_trainer
@@ -297,7 +367,7 @@ main() {
     if ((code == 0)); then
         say "finished"
     elif ((code == 75)) || grep -qs '"status": "preempted"' "$RUN_DIR/status.json"; then
-        requeue
+        requeue saved
     else
         mapfile -t logs < <(telling_logs)
         fail "the trainer ended with exit code $code" "${logs[@]}"

@@ -110,7 +110,7 @@ def attach_credit(trajectories: list[Trajectory], payloads: list[bytes]) -> None
     """Set ``credit`` of the trajectories that the ranks' messages speak of.
 
     ``trajectories`` are those of the step's batch, in its order. Ranks that hold different tokens
-    of one response (context parallelism) complete each other.
+    of one response (context parallelism) complete each other. An environment's tokens get NaN.
     """
     found: dict[int, Tensor] = {}
     for payload in payloads:
@@ -121,5 +121,9 @@ def attach_credit(trajectories: list[Trajectory], payloads: list[bytes]) -> None
             known = found.get(index)
             found[index] = values if known is None else torch.where(known.isnan(), values, known)
     for index, values in found.items():
+        if mask := trajectories[index].generation.response_mask:
+            whole = torch.full((len(FIELDS), len(mask)), math.nan)
+            whole[:, torch.tensor(mask, dtype=torch.bool)] = values
+            values = whole
         columns = dict(zip(FIELDS, values.tolist(), strict=True))
         trajectories[index].credit = TokenCredit(**columns)

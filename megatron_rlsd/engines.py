@@ -11,8 +11,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from megatron_rlsd.actor.actor import Actor
-from megatron_rlsd.config import Config
+from megatron_rlsd.config import Config, ConfigError
 from megatron_rlsd.data import PromptBuilder, PromptTooLong, build_sources
+from megatron_rlsd.hf_bridge import family_for
 from megatron_rlsd.parallel.exchange import (
     broadcast_bytes,
     pack_message,
@@ -23,8 +24,9 @@ from megatron_rlsd.parallel.exchange import (
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.rollout.collective import CollectiveEngine
 from megatron_rlsd.rollout.embedded import EmbeddedEngine
+from megatron_rlsd.rollout.routes import RoutesShape, recording
 from megatron_rlsd.rollout.served import ServedEngine
-from megatron_rlsd.rollout.sglang import SGLangEngine
+from megatron_rlsd.rollout.sglang import SGLangEngine, giving_memory_back
 from megatron_rlsd.types import Generation, GenerationRequest
 from megatron_rlsd.weight_sync import (
     WeightTransport,
@@ -122,6 +124,8 @@ def rollout_engine(
 
     Servers begin to start here and are waited for when they are first used.
     """
+    replays = config.algorithm.routing_replay == "rollout"
+    routes = routes_shape(hf_config) if replays else None
     with ExitStack() as stack:
         if config.rollout.engine == "embedded":
             replica = EmbeddedEngine(
@@ -130,6 +134,7 @@ def rollout_engine(
                 config.rollout.embedded.max_batch_size,
                 device=groups.device,
                 load_weights=False,
+                routes=routes,
             )
             embedded = CollectiveEngine(replica, groups.control)
             stack.callback(embedded.close)
@@ -137,7 +142,9 @@ def rollout_engine(
             return
         sglang: SGLangEngine | None = None
         run_dir = Path(config.run_dir)
-        settings = config.rollout.sglang
+        settings = recording(config.rollout.sglang) if replays else config.rollout.sglang
+        if config.rollout.colocated:
+            settings = giving_memory_back(settings)
         if groups.rank == 0:
             sglang = SGLangEngine(
                 settings,
@@ -147,9 +154,30 @@ def rollout_engine(
                 max_positions=hf_config.get("max_position_embeddings"),
                 run_dir=run_dir,
                 pause=config.rollout.asynchronous.pause,
+                routes=routes,
             )
             stack.callback(sglang.close)
         transport = build_transport(config, sglang, groups.device)
         stack.callback(transport.close)
-        served = ServedEngine(sglang, transport.publish, groups.control)
+        served = ServedEngine(
+            *(sglang, transport.publish, groups.control), colocated=config.rollout.colocated
+        )
         yield served, Publisher(config, groups, prompts, served, sglang, transport)
+
+
+def routes_shape(hf_config: dict[str, Any]) -> RoutesShape:
+    """Of what an engine records; ConfigError for a model without routed experts."""
+    family = family_for(hf_config)
+    fields = family.transformer_config_fields(hf_config)
+    experts = fields.get("num_moe_experts")
+    if not experts:
+        raise ConfigError(
+            f"algorithm.routing_replay=rollout needs a model with routed experts; {family.name} "
+            "has none"
+        )
+    layers, frequency = fields["num_layers"], fields.get("moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        has_experts = tuple(layer % frequency == 0 for layer in range(layers))
+    else:
+        has_experts = tuple(map(bool, frequency))
+    return RoutesShape(has_experts, experts, fields["moe_router_topk"])

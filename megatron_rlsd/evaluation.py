@@ -54,7 +54,7 @@ def _shape_metrics(prefix: str, groups: list[Group]) -> dict[str, float]:
     leaks = leakage_metrics(trajectories)
     return {
         f"{prefix}response_tokens": statistics.fmean(
-            len(t.generation.token_ids) for t in trajectories
+            t.generation.num_own_tokens for t in trajectories
         ),
         f"{prefix}format_rate": statistics.fmean(map(_formatted, trajectories)),
         **{f"{prefix}{name.replace('/', '_')}": share for name, share in leaks.items()},

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections import Counter
 from typing import Any, Protocol
 
-from megatron_rlsd.algorithms import evidence_span, group_advantages, has_signal
+from megatron_rlsd.algorithms import evidence_span, has_signal, response_advantages
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import ProblemSource, PromptBuilder, PromptTooLong, Tokenizer
+from megatron_rlsd.episodes import Episodes, episode_metrics
 from megatron_rlsd.observability.leakage import leakage_metrics
 from megatron_rlsd.rollout.engine import RolloutEngine
+from megatron_rlsd.sample_seeds import sample_seed
 from megatron_rlsd.teacher import response_hints, wrong_hints
 from megatron_rlsd.types import (
     Generation,
@@ -27,6 +28,8 @@ from megatron_rlsd.types import (
 
 
 class Rewards(Protocol):
+    @property
+    def labels(self) -> list[str]: ...
     def score(self, samples: list[RewardInput]) -> list[RewardResult]: ...
 
 
@@ -45,7 +48,10 @@ class Experience:
         tokenizer: Tokenizer,
         engine: RolloutEngine,
         rewards: Rewards,
+        episodes: Episodes | None = None,
     ) -> None:
+        """``episodes``: where an environment answers the model; None: a response is one turn."""
+        self._episodes = episodes
         self._config, self._source, self._prompts = config, source, prompts
         self._tokenizer, self._engine, self._rewards = tokenizer, engine, rewards
         self._critique_seen = False
@@ -105,8 +111,8 @@ class Experience:
     def finish(self, groups: list[Group]) -> dict[str, float]:
         """Give the trajectories of a batch their advantages; metrics of the batch."""
         for group in groups:
-            advantages = group_advantages(group.rewards, self._config.algorithm.advantage)
-            for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
+            advantages = response_advantages(group, self._config.algorithm)
+            for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
                 trajectory.advantage = advantage
         return self._metrics(groups)
 
@@ -138,27 +144,30 @@ class Experience:
         self, problems: list[Problem], n: int, params: SamplingParams, label: str
     ) -> list[Group]:
         """``n`` scored responses to each problem; ``label`` and the seed fix the samples."""
-        requests = [
-            request
-            for index, problem in enumerate(problems)
-            for request in self._requests(problem, n, params, f"{label}/{index}")
-        ]
-        trajectories = [
-            self._trajectory(problems[number // n], request.prompt_ids, generation)
-            for number, (request, generation) in enumerate(
-                zip(requests, self._engine.generate(requests), strict=True)
-            )
-        ]
+        if self._episodes is not None:
+            trajectories = self._episodes.play(problems, n, params, label)
+        else:
+            requests = [
+                request
+                for index, problem in enumerate(problems)
+                for request in self._requests(problem, n, params, f"{label}/{index}")
+            ]
+            trajectories = [
+                self._trajectory(problems[number // n], request.prompt_ids, generation)
+                for number, (request, generation) in enumerate(
+                    zip(requests, self._engine.generate(requests), strict=True)
+                )
+            ]
         self._reward(trajectories, params.max_new_tokens)
-        return [
-            Group(problem, trajectories[i * n : (i + 1) * n]) for i, problem in enumerate(problems)
-        ]
+        groups = [trajectories[i * n : (i + 1) * n] for i in range(len(problems))]
+        # An environment may have added to the question.
+        return [Group(group[0].problem, group) for group in groups]
 
     def _requests(
         self, problem: Problem, n: int, params: SamplingParams, label: str
     ) -> list[GenerationRequest]:
         prompt_ids = self._prompts.student(problem)
-        seeds = [_seed(self._config.train.seed, label, sample) for sample in range(n)]
+        seeds = [sample_seed(self._config.train.seed, label, sample) for sample in range(n)]
         return [GenerationRequest(prompt_ids, params, seed) for seed in seeds]
 
     def _references(self, problems: list[Problem]) -> list[Group]:
@@ -184,20 +193,30 @@ class Experience:
         )
 
     def _reward(self, trajectories: list[Trajectory], max_tokens: int) -> None:
+        played = [t for t in trajectories if not t.environment_error]
         results = self._rewards.score(
             [
                 RewardInput(
                     problem=t.problem,
-                    response=t.response_text,
+                    response=t.transcript[-1]["content"] if t.transcript else t.response_text,
                     num_tokens=len(t.generation.token_ids),
                     max_tokens=max_tokens,
                     finish_reason=t.generation.finish_reason,
+                    transcript=t.transcript,
+                    environment_reward=t.environment_reward,
                 )
-                for t in trajectories
+                for t in played
             ]
         )
-        for trajectory, result in zip(trajectories, results, strict=True):
+        for trajectory, result in zip(played, results, strict=True):
             trajectory.reward = result
+        for trajectory in trajectories:
+            if trajectory.environment_error:
+                trajectory.reward = RewardResult(
+                    value=0.0,
+                    parts=dict.fromkeys(self._rewards.labels, 0.0),
+                    errors={"environment": trajectory.environment_error},
+                )
 
     def solved(self, trajectory: Trajectory) -> bool:
         """Did the first reward function accept the response?"""
@@ -275,7 +294,7 @@ class Experience:
     def _metrics(self, groups: list[Group]) -> dict[str, float]:
         trajectories = [t for group in groups for t in group.trajectories]
         rewards = [r for group in groups for r in group.rewards]
-        lengths = [len(t.generation.token_ids) for t in trajectories]
+        lengths = [t.generation.num_own_tokens for t in trajectories]
         reasons = Counter(t.generation.finish_reason for t in trajectories)
         metrics = {
             "rollout/reward_mean": statistics.fmean(rewards),
@@ -297,6 +316,8 @@ class Experience:
             metrics["teacher/without_hint_share"] = statistics.fmean(
                 map(self._without_hint, trajectories)
             )
+        if self._episodes is not None:
+            metrics |= episode_metrics(trajectories)
         metrics |= leakage_metrics(trajectories)
         parts = [t.reward.parts for t in trajectories if t.reward]
         for name in parts[0]:
@@ -324,9 +345,15 @@ def train_batch(groups: list[Group]) -> TrainBatch:
             else []
         ),
         evidence_spans=[list(t.evidence_span) for t in rows if t.evidence_span is not None],
+        routed_experts=[
+            routes for t in rows if (routes := t.generation.routed_experts) is not None
+        ],
+        response_masks=response_masks(rows),
     )
 
 
-def _seed(*parts: object) -> int:
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # a non-negative int64
+def response_masks(rows: list[Trajectory]) -> list[list[int]]:
+    """The mask of each, or nothing where the policy sampled every token."""
+    if not any(t.generation.response_mask for t in rows):
+        return []
+    return [t.generation.response_mask or [1] * len(t.generation.token_ids) for t in rows]

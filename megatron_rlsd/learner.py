@@ -16,14 +16,15 @@ from torch import Tensor
 
 from megatron_rlsd.actor.actor import Actor, Distillation, TokenValues, UpdateResult
 from megatron_rlsd.actor.balance import balanced_partition
-from megatron_rlsd.actor.packing import Sequence
-from megatron_rlsd.algorithms import importance_weights, token_loss_weights
+from megatron_rlsd.actor.packing import Sequence, student_sequence
+from megatron_rlsd.algorithms import importance_weights, own_functions, token_loss_weights
 from megatron_rlsd.config import AlgorithmConfig, Config
 from megatron_rlsd.credit import CreditCollector
 from megatron_rlsd.noise import NoiseGauge, both
 from megatron_rlsd.ops import DivergenceConfig, PolicyLossConfig
 from megatron_rlsd.teacher import Teacher, WeightSnapshot
 from megatron_rlsd.teacher.external import ExternalTeacher
+from megatron_rlsd.teacher.served import ServedTeacher
 from megatron_rlsd.types import TrainBatch
 from megatron_rlsd.update_metrics import update_metrics
 
@@ -61,6 +62,11 @@ class Learner:
                 vocab_size=actor.vocab_size,
                 dtype=getattr(torch, config.model.dtype),
                 device=actor.groups.device,
+            )
+        self._served: ServedTeacher | None = None
+        if config.teacher.sglang.url is not None:
+            self._served = ServedTeacher(
+                config.teacher.sglang, actor.vocab_size, actor.groups.control
             )
         self._reference: WeightSnapshot | None = None
         if config.algorithm.kl_coef:
@@ -119,7 +125,12 @@ class Learner:
         updates = len(splits) * self._config.train.epochs_per_rollout
         if has_ratio and (updates > 1 or algorithm.weighs_before_update):
             scores.old = self._log_probs(
-                batch.prompt_ids, batch, by_rank, lambda i: self._active(batch, i), scores.metrics
+                batch.prompt_ids,
+                batch,
+                by_rank,
+                lambda i: self._active(batch, i),
+                scores.metrics,
+                replays=True,
             )
         if self._reference is not None:
             with self._reference.applied():
@@ -142,7 +153,7 @@ class Learner:
         def wanted(index: int) -> bool:
             return self._teaches(batch, index, rlsd_lambda)
 
-        if self._config.teacher.hf_path is not None:
+        if self._config.teacher.is_another_model:
             scores.teacher = self._external_log_probs(batch, by_rank, wanted, scores.metrics)
             return
         needs_log_probs = bool(rlsd_lambda or algorithm.opd_coef or algorithm.sdar_coef)
@@ -181,10 +192,10 @@ class Learner:
                 "teacher (recorded steps do not keep them)"
             )
         self.credit.clear()
+        rounds = self._config.train.epochs_per_rollout * splits
         results = [
-            self._update_once(batch, split, scores, loss_config)
-            for _ in range(self._config.train.epochs_per_rollout)
-            for split in splits
+            self._update_once(batch, split, scores, loss_config, another_follows=left > 0)
+            for left, split in zip(reversed(range(len(rounds))), rounds, strict=True)
         ]
         return update_metrics(results) | scores.metrics
 
@@ -194,6 +205,8 @@ class Learner:
         split: list[list[int]],
         scores: Scores,
         loss_config: PolicyLossConfig,
+        *,
+        another_follows: bool,
     ) -> UpdateResult:
         members = sorted(i for part in split for i in part)
         weight_of = self._loss_weights(batch, members)
@@ -205,7 +218,7 @@ class Learner:
             return torch.cat(rows).to(device) if rows else torch.zeros(0, device=device)
 
         def per_token(value_of: Callable[[int], float]) -> Tensor:
-            return flat([torch.full((len(batch.response_ids[i]),), value_of(i)) for i in mine])
+            return flat([torch.full((batch.num_own_tokens(i),), value_of(i)) for i in mine])
 
         def joined(values: dict[int, Tensor] | None) -> Tensor | None:
             if values is None or not self._actor.groups.is_last_stage:
@@ -215,7 +228,7 @@ class Learner:
                 [
                     values[i]
                     if i in values
-                    else torch.full((len(batch.response_ids[i]),), math.nan, device=device)
+                    else torch.full((batch.num_own_tokens(i),), math.nan, device=device)
                     for i in mine
                 ]
             )
@@ -226,9 +239,9 @@ class Learner:
             inside = flat([_inside_span(batch, i) for i in mine])
             teacher = torch.where(inside.bool(), teacher, math.nan)
         is_supervised = self._config.algorithm.name == "sft"
-        lengths = [len(batch.response_ids[i]) for i in mine]
+        lengths = [batch.num_own_tokens(i) for i in mine]
         advantages = per_token(lambda i: batch.advantages[i])
-        rollout = flat([torch.tensor(batch.rollout_log_probs[i]) for i in mine])
+        rollout = flat([torch.tensor(batch.own(i, batch.rollout_log_probs[i])) for i in mine])
         old = joined(scores.old)
         if self._config.algorithm.weighs_before_update and old is not None:
             # Every term of the policy loss is linear in A >= 0 or A <= 0, whose sign stays.
@@ -253,9 +266,7 @@ class Learner:
             ref_log_probs=joined(scores.ref),
             distillation=self._distillation(batch, members, mine, scores),
         )
-        sequences_by_rank = [
-            [Sequence(batch.prompt_ids[i], batch.response_ids[i]) for i in part] for part in active
-        ]
+        sequences_by_rank = [[student_sequence(batch, i) for i in part] for part in active]
         return self._actor.update(
             sequences_by_rank,
             values,
@@ -266,12 +277,13 @@ class Learner:
                 self.credit.collect(mine, lengths, values.teacher_log_probs),
                 self.noise.collect(mine, lengths),
             ),
+            another_follows=another_follows,
         )
 
     def _loss_weights(self, batch: TrainBatch, members: list[int]) -> dict[int, float]:
         """The weight of each token of these trajectories, which are a whole global batch's."""
         weights = token_loss_weights(
-            [len(batch.response_ids[i]) for i in members],
+            [batch.num_own_tokens(i) for i in members],
             self._config.algorithm.loss_aggregation,
             self._config.rollout.max_response_tokens,
         )
@@ -288,7 +300,7 @@ class Learner:
         device, width = self._actor.groups.device, scores.teacher_head.shape[1]
         hidden, weights = [], []
         for index in mine:
-            length = len(batch.response_ids[index])
+            length = batch.num_own_tokens(index)
             nothing = torch.zeros(length, width, dtype=scores.teacher_head.dtype)
             hidden.append(states.get(index, nothing).to(device))
             weight = algorithm.divergence_coef * weight_of.get(index, 0.0)
@@ -311,8 +323,13 @@ class Learner:
         by_rank: list[list[int]],
         wanted: Callable[[int], bool],
         metrics: dict[str, float],
+        *,
+        replays: bool = False,
     ) -> dict[int, Tensor]:
+        """``replays``: these are the student's prompts and weights, which sampled the responses."""
         chosen, sequences = self._chosen(prompts, batch, by_rank, wanted, metrics)
+        if replays:
+            sequences = [[student_sequence(batch, i) for i in part] for part in chosen]
         flat = self._actor.token_log_probs(sequences, self._config.rollout.temperature)
         return {} if flat is None else self._by_trajectory(batch, chosen, flat)
 
@@ -324,15 +341,23 @@ class Learner:
         metrics: dict[str, float],
     ) -> dict[int, Tensor]:
         chosen, sequences = self._chosen(batch.teacher_prompt_ids, batch, by_rank, wanted, metrics)
-        if self._external is None:
+        mine, device = self._dp.rank(), self._actor.groups.device
+        pairs = [[(s.prompt_ids, s.response_ids) for s in part] for part in sequences]
+        if self._served is not None:
+            rows = [row.to(device) for row in self._served.log_probs(pairs, mine)]
+        elif self._external is not None:
+            rows = self._external.log_probs(
+                pairs[mine],
+                self._config.rollout.temperature,
+                [self._actor.groups.tp, self._actor.groups.cp],
+            )
+        else:
             return {}
-        mine = self._dp.rank()
-        rows = self._external.log_probs(
-            [(s.prompt_ids, s.response_ids) for s in sequences[mine]],
-            self._config.rollout.temperature,
-            [self._actor.groups.tp, self._actor.groups.cp],
-        )
-        return dict(zip(chosen[mine], rows, strict=True))
+        scored = [
+            row[torch.tensor(s.mask, dtype=torch.bool, device=row.device)] if s.mask else row
+            for s, row in zip(sequences[mine], rows, strict=True)
+        ]
+        return dict(zip(chosen[mine], scored, strict=True))
 
     def _chosen(
         self,
@@ -344,7 +369,7 @@ class Learner:
     ) -> tuple[list[list[int]], list[list[Sequence]]]:
         """The wanted trajectories of each data-parallel rank, and what the model is given."""
         chosen = [[i for i in part if wanted(i)] for part in by_rank]
-        sequences = [[Sequence(prompts[i], batch.response_ids[i]) for i in part] for part in chosen]
+        sequences = [[_sequence(prompts, batch, i) for i in part] for part in chosen]
         metrics["score/tokens"] += sum(s.num_inputs for part in sequences for s in part)
         return chosen, sequences
 
@@ -352,7 +377,7 @@ class Learner:
         self, batch: TrainBatch, chosen: list[list[int]], flat: Tensor
     ) -> dict[int, Tensor]:
         mine = chosen[self._dp.rank()]
-        lengths = [len(batch.response_ids[i]) for i in mine]
+        lengths = [batch.num_own_tokens(i) for i in mine]
         return dict(zip(mine, flat.split(lengths), strict=True)) if mine else {}
 
     def _active(self, batch: TrainBatch, index: int) -> bool:
@@ -388,12 +413,15 @@ class Learner:
         return bool(batch.contrast_prompt_ids and batch.contrast_prompt_ids[index])
 
 
+def _sequence(prompts: list[list[int]], batch: TrainBatch, index: int) -> Sequence:
+    return Sequence(prompts[index], batch.response_ids[index], batch.mask(index))
+
+
 def _inside_span(batch: TrainBatch, index: int) -> Tensor:
-    """[T] 1 where the evidence weight may touch the token, else 0."""
+    """Of each token that the policy sampled: 1 where the evidence weight may touch it, else 0."""
     start, stop = batch.evidence_spans[index]
-    inside = torch.zeros(len(batch.response_ids[index]))
-    inside[start:stop] = 1
-    return inside
+    inside = [float(start <= at < stop) for at in range(len(batch.response_ids[index]))]
+    return torch.tensor(batch.own(index, inside))
 
 
 def policy_loss_config(
@@ -411,6 +439,7 @@ def policy_loss_config(
         dual_clip=algorithm.dual_clip,
         rlsd_lambda=rlsd_lambda,
         evidence_clip=algorithm.evidence_clip,
+        evidence_weight=own_functions(algorithm).evidence_weight,
         negative_only=algorithm.negative_only,
         positive_only=algorithm.positive_only,
         reversed_gain=algorithm.evidence == "student_over_teacher",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.actor.actor import Actor
-from megatron_rlsd.actor.packing import MicroBatch, Sequence
+from megatron_rlsd.actor.packing import MicroBatch, student_sequence
 from megatron_rlsd.actor.positions import shifted_positions
 from megatron_rlsd.config import Config
 from megatron_rlsd.ops import PolicyLossStats
@@ -69,12 +69,12 @@ class NoiseGauge:
         hints = [len(batch.teacher_prompt_ids[i]) - len(batch.prompt_ids[i]) for i in chosen]
         with shifted_positions(self._actor.chunks, max([0, *hints])):
             flat = self._actor.token_log_probs(
-                [[Sequence(batch.prompt_ids[i], batch.response_ids[i]) for i in p] for p in parts],
+                [[student_sequence(batch, i) for i in part] for part in parts],
                 self._config.rollout.temperature,
             )
         if flat is not None:
             mine = parts[self._actor.groups.dp.rank()]
-            rows = flat.split([len(batch.response_ids[i]) for i in mine]) if mine else ()
+            rows = flat.split([batch.num_own_tokens(i) for i in mine]) if mine else ()
             self._expected = dict(zip(mine, rows, strict=True))
 
     def collect(self, trajectories: list[int], lengths: list[int]) -> OnTokens | None:

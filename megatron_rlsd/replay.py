@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.manifest import CheckpointError, read_manifest, whole_checkpoints
 from megatron_rlsd.checkpoint.start import STATE_NAME, Start, checkpoints_of
-from megatron_rlsd.config import Config
+from megatron_rlsd.config import Config, TeacherServerConfig
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.learner import Learner
 from megatron_rlsd.parallel.groups import parallel_world
@@ -32,25 +32,25 @@ def replay(config: Config, step: int, checkpoint: Path | None = None) -> Replaye
     """Run the update of ``step`` from its recording, at the layout of ``config``.
 
     It starts at the weights of ``checkpoint``, else of the run's best one, else of model.hf_path;
-    recorded updates between them and ``step`` are made first. Nothing is written.
+    recorded updates between them and ``step`` are made first. Nothing is written. Where the
+    algorithm compares distributions the teacher reads the responses again, with the weights that it
+    had: its hidden states are too many to be recorded.
 
-    Raises RecordingError when the step, or one needed on the way, was not recorded, or not with all
-    that its algorithm needs.
+    Raises RecordingError when the step, or one needed on the way, was not recorded, or such a
+    teacher's weights are not known.
     """
-    if config.algorithm.divergence_coef:
-        raise RecordingError(
-            f"algorithm.name={config.algorithm.name} compares distributions "
-            f"(divergence_coef={config.algorithm.divergence_coef}), and recorded steps do not hold "
-            "the teacher's hidden states: such a step cannot be made again"
-        )
     run_dir = Path(config.run_dir)
     recorded = read_step(run_dir, step)
     folder, first = choose_base(config, step, checkpoint)
     before = [read_step(run_dir, earlier) for earlier in range(first, step)]
-    # Recorded scores take the teacher's place.
-    config = config.model_copy(
-        update={"teacher": config.teacher.model_copy(update={"mode": "live", "hf_path": None})}
-    )
+    distils = bool(config.algorithm.divergence_coef)
+    if distils:
+        _check_teacher_is_known(config, folder, first)
+    else:  # recorded scores take the teacher's place
+        teacher = config.teacher.model_copy(
+            update={"mode": "live", "hf_path": None, "sglang": TeacherServerConfig()}
+        )
+        config = config.model_copy(update={"teacher": teacher})
     hf_config = load_hf_config(config.model.hf_path)
     family = family_for(hf_config)
     with parallel_world(
@@ -63,12 +63,32 @@ def replay(config: Config, step: int, checkpoint: Path | None = None) -> Replaye
         learner = Learner(config, actor)
         if folder is not None:
             kind = read_manifest(folder).kind
-            state = TrainingState(actor, {}, dict)
+            state = TrainingState(actor, learner.snapshots() if distils else {}, dict)
             Checkpointer(config, groups).load(state, Start(str(folder), kind))
         for each in (*before, recorded):
             splits = learner.split(each.batch, each.step)
-            metrics = learner.update(each.batch, splits, each.scores, each.rlsd_lambda)
+            scores = each.scores
+            if distils:
+                again = learner.score(each.batch, splits, each.rlsd_lambda)
+                scores = replace(
+                    scores,
+                    teacher_states=again.teacher_states,
+                    teacher_head=again.teacher_head,
+                )
+            metrics = learner.update(each.batch, splits, scores, each.rlsd_lambda)
+            learner.teacher.after_step(each.step)
         return Replayed(recorded, metrics, groups.rank)
+
+
+def _check_teacher_is_known(config: Config, folder: Path | None, first: int) -> None:
+    """A teacher that follows the student moves in bad steps too, which a checkpoint's weights do
+    not show."""
+    follows = config.teacher.mode in ("periodic", "ema")
+    if folder is not None and follows and read_manifest(folder).step != first:
+        raise RecordingError(
+            f"the weights of the teacher (teacher.mode={config.teacher.mode}) before step {first} "
+            f"are not known: {folder} holds those after {read_manifest(folder).step} steps"
+        )
 
 
 def choose_base(config: Config, step: int, checkpoint: Path | None) -> tuple[Path | None, int]:

@@ -27,6 +27,8 @@ from megatron_rlsd.data import (
     load_tokenizer,
 )
 from megatron_rlsd.engines import Publisher, TrainerEngine, rollout_engine
+from megatron_rlsd.environments import EnvironmentPool, EpisodeError
+from megatron_rlsd.episodes import Episodes
 from megatron_rlsd.evaluation import evaluate
 from megatron_rlsd.experience import Experience, ExperienceError, train_batch, trained
 from megatron_rlsd.hf_bridge import (
@@ -70,6 +72,7 @@ USER_ERRORS = (
     ConfigError,
     DataError,
     EngineError,
+    EpisodeError,
     ExperienceError,
     ExternalTeacherError,
     HFBridgeError,
@@ -115,12 +118,21 @@ class Run:
             return self.rollouts.collect(step)
 
         groups, metrics = self.engine.run_on_rank_zero(work) or ([], {})
+        if self.config.rollout.colocated and self.actor.trains:
+            assert isinstance(self.engine, ServedEngine)
+            self.engine.sleep()
+            self.actor.take_room()
         payload = pack_train_batch(train_batch(groups)) if self.groups.rank == 0 else None
         batch = unpack_train_batch(broadcast_bytes(payload, self.groups.control))
         return groups, batch, metrics
 
     def publish_weights(self, version: int) -> dict[str, float]:
-        """Hand the actor's current weights to the rollout engine; metrics on rank 0."""
+        """Hand the actor's current weights to the rollout engine; metrics on rank 0.
+
+        Colocated servers wake for it; they sleep again after the next rollout.
+        """
+        if self.config.rollout.colocated:
+            self.actor.make_room()
         metrics = self.publisher.publish(self.actor, version)
         if isinstance(self.rollouts, RolloutStream):
             self.rollouts.published(version)
@@ -217,7 +229,7 @@ def assemble(
             )
         )
         engine, publisher = stack.enter_context(rollout_engine(config, groups, hf_config, prompts))
-        rewards, experience, eval_problems = None, None, {}
+        rewards, environments, experience, eval_problems = None, None, None, {}
         rollouts: Experience | RolloutStream | None = None
         if groups.rank == 0:
             # Its workers import their libraries while the model is built.
@@ -225,7 +237,11 @@ def assemble(
             source = build_sources(config.data.train, config.train.seed)
             for note in source.notes():
                 print(note, flush=True)
-            experience = Experience(config, source, prompts, tokenizer, engine, rewards)
+            episodes = None
+            if config.environment.name is not None:
+                environments = stack.enter_context(EnvironmentPool(config.environment))
+                episodes = Episodes(config, prompts, tokenizer, engine, environments)
+            experience = Experience(config, source, prompts, tokenizer, engine, rewards, episodes)
             rollouts = experience
             if config.rollout.asynchronous.max_staleness and program == "train":
                 assert isinstance(engine, ServedEngine)
@@ -238,6 +254,8 @@ def assemble(
         actor = Actor(config, family, hf_config, groups, total_updates)
         if rewards is not None:
             rewards.wait_until_ready()
+        if environments is not None:
+            environments.wait_until_ready()
         yield Run(
             *(config, groups, tokenizer, prompts, actor, log, engine),
             experience=experience,

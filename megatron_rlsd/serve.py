@@ -25,6 +25,7 @@ from types import FrameType
 from megatron_rlsd.config import Config, ConfigError, SGLangConfig, load_config
 from megatron_rlsd.lifecycle import EXIT_USER_ERROR
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.routes import recording
 from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.rollout.sglang.process import free_port, on_cpu
 from megatron_rlsd.rollout.sglang.server import State
@@ -75,6 +76,8 @@ def serve(config: Config) -> None:
 def settings_to_serve(config: Config) -> SGLangConfig:
     """rollout.sglang as this node's servers need it; ConfigError if they cannot be started."""
     settings = config.rollout.sglang
+    if config.algorithm.routing_replay == "rollout":
+        settings = recording(settings)
     if config.rollout.engine != "sglang":
         raise ConfigError(f"rollout.engine={config.rollout.engine}: only sglang has servers")
     if settings.urls:

@@ -8,7 +8,10 @@ temperature, log_softmax(logits / temperature).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -61,7 +64,8 @@ class Generation:
     """What an engine returns for one request."""
 
     token_ids: list[int]
-    """[T] sampled tokens, the stop token included when finish_reason is ``stop``."""
+    """[T] sampled tokens, the stop token included when finish_reason is ``stop``. Of an episode of
+    several turns: the turns with the environment's tokens between them."""
     log_probs: list[float]
     """[T] log_softmax(logits / temperature) of each sampled token over the *whole* vocabulary
     (top-p and top-k do not renormalise it; greedy decoding reports it at temperature 1)."""
@@ -71,6 +75,18 @@ class Generation:
     token_versions: list[int] = field(default_factory=list)
     """[T] version for each token, never falling, where weights were updated while the response was
     under way; empty: ``weight_version`` for all."""
+    routed_experts: Tensor | None = field(default=None, compare=False)
+    """[P + T - 1, layers, experts per token] int16: the experts that each token took in each layer,
+    prompt included, the last token not (nothing was computed from it). Anything in layers without
+    experts; -1 where it is not known. None: not asked for."""
+    response_mask: list[int] = field(default_factory=list)
+    """[T] 1: the policy sampled the token, 0: an environment wrote it (its log_prob is 0.0); empty:
+    the policy sampled all."""
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Tokens that the policy sampled."""
+        return sum(self.response_mask) if self.response_mask else len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -79,10 +95,16 @@ class RewardInput:
 
     problem: Problem
     response: str
-    """The decoded response, special tokens left out."""
+    """The decoded response, special tokens left out; of several turns the last one."""
     num_tokens: int
+    """Of the whole trajectory after the prompt, an environment's included."""
     max_tokens: int
     finish_reason: FinishReason
+    transcript: tuple[dict[str, str], ...] = ()
+    """With an environment: the messages after the prompt in order, each with ``role`` (assistant:
+    the model) and ``content``."""
+    environment_reward: float | None = None
+    """The sum of the environment's own rewards; None without an environment."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +122,8 @@ class RewardResult:
 class TokenCredit:
     """What the update made of each response token, kept for the sample dump.
 
-    All [T] floats; NaN where the update did not score the token (a trajectory without advantage)
-    or, for the teacher's two, where the teacher did not.
+    All [T] floats; NaN where the update did not score the token (a trajectory without advantage, an
+    environment's token) or, for the teacher's two, where the teacher did not.
     """
 
     log_probs: list[float]
@@ -129,6 +151,12 @@ class Trajectory:
     generation: Generation
     """The response and the engine's log-probabilities."""
     response_text: str = ""
+    """All response tokens decoded."""
+    transcript: tuple[dict[str, str], ...] = ()
+    """As in RewardInput."""
+    environment_reward: float | None = None
+    environment_error: str = ""
+    """Why the environment ended the episode, if it failed; the reward is 0 then."""
     reward: RewardResult | None = None
     advantage: float = 0.0
     contrast_prompt_ids: list[int] = field(default_factory=list)
@@ -137,6 +165,20 @@ class Trajectory:
     """Tokens [start, stop) that the evidence weight may touch; None: all."""
     credit: TokenCredit | None = None
     """Set on rank 0, after the update, for the trajectories that are dumped."""
+
+    @property
+    def own_text(self) -> str:
+        """What the policy wrote, without an environment's answers."""
+        if not self.transcript:
+            return self.response_text
+        return "\n".join(m["content"] for m in self.transcript if m["role"] == "assistant")
+
+    @property
+    def told(self) -> str:
+        """The response as one text for a reader; of several turns, who said what."""
+        if not self.transcript:
+            return self.response_text
+        return "\n".join(f"{m['role']}: {m['content']}" for m in self.transcript)
 
 
 @dataclass
@@ -169,6 +211,24 @@ class TrainBatch:
     """Prompts with a wrong hint, an empty one where there is none; no entries: none asked for."""
     evidence_spans: list[list[int]] = field(default_factory=list)
     """[start, stop) in tokens of each response; no entries: everywhere."""
+    routed_experts: list[Tensor] = field(default_factory=list, compare=False)
+    """Generation.routed_experts of each; no entries: the update routes by itself."""
+    response_masks: list[list[int]] = field(default_factory=list)
+    """As Generation.response_mask, aligned with response_ids; no entries: the policy sampled every
+    token. The update and all its means are over the tokens that it sampled."""
 
     def __len__(self) -> int:
         return len(self.advantages)
+
+    def mask(self, index: int) -> list[int]:
+        """The response mask [T] of one trajectory; empty: all ones."""
+        return self.response_masks[index] if self.response_masks else []
+
+    def own(self, index: int, values: list[Any]) -> list[Any]:
+        """Those of one trajectory's [T] values that belong to tokens the policy sampled."""
+        mask = self.mask(index)
+        return [v for v, m in zip(values, mask, strict=True) if m] if mask else values
+
+    def num_own_tokens(self, index: int) -> int:
+        """Tokens of one trajectory that the policy sampled: the sum of its loss mask."""
+        return sum(self.mask(index)) or len(self.response_ids[index])

@@ -33,6 +33,8 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
         "train/rollout_log_prob_diff_mean": sums["rollout_diff_abs"] / tokens,
         "train/rollout_log_prob_diff_max": maxima["rollout_diff_abs_max"],
     }
+    if replayed := sums["replayed"]:
+        metrics["train/routing_mismatch_share"] = sums["rerouted"] / replayed
     if compared := sums["divergence_tokens"]:
         metrics["algorithm/divergence_mean"] = sums["divergence"] / compared
     if sums["ref_tokens"]:

@@ -23,8 +23,8 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.data import load_tokenizer
 from megatron_rlsd.experience import ExperienceError
 from megatron_rlsd.observability import read_metrics
-from megatron_rlsd.recording import RecordingError, read_step
-from megatron_rlsd.replay import replay
+from megatron_rlsd.recording import read_step
+from megatron_rlsd.replay import choose_base, replay
 from megatron_rlsd.types import TrainBatch
 from tests.algorithm_runs import NAMES, small_config
 
@@ -273,7 +273,21 @@ def test_a_replayed_step_needs_no_teacher(name, tiny_model, other_model, tmp_pat
     assert replayed["train/grad_norm"] == metrics["train/grad_norm"]
 
 
-def test_a_step_that_compares_distributions_is_not_replayed(tiny_model, other_model, tmp_path):
-    config = small_config("opsd", tmp_path / "run", tiny_model, other_model)
-    with pytest.raises(RecordingError, match=r"opsd compares distributions .* hidden states"):
-        replay(config, 0)
+def test_a_replayed_step_that_compares_distributions_has_its_teacher(
+    tiny_model, other_model, tmp_path
+):
+    """One that follows the student, from the start and from a checkpoint."""
+    config = small_config(
+        *("sdpo", tmp_path / "run", tiny_model, other_model),
+        *("train.steps=4", "train.record_steps=all", "checkpoint.interval=2", "optimizer.lr=0.01"),
+        *("teacher.mode=ema", "teacher.ema_decay=0.5", "checkpoint.keep=null"),
+    )
+    train.train(config)
+    steps = [m for m in read_metrics(tmp_path / "run/metrics.jsonl") if "train/loss" in m]
+    for step, folder in ((3, "step_00000002"), (1, None)):
+        chosen, first = choose_base(config, step, None)
+        assert (chosen and chosen.name, first) == (folder, 2 if folder else 0)
+        replayed = replay(config, step).metrics
+        assert steps[step]["algorithm/divergence_mean"] > 0
+        for key in ("train/loss", "train/grad_norm", "algorithm/divergence_mean"):
+            assert replayed[key] == steps[step][key], key

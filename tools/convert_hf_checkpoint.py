@@ -6,8 +6,8 @@
     python tools/convert_hf_checkpoint.py inspect PATH [--write-hashes FILE | --hashes FILE]
 
 CHECKPOINT, A, B and PATH may be Megatron checkpoints of this project; A, B and PATH may also be
-Hugging Face folders. See docs/convert.md. Exit status: 0 done, 1 the checkpoints differ or are
-damaged, 2 bad input.
+Hugging Face folders. --plugin FILE brings a model family of your own. See docs/convert.md. Exit
+status: 0 done, 1 the checkpoints differ or are damaged, 2 bad input.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from megatron_rlsd.hf_bridge.convert import Progress as ProgressCallback
 from megatron_rlsd.hf_bridge.convert import Sizes, to_hf, to_megatron
 from megatron_rlsd.hf_bridge.describe import check_hashes, describe, hashes
 from megatron_rlsd.hf_bridge.megatron_weights import MegatronWeights
+from megatron_rlsd.plugins import PluginError, load_plugins
 
 DTYPES = ("float32", "bfloat16", "float16")
 TEXT = (
@@ -56,8 +57,9 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
+        load_plugins(args.plugin)
         return int(args.run(args))
-    except (HFBridgeError, CheckpointError) as error:
+    except (HFBridgeError, CheckpointError, PluginError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -263,10 +265,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
+    plugin_help = "a file that registers a model family (docs/extending.md); may be repeated"
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(run=run)
+        made.add_argument("--plugin", action="append", default=[], help=plugin_help)
         return made
 
     pickle_help = "read pytorch_model*.bin where there are no safetensors, tensors only"

@@ -3,7 +3,8 @@
     python tools/inspect_samples.py RUN [--step N] [--count N] [--min-gain X] [--reward X]
 
 Orange: the token gets more of the response's advantage; blue: less. Where the update scored nothing
-(all responses to the question had the same reward) there is no colour.
+(all responses to the question had the same reward) there is no colour. Dim italics: an
+environment's answers, which the model did not write.
 """
 
 from __future__ import annotations
@@ -78,7 +79,11 @@ def coloured(row: dict[str, Any], clip: float) -> Text:
     columns = row.get("token_columns", {})
     text = Text()
     weights = columns.get("evidence_weight", [None] * len(columns.get("text", ())))
-    for piece, weight in zip(columns.get("text", ()), weights, strict=True):
+    own = columns.get("own", [1] * len(weights))
+    for piece, weight, wrote in zip(columns.get("text", ()), weights, own, strict=True):
+        if not wrote:
+            text.append(piece, style="dim italic")
+            continue
         shade = 0.0 if weight is None else max(-1.0, min(1.0, (weight - 1) / (clip or 1.0)))
         text.append(piece or "∅", style=_style(shade))
     return text if columns else Text(row["response"])

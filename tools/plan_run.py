@@ -35,7 +35,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--reserve", type=float, default=6.0, help="GiB of it not to count on")
     parser.add_argument("--host-memory", type=float, help="GiB of one machine; default: any")
     parser.add_argument("--servers", type=int, help="in place of rollout.sglang.num_servers")
-    parser.add_argument("--kernels", choices=("cuda", "transformer_engine"), default="cuda")
+    parser.add_argument(
+        "--kernels",
+        choices=("cuda", "transformer_engine"),
+        help="default: transformer_engine with model.precision.fp8, else cuda",
+    )
     parser.add_argument("--rate", action="append", default=[], metavar="NAME=NUMBER")
     parser.add_argument("--prompt-tokens", type=float)
     parser.add_argument("--hint-tokens", type=float)
@@ -59,14 +63,20 @@ def main(argv: list[str]) -> int:
     except (ConfigError, HFBridgeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    parallel = config.parallel
+    parallel, precision = config.parallel, config.model.precision
+    if precision.fp8 != "none" and args.kernels == "cuda":
+        print(
+            f"error: model.precision.fp8={precision.fp8} needs --kernels transformer_engine",
+            file=sys.stderr,
+        )
+        return 2
     machine = Machine(
         gpus=args.gpus or parallel.tensor * parallel.pipeline * parallel.context,
         gpus_per_node=args.gpus_per_node,
         memory_gib=args.memory,
         reserve_gib=args.reserve,
         host_gib=args.host_memory,
-        kernels=args.kernels,
+        kernels=args.kernels or ("cuda" if precision.fp8 == "none" else "transformer_engine"),
         rates=rates,
     )
     lengths = assumed_lengths(args, config)

@@ -27,6 +27,7 @@ from megatron_rlsd.actor.model import (
     build_model,
     transformer_config,
 )
+from megatron_rlsd.actor.offload import HostOffload
 from megatron_rlsd.actor.optimizer import (
     build_optimizer,
     learning_rate,
@@ -40,6 +41,7 @@ from megatron_rlsd.actor.packing import (
     response_offsets,
 )
 from megatron_rlsd.actor.precision import layer_kind
+from megatron_rlsd.actor.routing_replay import RoutingReplay
 from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import Family, ShardLayout, export_hf_tensors, load_hf_weights
 from megatron_rlsd.ops import (
@@ -51,8 +53,10 @@ from megatron_rlsd.ops import (
     token_log_probs,
 )
 from megatron_rlsd.ops.stats import MAXIMA, SUMMED
+from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.exchange import all_reduce_metrics
 from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.parallel.layout import model_shape
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ class UpdateResult:
     """One optimizer step, summed over all ranks and equal on all of them."""
 
     sums: dict[str, float]
-    """Sums over the global batch by the names of ``ops.stats.SUMMED``, and of ``divergence`` over
-    ``divergence_tokens``."""
+    """Sums over the global batch by the names of ``ops.stats.SUMMED``, of ``divergence`` over
+    ``divergence_tokens``, and over (token, layer) pairs whose experts were ``replayed`` those that
+    the router would have ``rerouted`` (with any layout's repetitions, so for their ratio alone)."""
     maxima: dict[str, float]
     """By the names of ``ops.stats.MAXIMA``."""
     grad_norm: float
@@ -123,17 +128,23 @@ class Actor:
         self.vocab_size: int = hf_config["vocab_size"]
         self._max_tokens = config.train.max_tokens_per_microbatch
         self._pack_shape = pack_shape(config.parallel, config.pack_multiple)
+        check_eight_bit(model_shape(family, hf_config), config.parallel, config.model.precision)
         kind = layer_kind(config.model.precision, groups.device)
         self._config = transformer_config(config.model, config.parallel, family, hf_config, kind)
         self.chunks: list[HeadGPTModel] = build_model(self._config, family, hf_config, groups, kind)
+        if config.algorithm.routing_replay == "rollout":
+            for chunk in self.chunks:
+                chunk.routing = RoutingReplay(chunk, self._config, groups.tp)
         # Before the optimizer, whose float32 master copy of 16-bit weights is made from them.
         self.load_hf(Path(config.model.hf_path))
         self._model: list[Any] = list(self.chunks)
+        self._gathers_late = config.optimizer.overlap_param_gather
         if total_updates is not None:
             self._model = wrap_data_parallel(self.chunks, self._config, config.optimizer, groups)
             self._optimizer, self._scheduler = build_optimizer(
                 self._model, self._config, config.optimizer, total_updates
             )
+            self._offload = HostOffload(self._model, self._optimizer, groups.device)
 
     def load_hf(self, hf_path: Path) -> None:
         """Fill every parameter from HF safetensors; raises if one is missing or left over."""
@@ -178,6 +189,15 @@ class Actor:
     @property
     def scheduler(self) -> OptimizerParamScheduler:
         return self._scheduler
+
+    def make_room(self) -> None:
+        """Move optimizer state to main memory and free the gradients, until ``take_room``."""
+        if self.trains:
+            self._offload.offload()
+
+    def take_room(self) -> None:
+        if self.trains:
+            self._offload.onload()
 
     def token_log_probs(
         self, sequences_by_rank: list[list[Sequence]], temperature: float
@@ -237,7 +257,7 @@ class Actor:
             outputs = self._run(plan, micro_batches, head_for, forward_only=True)
         if not self.groups.is_last_stage:
             return None
-        total = sum(len(s.response_ids) for s in sequences_by_rank[self.groups.dp.rank()])
+        total = sum(s.num_targets for s in sequences_by_rank[self.groups.dp.rank()])
         flat = torch.zeros(total, *width, dtype=dtype, device=self.groups.device)
         for micro_batch, values in zip(micro_batches, outputs, strict=True):
             flat[micro_batch.response_indices] = values
@@ -254,10 +274,13 @@ class Actor:
         *,
         with_entropy: bool = False,
         on_tokens: Callable[[MicroBatch, PolicyLossStats], None] | None = None,
+        another_follows: bool = False,
     ) -> UpdateResult:
         """One optimizer step on the policy loss over the sequences of all data-parallel ranks.
 
         ``on_tokens`` gets each micro-batch's per-token results, where the loss is formed.
+        ``another_follows``: nothing but another update comes next, so that it may gather the new
+        weights (optimizer.overlap_param_gather).
         """
         collected: list[PolicyLossStats] = []
         divergence = torch.zeros(3, dtype=torch.float64)  # weighted, plain, counted tokens
@@ -333,6 +356,9 @@ class Actor:
         succeeded, grad_norm = False, math.nan
         if self._all_finite(collected, divergence):
             succeeded, grad_norm, _ = self._optimizer.step()
+        if self._gathers_late and not another_follows:
+            for chunk in self._model:
+                chunk.start_param_sync(force_sync=True)
         self._scheduler.step(increment=1)
         return self._reduce(
             collected, divergence, plan, micro_batches, float(grad_norm), rate, succeeded
@@ -355,6 +381,7 @@ class Actor:
                 micro_batch.position_ids,
                 packed_seq_params=micro_batch.packed_seq_params,
                 head=head_for(micro_batch),
+                routed_experts=micro_batch.routed_experts,
             )
             return output, finish
 
@@ -439,7 +466,8 @@ class Actor:
         rate: float,
         succeeded: bool,
     ) -> UpdateResult:
-        sums = dict.fromkeys((*SUMMED, "divergence", "divergence_tokens", "padding"), 0.0)
+        names = ("divergence", "divergence_tokens", "padding", "replayed", "rerouted")
+        sums = dict.fromkeys((*SUMMED, *names), 0.0)
         maxima = dict.fromkeys(MAXIMA, 0.0)
         if self.groups.reports_stats:
             for stats in collected:
@@ -450,6 +478,11 @@ class Actor:
             weighted, sums["divergence"], sums["divergence_tokens"] = divergence.tolist()
             sums["weighted_loss"] += weighted
             sums["padding"] = float(sum(m.num_padding for m in micro_batches))
+        for chunk in self.chunks:
+            if chunk.routing is not None:
+                replayed, rerouted = chunk.routing.take_counts()
+                sums["replayed"] += replayed
+                sums["rerouted"] += rerouted
         sums, maxima = all_reduce_metrics(sums, maxima, self.groups.control)
         return UpdateResult(
             sums=sums,

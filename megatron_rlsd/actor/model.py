@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_rlsd.actor.layers import block_spec
 from megatron_rlsd.actor.precision import LayerKind, precision_fields
+from megatron_rlsd.actor.routing_replay import RoutingReplay
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import Family
 from megatron_rlsd.parallel.groups import ParallelGroups
@@ -29,6 +30,7 @@ class HeadGPTModel(GPTModel):
     """
 
     head: Head | None = None
+    routing: RoutingReplay | None = None
 
     def forward(
         self,
@@ -36,12 +38,17 @@ class HeadGPTModel(GPTModel):
         position_ids: Tensor,
         packed_seq_params: PackedSeqParams | None = None,
         head: Head | None = None,
+        routed_experts: Tensor | None = None,
     ) -> Any:
         """tokens, position_ids [1, T] -> head's result, or hidden states on earlier stages.
+
+        routed_experts [T, layers, experts per token]: replayed by ``routing``.
 
         Without a head the last stage returns this rank's logits [1, T, V / tp], as GPTModel does.
         """
         self.head = head
+        if self.routing is not None:
+            self.routing.begin(routed_experts)
         try:
             return super().forward(tokens, position_ids, None, packed_seq_params=packed_seq_params)
         finally:
@@ -50,6 +57,10 @@ class HeadGPTModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.head is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, **kwargs)
+        # The head takes the weight without calling the layer, whose hooks wait for its gathering
+        # (optimizer.overlap_param_gather).
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
         return self.head(hidden_states.flatten(0, 1), self.output_weight())
 
     def output_weight(self) -> Tensor:

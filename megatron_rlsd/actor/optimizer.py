@@ -27,17 +27,28 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Gradients summed in float32 over data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer.distributed
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
+        bucket_size=optimizer.bucket_parameters,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             config,
             ddp_config,
             Float16Module(config, chunk) if config.bf16 else chunk,
             pg_collection=groups.megatron,
+            # Only the chunk whose backward pass comes last leaves time to hide communication in.
+            disable_bucketing=number > 0,
         )
-        for chunk in chunks
+        for number, chunk in enumerate(chunks)
     ]
+    if optimizer.overlap_grad_reduce:
+        # The schedule enters it for all micro-batches but the last one.
+        functions = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = functions[0] if len(functions) == 1 else functions
+    return wrapped
 
 
 def build_optimizer(
@@ -64,6 +75,7 @@ def build_optimizer(
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=settings.distributed,
+            overlap_param_gather=settings.overlap_param_gather,
         ),
         model,
     )

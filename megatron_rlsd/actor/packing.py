@@ -1,6 +1,8 @@
 """Pack sequences of different lengths into micro-batches, and know where each response token lies.
 
-T: packed tokens of a micro-batch on this rank. R: those that predict a response token.
+T: packed tokens of a micro-batch on this rank. R: those that predict a response token. Tokens that
+a sequence's mask leaves out are context: nothing predicts them, and they are no response tokens
+here.
 
 Context parallelism splits each sequence of a pack (see ``context_parallel``); a MicroBatch then
 speaks of this rank's tokens.
@@ -8,7 +10,7 @@ speaks of this rank's tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from megatron_rlsd.actor.balance import PackShape
 from megatron_rlsd.actor.context_parallel import held_positions
+from megatron_rlsd.types import TrainBatch
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,27 @@ class Sequence:
 
     prompt_ids: list[int]
     response_ids: list[int]
+    mask: list[int] = field(default_factory=list)
+    """[T] 1: score the token, 0: it is context for those after it; empty: all are scored."""
+    routed_experts: Tensor | None = field(default=None, compare=False)
+    """[num_inputs, layers, experts per token] integers: where the routers send each token, -1:
+    where they would. None: they decide."""
 
     @property
     def num_inputs(self) -> int:
         """Tokens that enter the model: the last response token is only ever a target."""
         return len(self.prompt_ids) + len(self.response_ids) - 1
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are scored."""
+        return sum(self.mask) if self.mask else len(self.response_ids)
+
+
+def student_sequence(batch: TrainBatch, index: int) -> Sequence:
+    """A trajectory as the policy sampled it: with its routes, where the batch has them."""
+    routes = batch.routed_experts[index] if batch.routed_experts else None
+    return Sequence(batch.prompt_ids[index], batch.response_ids[index], batch.mask(index), routes)
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,9 @@ class MicroBatch:
     """Bounds of the padded sequences of the whole pack, all context-parallel ranks together."""
     num_padding: int
     """Tokens of this rank that belong to no sequence."""
+    routed_experts: Tensor | None = None
+    """[T, layers, experts per token] as the sequences have it, -1 for the others; None: no sequence
+    has it."""
 
     def scatter(self, flat: Tensor, fill: float = 0.0) -> Tensor:
         """Batch-wide per-response-token values [R_batch] -> [T], ``fill`` where no response is."""
@@ -66,7 +88,7 @@ def response_offsets(sequences: list[Sequence]) -> list[int]:
     offsets, total = [], 0
     for sequence in sequences:
         offsets.append(total)
-        total += len(sequence.response_ids)
+        total += sequence.num_targets
     return offsets
 
 
@@ -94,8 +116,11 @@ def build_micro_batch(
         table.append(_padding(pack_length - bounds[-1]))
         bounds.append(pack_length)
     columns = torch.cat(table, dim=1)
+    routes = _routes(sequences, members, bounds)
     if cp_size > 1:
-        columns = columns[:, held_positions(bounds, cp_rank, cp_size)]
+        held = held_positions(bounds, cp_rank, cp_size)
+        columns = columns[:, held]
+        routes = None if routes is None else routes[held]
     tokens, positions, targets, sequence_ids, response_indices, is_padding = columns.to(device)
     response_positions = (response_indices >= 0).nonzero()[:, 0]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -118,7 +143,27 @@ def build_micro_batch(
             max_seqlen_kv=longest,
         ),
         num_padding=int(is_padding.sum()),
+        routed_experts=None if routes is None else routes.to(device),
     )
+
+
+def _routes(sequences: list[Sequence], members: list[int], bounds: list[int]) -> Tensor | None:
+    """MicroBatch.routed_experts of the whole pack, whose i-th sequence begins at ``bounds[i]``."""
+    known = [(start, sequences[i]) for start, i in zip(bounds, members, strict=False)]
+    shapes = {s.routed_experts.shape[1:] for _, s in known if s.routed_experts is not None}
+    if not shapes:
+        return None
+    (shape,) = shapes
+    routes = torch.full((bounds[-1], *shape), -1, dtype=torch.int16)
+    for start, sequence in known:
+        if sequence.routed_experts is not None:
+            if len(sequence.routed_experts) != sequence.num_inputs:
+                raise ValueError(
+                    f"routes of {len(sequence.routed_experts)} tokens for a sequence of "
+                    f"{sequence.num_inputs}"
+                )
+            routes[start : start + sequence.num_inputs] = sequence.routed_experts
+    return routes
 
 
 def _columns_of(sequence: Sequence, number: int, offset: int, shape: PackShape) -> Tensor:
@@ -126,13 +171,18 @@ def _columns_of(sequence: Sequence, number: int, offset: int, shape: PackShape) 
 
     The sequence id and the response index are -1 where no response token is predicted.
     """
-    before, count = len(sequence.prompt_ids) - 1, len(sequence.response_ids)
+    before = len(sequence.prompt_ids) - 1
     columns = _padding(shape.padded(sequence.num_inputs))
     length = sequence.num_inputs
     columns[0, :length] = torch.tensor(sequence.prompt_ids + sequence.response_ids[:-1])
-    columns[2, before:length] = torch.tensor(sequence.response_ids)
-    columns[3, before:length] = number
-    columns[4, before:length] = torch.arange(offset, offset + count)
+    targets = torch.tensor(sequence.response_ids)
+    places = torch.arange(before, length)
+    if sequence.mask:
+        scored = torch.tensor(sequence.mask, dtype=torch.bool)
+        targets, places = targets[scored], places[scored]
+    columns[2, places] = targets
+    columns[3, places] = number
+    columns[4, places] = torch.arange(offset, offset + len(targets))
     columns[5, :length] = 0
     return columns
 

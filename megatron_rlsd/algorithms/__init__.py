@@ -4,14 +4,24 @@ from megatron_rlsd.algorithms.advantages import group_advantages
 from megatron_rlsd.algorithms.filters import has_signal
 from megatron_rlsd.algorithms.importance import importance_weights
 from megatron_rlsd.algorithms.loss_weights import token_loss_weights
+from megatron_rlsd.algorithms.registry import (
+    own_functions,
+    register_algorithm,
+    response_advantages,
+)
 from megatron_rlsd.algorithms.schedules import lambda_at
 from megatron_rlsd.algorithms.spans import evidence_span
+from megatron_rlsd.config.variants import Variant
 
 __all__ = [
+    "Variant",
     "evidence_span",
     "group_advantages",
     "has_signal",
     "importance_weights",
     "lambda_at",
+    "own_functions",
+    "register_algorithm",
+    "response_advantages",
     "token_loss_weights",
 ]

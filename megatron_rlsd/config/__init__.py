@@ -2,6 +2,7 @@
 
 from megatron_rlsd.config.data import (
     DataConfig,
+    GuessingGameSource,
     JsonlSource,
     PromptConfig,
     ReasoningGymSource,
@@ -9,6 +10,7 @@ from megatron_rlsd.config.data import (
     RewardFunctionConfig,
     Source,
 )
+from megatron_rlsd.config.environment import EnvironmentConfig
 from megatron_rlsd.config.loading import dump_config, load_config, parse_config
 from megatron_rlsd.config.model import ModelConfig, ParallelConfig, PrecisionConfig, TokenizerConfig
 from megatron_rlsd.config.operation import (
@@ -33,6 +35,7 @@ from megatron_rlsd.config.training import (
     OptimizerConfig,
     SFTConfig,
     TeacherConfig,
+    TeacherServerConfig,
     TrainConfig,
 )
 
@@ -45,7 +48,9 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "EmbeddedEngineConfig",
+    "EnvironmentConfig",
     "EvalConfig",
+    "GuessingGameSource",
     "JsonlSource",
     "MlflowConfig",
     "ModelConfig",
@@ -63,6 +68,7 @@ __all__ = [
     "Section",
     "Source",
     "TeacherConfig",
+    "TeacherServerConfig",
     "TokenizerConfig",
     "TrainConfig",
     "WandbConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_rlsd.config.section import Section
 
@@ -31,7 +31,30 @@ class ReasoningGymSource(Section):
     weight: float = Field(1.0, gt=0)
 
 
-Source = Annotated[JsonlSource | ReasoningGymSource, Field(discriminator="kind")]
+class GuessingGameSource(Section):
+    """Problems of the environment of that name: a secret whole number from low to high."""
+
+    kind: Literal["guessing_game"]
+    low: int = 1
+    high: int = 100
+    size: int = Field(100_000, ge=1)
+    """Number of problems; the same secret may come several times."""
+    seed: int = 0
+    """Seed of the secrets; give training and evaluation different ones."""
+    weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check_range(self) -> GuessingGameSource:
+        if self.low >= self.high:
+            raise ValueError(
+                f"guessing_game needs low < high, got low={self.low} and high={self.high}"
+            )
+        return self
+
+
+Source = Annotated[
+    JsonlSource | ReasoningGymSource | GuessingGameSource, Field(discriminator="kind")
+]
 
 
 class DataConfig(Section):
@@ -57,7 +80,7 @@ class PromptConfig(Section):
 
 class RewardFunctionConfig(Section):
     name: str
-    """A registered reward (exact_match, math_verify, reasoning_gym, format, length) or
+    """A registered reward (exact_match, math_verify, reasoning_gym, format, length, environment) or
     ``path/to/file.py:function``."""
     weight: float = 1.0
     params: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from megatron_rlsd.config.root import Config
 from megatron_rlsd.config.section import ConfigError
+from megatron_rlsd.plugins import PluginError, load_plugins
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -34,7 +35,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
-    """Validate a plain dictionary; errors name the dotted key and what was expected."""
+    """Import ``plugins``, then validate; errors name the dotted key and what was expected."""
+    plugins = raw.get("plugins")
+    if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
+        try:
+            load_plugins(plugins)
+        except PluginError as error:
+            raise ConfigError(f"{origin}: {error}") from error
     try:
         return Config.model_validate(raw)
     except ValidationError as error:

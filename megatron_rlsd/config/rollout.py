@@ -83,6 +83,10 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(1024, ge=1)
     stop_token_ids: list[int] = []
     """In addition to the tokenizer's end-of-turn tokens."""
+    colocated: bool = False
+    """The trainer's own servers share its GPUs: they give back the memory of weights and cache
+    while it trains, and optimizer state and gradients leave the GPUs while they generate. The
+    servers then get enable_memory_saver; without GPUs nothing is freed."""
     asynchronous: AsynchronousConfig = AsynchronousConfig()
     embedded: EmbeddedEngineConfig = EmbeddedEngineConfig()
     sglang: SGLangConfig = SGLangConfig()
@@ -94,6 +98,24 @@ class RolloutConfig(Section):
                 f"asynchronous.max_staleness={self.asynchronous.max_staleness} needs "
                 f"engine=sglang: the engine {self.engine} shares the trainer's processes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _colocated_servers_take_turns(self) -> RolloutConfig:
+        if not self.colocated:
+            return self
+        problems = []
+        if self.engine != "sglang":
+            problems.append(f"engine=sglang, not {self.engine}")
+        if self.sglang.urls:
+            problems.append(
+                "sglang.urls empty: nobody knows what memory an earlier trainer left to servers "
+                "that run already"
+            )
+        if self.asynchronous.max_staleness:
+            problems.append("asynchronous.max_staleness=0: rollout and training take turns")
+        if problems:
+            raise ValueError("colocated=true needs " + "; ".join(problems))
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import model_validator
 
 from megatron_rlsd.config.data import DataConfig, PromptConfig, RewardConfig
+from megatron_rlsd.config.environment import EnvironmentConfig
 from megatron_rlsd.config.model import ModelConfig, ParallelConfig, TokenizerConfig
 from megatron_rlsd.config.operation import CheckpointConfig, DistributedConfig, ObservabilityConfig
 from megatron_rlsd.config.rollout import RolloutConfig, WeightSyncConfig
@@ -25,11 +26,15 @@ from megatron_rlsd.config.variants import contradictions, filled_in
 
 class Config(Section):
     run_dir: str
+    plugins: list[str] = []
+    """Files (``path/to/file.py``) and modules of your own, imported before anything is looked up by
+    name: they register algorithms, model families and rewards (docs/extending.md)."""
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     prompts: PromptConfig = PromptConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     rollout: RolloutConfig = RolloutConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     reward: RewardConfig
@@ -66,12 +71,24 @@ class Config(Section):
     def _check_algorithm(self) -> Config:
         algorithm, teacher = self.algorithm, self.teacher
         problems = contradictions(algorithm.name, teacher, "teacher")
-        if algorithm.name == "opd" and teacher.hf_path is None:
-            problems.append("algorithm.name=opd needs teacher.hf_path, the model to learn from")
-        if algorithm.name != "opd" and teacher.hf_path is not None:
+        others = {"hf_path": teacher.hf_path, "sglang.url": teacher.sglang.url}
+        given = [f"teacher.{key}={value!r}" for key, value in others.items() if value is not None]
+        if algorithm.name == "opd" and len(given) != 1:
             problems.append(
-                f"teacher.hf_path={teacher.hf_path!r} is for algorithm.name=opd; the teacher of "
+                "algorithm.name=opd needs teacher.hf_path or teacher.sglang.url, the model to "
+                f"learn from; given: {', '.join(given) or 'neither'}"
+            )
+        if algorithm.name != "opd" and given:
+            problems.append(
+                f"{' and '.join(given)} is for algorithm.name=opd; the teacher of "
                 f"{algorithm.name} is the student under another prompt, scored by the same engine"
+            )
+        if teacher.sglang.url is not None:
+            problems += self._problems_of_a_served_teacher()
+        if algorithm.name == "sft" and algorithm.routing_replay != "none":
+            problems.append(
+                f"algorithm.routing_replay={algorithm.routing_replay} has nothing to replay with "
+                "algorithm.name=sft, whose responses no engine sampled"
             )
         samples = self.rollout.n_samples_per_prompt
         if algorithm.name == "sft" and samples != 1:
@@ -79,12 +96,53 @@ class Config(Section):
                 f"algorithm.name=sft has one response to each problem, the data's own: set "
                 f"rollout.n_samples_per_prompt=1, not {samples}"
             )
-        compares = algorithm.advantage not in ("none", "one")
+        compares = algorithm.advantage not in ("none", "one", "own")
         if samples == 1 and (compares or teacher.hint == "own_correct_response"):
             problems.append(
                 f"rollout.n_samples_per_prompt=1 leaves nothing to compare a response with; "
                 f"algorithm.advantage={algorithm.advantage} and teacher.hint={teacher.hint} need "
                 "at least 2"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems_of_a_served_teacher(self) -> list[str]:
+        problems, limit = [], self.teacher.sglang.score_timeout_seconds
+        if self.rollout.temperature != 1:
+            problems.append(
+                f"teacher.sglang.url needs rollout.temperature=1, not {self.rollout.temperature:g}:"
+                " SGLang scores given tokens at temperature 1 only"
+            )
+        if limit >= self.distributed.timeout_seconds:
+            problems.append(
+                f"teacher.sglang.score_timeout_seconds={limit:g} must be below "
+                f"distributed.timeout_seconds={self.distributed.timeout_seconds:g}, after which the"
+                " other ranks give up"
+            )
+        return problems
+
+    @model_validator(mode="after")
+    def _check_environment(self) -> Config:
+        name, staleness = self.environment.name, self.rollout.asynchronous.max_staleness
+        problems = []
+        if name is None and any(each.name == "environment" for each in self.reward.functions):
+            problems.append("reward environment needs environment.name, whose own reward it is")
+        if name is not None and staleness:
+            problems.append(
+                f"environment.name={name!r} needs rollout.asynchronous.max_staleness=0, not "
+                f"{staleness}: episodes are played between two weight updates"
+            )
+        if name is not None and self.algorithm.routing_replay != "none":
+            problems.append(
+                f"environment.name={name!r} does not go with algorithm.routing_replay="
+                f"{self.algorithm.routing_replay}: the environment's tokens were not routed by one "
+                "request"
+            )
+        if name is not None and self.algorithm.name == "sft":
+            problems.append(
+                f"environment.name={name!r} does not go with algorithm.name=sft, whose responses "
+                "are one turn that the data holds"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -110,6 +168,11 @@ class Config(Section):
             raise ValueError(
                 f"train.global_batch_size={batch} must divide rollout.prompts_per_step x "
                 f"rollout.n_samples_per_prompt = {trajectories}"
+            )
+        if self.rollout.colocated and self.weight_sync.transport == "broadcast":
+            raise ValueError(
+                "rollout.colocated=true needs weight_sync.transport=ipc or disk: nccl connects no "
+                "two processes on one GPU"
             )
         if self.rollout.engine == "sglang":
             for key in ("generate_timeout_seconds", "start_timeout_seconds"):

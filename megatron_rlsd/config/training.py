@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_rlsd.config.section import Section
-from megatron_rlsd.config.variants import AlgorithmName, contradictions, filled_in
+from megatron_rlsd.config.variants import VARIANTS, contradictions, filled_in, known_name
 
 
 class AlgorithmConfig(Section):
     """Keys that ``name`` fixes or presets are in config/variants.py."""
 
-    name: AlgorithmName = "rlsd"
-    advantage: Literal["group_std", "group_mean", "leave_one_out", "none", "one"] = "group_std"
-    """(R - mean) / (std + 1e-6) | R - mean (Dr. GRPO) | R - mean of the others (RLOO) | 0 | 1."""
+    name: Annotated[str, AfterValidator(known_name)] = "rlsd"
+    advantage: Literal["group_std", "group_mean", "leave_one_out", "none", "one", "own"] = (
+        "group_std"
+    )
+    """(R - mean) / (std + 1e-6) | R - mean (Dr. GRPO) | R - mean of the others (RLOO) | 0 | 1 | the
+    function that an algorithm of your own came with (docs/extending.md)."""
     group_filter: bool = False
     """DAPO: leave out groups whose rewards are all equal and sample more in their place."""
     max_refills: int = Field(4, ge=0)
@@ -52,6 +55,9 @@ class AlgorithmConfig(Section):
     tis_mode: Literal["truncate", "mask"] = "truncate"
     """min(r, tis_clip) | r where r <= tis_clip, else 0."""
     tis_clip: float = Field(2.0, gt=0)
+    routing_replay: Literal["none", "rollout"] = "none"
+    """rollout: models with routed experts send each token, in the update and in the scoring of old
+    log-probabilities, to the experts that the rollout engine chose (R3)."""
     kl_coef: float = Field(0.0, ge=0)
     entropy_coef: float = 0.0
     opd_coef: float = Field(0.0, ge=0)
@@ -80,6 +86,11 @@ class AlgorithmConfig(Section):
     @model_validator(mode="after")
     def _check_combination(self) -> AlgorithmConfig:
         problems = contradictions(self.name, self, "algorithm")
+        if self.advantage == "own" and "advantage" not in VARIANTS[self.name].fixed:
+            problems.append(
+                f"algorithm.advantage=own is for an algorithm that brings a function for it, which "
+                f"{self.name} does not"
+            )
         if self.negative_only and self.positive_only:
             problems.append("algorithm.negative_only and positive_only exclude each other")
         if self.advantage == "none" and not (
@@ -122,6 +133,24 @@ class AlgorithmConfig(Section):
         return self.evidence == "correct_over_wrong_hint"
 
 
+class TeacherServerConfig(Section):
+    """An SGLang server that scores for algorithm.name=opd, in place of ``teacher.hf_path``."""
+
+    url: str | None = None
+    """Such as http://node7:30000. Its model embeds as many tokens as the student; it is asked at
+    temperature 1, the only one at which SGLang scores given tokens."""
+    api_key: str | None = None
+    """``env:NAME`` reads it from that variable, as rollout.sglang.api_key does."""
+    request_timeout_seconds: float = Field(300.0, gt=0)
+    """Of one response; it is then asked for again."""
+    score_timeout_seconds: float = Field(1200.0, gt=0)
+    """Of all responses of a step; the run then stops. Below distributed.timeout_seconds."""
+    max_in_flight: int = Field(64, ge=1)
+    """Requests at a time."""
+    max_attempts: int = Field(4, ge=1)
+    """Tries of one request while the server fails, with growing pauses, before the run stops."""
+
+
 class TeacherConfig(Section):
     mode: Literal["live", "frozen", "periodic", "ema"] = "frozen"
     interval: int = Field(20, ge=1)
@@ -130,6 +159,8 @@ class TeacherConfig(Section):
     hf_path: str | None = None
     """algorithm.name=opd: the HF folder of another model with the same tokenizer, which scores in
     place of the student's own weights. Every rank of the last pipeline stage holds all of it."""
+    sglang: TeacherServerConfig = TeacherServerConfig()
+    """The same, behind a server."""
     hint: Literal["reference_solution", "answer", "own_correct_response", "critique", "none"] = (
         "reference_solution"
     )
@@ -148,6 +179,10 @@ class TeacherConfig(Section):
     """Share of log(1 + algorithm.evidence_clip) that the noise's standard deviation may reach
     before a warning."""
 
+    @property
+    def is_another_model(self) -> bool:
+        return self.hf_path is not None or self.sglang.url is not None
+
 
 class OptimizerConfig(Section):
     lr: float = Field(1e-6, gt=0)
@@ -162,6 +197,29 @@ class OptimizerConfig(Section):
     """Global gradient-norm bound; 0: no clipping."""
     distributed: bool = False
     """Megatron's distributed optimizer: optimizer state split over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data-parallel ranks while the backward pass still runs, in buckets."""
+    overlap_param_gather: bool = False
+    """Between updates on one rollout, gather each bucket's new weights when the forward pass first
+    needs them. After the last one all are gathered at once: scores and exports read them."""
+    bucket_parameters: int | None = Field(None, ge=1)
+    """Parameters of such a bucket, at least; default: Megatron's, 40 million or more."""
+
+    @model_validator(mode="after")
+    def _overlap_has_what_it_needs(self) -> OptimizerConfig:
+        if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
+            raise ValueError(
+                f"overlap_param_gather=true needs distributed=true (else no weights are gathered) "
+                f"and overlap_grad_reduce=true (which makes the buckets), got distributed="
+                f"{str(self.distributed).lower()}, overlap_grad_reduce="
+                f"{str(self.overlap_grad_reduce).lower()}"
+            )
+        if self.bucket_parameters is not None and not self.overlap_grad_reduce:
+            raise ValueError(
+                f"bucket_parameters={self.bucket_parameters} means nothing with "
+                "overlap_grad_reduce=false: all gradients are then reduced together"
+            )
+        return self
 
 
 class TrainConfig(Section):

@@ -6,31 +6,13 @@ of the sampled token under the student, the teacher and the policy before the up
 stop-gradient, rho = exp(lp_S - lp_old), p and q the student's and the teacher's distribution.
 Rewards R of the G responses to one question; T tokens of a response, N of the global batch.
 
-docs/algorithms.md has a row for each.
+docs/algorithms.md has a row for each. More come from users: algorithms.register_algorithm.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-AlgorithmName = Literal[
-    "rlsd",
-    "grpo",
-    "dr_grpo",
-    "rloo",
-    "dapo",
-    "gspo",
-    "cispo",
-    "rlrt",
-    "ectr",
-    "sdar",
-    "opd",
-    "opsd",
-    "sdpo",
-    "grpo_opsd",
-    "sft",
-]
 
 
 @dataclass(frozen=True)
@@ -292,6 +274,16 @@ def filled_in(name: object, section: dict[str, Any], part: Literal["algorithm", 
     fixed = variant.fixed if part == "algorithm" else variant.teacher_fixed
     defaults = variant.defaults if part == "algorithm" else variant.teacher_defaults
     return {**defaults, **{key: value for key, (value, _) in fixed.items()}, **section}
+
+
+def known_name(name: str) -> str:
+    """``name`` itself; ValueError that lists the known ones if there is no such algorithm."""
+    if name not in VARIANTS:
+        raise ValueError(
+            f"there is no algorithm {name!r}; known: {', '.join(VARIANTS)}. One of your own is "
+            "registered by a file under plugins (docs/extending.md)"
+        )
+    return name
 
 
 def contradictions(name: str, section: object, part: Literal["algorithm", "teacher"]) -> list[str]:

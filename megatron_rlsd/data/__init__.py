@@ -1,5 +1,6 @@
 """Problem sources, tokenizers, and the prompts of student and teacher."""
 
+from megatron_rlsd.data.chat_turns import ChatTurns
 from megatron_rlsd.data.errors import DataError, PromptTooLong, TokenizerError
 from megatron_rlsd.data.prompts import PromptBuilder
 from megatron_rlsd.data.sentencepiece_tokenizer import (
@@ -19,6 +20,7 @@ from megatron_rlsd.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
+    "ChatTurns",
     "DataError",
     "MixedSource",
     "ProblemSource",

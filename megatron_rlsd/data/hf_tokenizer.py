@@ -8,6 +8,9 @@ from typing import Any
 
 from megatron_rlsd.data.errors import TokenizerError
 
+TURN = "\ue000TURN\ue000"
+"""Stands for an assistant's content, wherever only what follows it is asked for."""
+
 
 class HFTokenizer:
     """Wraps AutoTokenizer; see ``tokenizers.Tokenizer`` for what the methods promise.
@@ -57,6 +60,19 @@ class HFTokenizer:
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> list[int]:
         return self._render(messages, tokenize=True, add_generation_prompt=add_generation_prompt)
+
+    def after_turn(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": TURN}]
+        text = self._render(
+            [*turns, *messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        _, found, rest = text.partition(TURN)
+        if not found:
+            raise TokenizerError("the chat template does not show what the assistant said")
+        # As the template's own text is read: markers are special tokens.
+        return self._tokenizer.encode(rest, add_special_tokens=False)
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files; generation_config.json belongs to the model and is not."""

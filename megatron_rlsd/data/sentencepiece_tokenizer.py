@@ -94,6 +94,31 @@ class SentencePieceTokenizer:
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> list[int]:
+        text, guard = self._render(messages, add_generation_prompt)
+        return [i for part in self._split(text, guard) for i in part]
+
+    def after_turn(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        turn = _unused_character([self._chat_template, *(m["content"] for m in messages)])
+        turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": turn}]
+        text, guard = self._render([*turns, *messages], add_generation_prompt)
+        _, found, rest = text.partition(turn)
+        if not found:
+            raise TokenizerError("the chat template does not show what the assistant said")
+        return [i for part in self._split(rest, guard) for i in part]
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / MODEL_FILE
+        if not target.exists() or not target.samefile(self._model_file):
+            shutil.copyfile(self._model_file, target)
+        (folder / TEMPLATE_FILE).write_text(self._chat_template)
+
+    def _render(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool
+    ) -> tuple[str, str]:
+        """The rendered text and the guard character in it."""
         # The contents carry a private character inside whatever could be read as a marker. It
         # survives anything a template does to them (trim, concatenation) and is taken out again
         # once the template's own markers are known.
@@ -112,14 +137,7 @@ class SentencePieceTokenizer:
             raise TokenizerError(
                 f"the chat template refuses messages of roles {roles}: {error}"
             ) from error
-        return [i for part in self._split(text, guard) for i in part]
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / MODEL_FILE
-        if not target.exists() or not target.samefile(self._model_file):
-            shutil.copyfile(self._model_file, target)
-        (folder / TEMPLATE_FILE).write_text(self._chat_template)
+        return text, guard
 
     def _split(self, text: str, guard: str) -> Iterator[list[int]]:
         """Ids of rendered text: one per marker, and those of the plain text between markers."""

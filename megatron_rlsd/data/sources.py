@@ -11,8 +11,9 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from megatron_rlsd.config import JsonlSource, ReasoningGymSource, Source
+from megatron_rlsd.config import GuessingGameSource, JsonlSource, ReasoningGymSource, Source
 from megatron_rlsd.data.errors import DataError
+from megatron_rlsd.data.guessing import GuessingProblems
 from megatron_rlsd.data.gym import GymProblems
 from megatron_rlsd.data.jsonl import JsonlProblems
 from megatron_rlsd.types import Problem
@@ -151,6 +152,8 @@ def open_table(source: Source) -> ProblemTable:
     """The problems of one configured source; DataError if there are none."""
     if isinstance(source, ReasoningGymSource):
         return GymProblems(source)
+    if isinstance(source, GuessingGameSource):
+        return GuessingProblems(source)
     return JsonlProblems(source)
 
 

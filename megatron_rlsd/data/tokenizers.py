@@ -33,6 +33,13 @@ class Tokenizer(Protocol):
     ) -> list[int]:
         """Chat messages (role, content) to ids; TokenizerError if the template refuses them."""
 
+    def after_turn(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """What the chat template puts after an assistant's content when ``messages`` follow, to
+        ids: the end of the turn, the messages, the next generation prompt. TokenizerError if the
+        template refuses them."""
+
     def save(self, folder: Path) -> None:
         """Write everything that load_tokenizer needs into ``folder``."""
 

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_rlsd.config import Config, ConfigError, load_config
-from megatron_rlsd.data import DataError, TokenizerError, load_tokenizer
+from megatron_rlsd.data import DataError, Tokenizer, TokenizerError, load_tokenizer
 from megatron_rlsd.diagnosis import inputs, machine, model, servers, versions
 from megatron_rlsd.diagnosis.check import Check, Skip, run_check
 from megatron_rlsd.diagnosis.collective import check_collectives
+from megatron_rlsd.environments import EpisodeError
 from megatron_rlsd.hf_bridge import Family, HFBridgeError, family_for, load_hf_config
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
 from megatron_rlsd.rewards import RewardError
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.types import Problem
 from megatron_rlsd.weight_sync import WeightSyncError
 
 Needed = TypeVar("Needed")
@@ -22,6 +24,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (
     ConfigError,
     DataError,
     EngineError,
+    EpisodeError,
     HFBridgeError,
     LayoutError,
     RewardError,
@@ -89,6 +92,8 @@ class Doctor:
         )
         yield self._run("run_dir", lambda: machine.check_space(config, self._model))
         yield self._run("data", lambda: self._check_data(config))
+        if config.environment.name is not None:
+            yield self._run("environment", lambda: self._check_environment(config))
         yield self._run("rewards", lambda: self._check_rewards(config))
         yield self._run("servers", lambda: servers.check_servers(config))
         if self._deep:
@@ -121,18 +126,27 @@ class Doctor:
         return model.check_hf_config(self._family, hf_config)
 
     def _check_data(self, config: Config) -> str:
-        try:
-            tokenizer = load_tokenizer(config.tokenizer, config.model.hf_path)
-        except TokenizerError as error:
-            raise Skip("needs a tokenizer") from error
-        return inputs.check_data(config, tokenizer)
+        return inputs.check_data(config, _tokenizer(config))
+
+    def _check_environment(self, config: Config) -> str:
+        return inputs.check_environment(config, _tokenizer(config), _first_problem(config))
 
     def _check_rewards(self, config: Config) -> str:
-        try:
-            problem = inputs.first_problem(config)
-        except DataError:
-            problem = None
-        return inputs.check_rewards(config, problem)
+        return inputs.check_rewards(config, _first_problem(config))
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    try:
+        return load_tokenizer(config.tokenizer, config.model.hf_path)
+    except TokenizerError as error:
+        raise Skip("needs a tokenizer") from error
+
+
+def _first_problem(config: Config) -> Problem | None:
+    try:
+        return inputs.first_problem(config)
+    except DataError:
+        return None
 
 
 def needed(value: Needed | None, what: str) -> Needed:

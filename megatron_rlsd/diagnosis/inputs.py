@@ -1,9 +1,10 @@
-"""Data sources and reward functions, tried with the first problems."""
+"""Data sources, the environment and reward functions, tried with the first problems."""
 
 from __future__ import annotations
 
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import (
+    ChatTurns,
     PromptBuilder,
     PromptTooLong,
     Tokenizer,
@@ -11,6 +12,7 @@ from megatron_rlsd.data import (
     evaluation_problems,
 )
 from megatron_rlsd.diagnosis.check import Doubt, Trouble
+from megatron_rlsd.environments import Call, EnvironmentPool, Failure
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.types import Problem, RewardInput
 
@@ -50,6 +52,23 @@ def first_problem(config: Config) -> Problem:
     return build_sources(config.data.train, config.train.seed).next(1)[0]
 
 
+def check_environment(config: Config, tokenizer: Tokenizer, problem: Problem | None) -> str:
+    """Starts the workers, which load the environment, and begins an episode."""
+    name = config.environment.name
+    ChatTurns(tokenizer, config.environment.role)
+    # One episode: no share of failures is too many.
+    settings = config.environment.model_copy(update={"max_error_share": 1.0, "on_error": "zero"})
+    with EnvironmentPool(settings) as pool:
+        pool.wait_until_ready()
+        if problem is None:
+            return f"{name}: loaded"
+        pool.begin(1)
+        (opening,) = pool.answer([Call(0, problem, [], [])])
+    if isinstance(opening, Failure):
+        raise Trouble(f"{name} fails on the first problem: {opening.reason}")
+    return f"{name}: begins the first problem" + (f" with {opening.text!r}" * bool(opening.text))
+
+
 def check_rewards(config: Config, problem: Problem | None) -> str:
     """Starts the workers, which load the functions, and scores an answer."""
     names = ", ".join(function.name for function in config.reward.functions)
@@ -58,7 +77,8 @@ def check_rewards(config: Config, problem: Problem | None) -> str:
         if problem is None:
             return f"{names}: loaded"
         limit = config.rollout.max_response_tokens
-        sample = RewardInput(problem, problem.answer, 1, limit, "stop")
+        played = None if config.environment.name is None else 0.0
+        sample = RewardInput(problem, problem.answer, 1, limit, "stop", environment_reward=played)
         (result,) = pool.score([sample])
     if result.errors:
         texts = "; ".join(f"{name}: {reason}" for name, reason in result.errors.items())

@@ -11,8 +11,10 @@ from megatron_rlsd.diagnosis.check import Skip, Trouble
 from megatron_rlsd.hf_bridge import Family, SafetensorsFolder, load_hf_config
 from megatron_rlsd.hf_bridge.describe import describe
 from megatron_rlsd.hf_bridge.tokenizer_fit import check_token_ids
+from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
 from megatron_rlsd.parallel.memory import rank_parameters
+from megatron_rlsd.rollout.sglang import SGLangScorer
 
 PHRASE = "Is 17 + 25 = 42?"
 
@@ -38,7 +40,13 @@ def check_weights(config: Config) -> str:
 
 def check_teacher(config: Config, vocab_size: int) -> str:
     """The other model that on-policy distillation learns from."""
-    path = config.teacher.hf_path
+    path, server = config.teacher.hf_path, config.teacher.sglang
+    if server.url is not None:
+        SGLangScorer(
+            server.model_copy(update={"request_timeout_seconds": 10.0, "max_attempts": 1}),
+            vocab_size,
+        ).check()
+        return f"{server.url} scores tokens of the student's vocabulary"
     if path is None:
         raise Skip("teacher.hf_path is not set: the student is its own teacher")
     found = load_hf_config(path).get("vocab_size")
@@ -97,6 +105,7 @@ def check_parallel(config: Config, model: ModelShape, world_size: int | None) ->
     for size in sizes:
         try:
             check_layout(parallel, size, model)
+            check_eight_bit(model, parallel, config.model.precision)
         except LayoutError as error:
             problem = problem or error
             continue

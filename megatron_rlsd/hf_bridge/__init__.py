@@ -4,7 +4,7 @@ from megatron_rlsd.hf_bridge.buckets import Bucket, buckets, check_bucket
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
 from megatron_rlsd.hf_bridge.errors import HFBridgeError, HFCheckpointError, HFConfigError
 from megatron_rlsd.hf_bridge.export import export_hf_tensors
-from megatron_rlsd.hf_bridge.families import FAMILIES, family_for
+from megatron_rlsd.hf_bridge.families import FAMILIES, family_for, register_family
 from megatron_rlsd.hf_bridge.family import Family
 from megatron_rlsd.hf_bridge.hashing import tensor_hash
 from megatron_rlsd.hf_bridge.load import load_hf_weights
@@ -28,6 +28,7 @@ __all__ = [
     "family_for",
     "load_hf_config",
     "load_hf_weights",
+    "register_family",
     "save_hf_folder",
     "tensor_hash",
 ]

@@ -7,6 +7,8 @@ T tensor-parallel size. A ``*`` stands for trailing dimensions that no mapping s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -182,3 +184,43 @@ class FusedGateUp:
     def merge(self, shards: Sequence[Tensor], dims: ModelDims) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
         return torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])
+
+
+class Stacked:
+    """One Hugging Face tensor that holds those of another mapping one after the other.
+
+    ``Stacked(FusedQKV("hidden_size"))`` is a ``qkv_proj`` with all queries, then all keys, then all
+    values; ``Stacked(FusedGateUp(...))`` a ``gate_up_proj``.
+    """
+
+    def __init__(self, parts: Mapping) -> None:
+        self.parts = parts
+
+    def starts(self, dims: ModelDims) -> list[int]:
+        """The row at which each part begins, and where the last one ends."""
+        starts = [0]
+        for rows, *_ in self.parts.hf_shapes(dims):
+            starts.append(starts[-1] + rows)
+        return starts
+
+    def hf_shapes(self, dims: ModelDims) -> tuple[Shape, ...]:
+        trailing = self.parts.hf_shapes(dims)[0][1:]
+        return ((self.starts(dims)[-1], *trailing),)
+
+    def shard_shape(self, dims: ModelDims, tp_size: int) -> Shape:
+        return self.parts.shard_shape(dims, tp_size)
+
+    def shard(self, read: Sequence[Read], dims: ModelDims, tp_rank: int, tp_size: int) -> Tensor:
+        starts = self.starts(dims)
+        readers = [
+            partial(_read_part, read[0], start, stop - start) for start, stop in pairwise(starts)
+        ]
+        return self.parts.shard(readers, dims, tp_rank, tp_size)
+
+    def merge(self, shards: Sequence[Tensor], dims: ModelDims) -> tuple[Tensor, ...]:
+        return (torch.cat(self.parts.merge(shards, dims)),)
+
+
+def _read_part(read: Read, start: int, rows: int, ranges: Ranges) -> Tensor:
+    (first, last), *rest = ranges or ((0, rows),)
+    return read(((start + first, start + last), *rest))

@@ -17,6 +17,7 @@ from megatron_rlsd.hf_bridge.mappings import (
     Replicated,
     Shape,
     SplitDimension,
+    Stacked,
     VocabParallel,
 )
 
@@ -44,6 +45,12 @@ class Box:
 def row_runs(mapping: Mapping, dims: ModelDims) -> list[Run]:
     """In row order. Rows of no run are padding."""
     shapes = mapping.hf_shapes(dims)
+    if isinstance(mapping, Stacked):
+        starts = mapping.starts(dims)
+        return [
+            Run(0, starts[run.source] + run.source_row, run.row, run.count)
+            for run in row_runs(mapping.parts, dims)
+        ]
     if isinstance(mapping, FusedQKV):
         rows = (dims.queries_per_group * dims.head_dim, dims.head_dim, dims.head_dim)
         runs, row = [], 0
@@ -72,6 +79,8 @@ def boxes(mapping: Mapping, dims: ModelDims, ranks: int) -> list[Box]:
     gate rows and up rows lie where any other number of ranks looks for them.
     """
     shape = checkpoint_shape(mapping, dims)
+    if isinstance(mapping, Stacked):
+        mapping = mapping.parts
     if isinstance(mapping, Replicated):
         return [Box(0, (0,) * len(shape), shape)]
     if isinstance(mapping, FusedGateUp):

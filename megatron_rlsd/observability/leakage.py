@@ -68,7 +68,7 @@ def leakage_metrics(trajectories: Iterable[Trajectory]) -> dict[str, float]:
     question does not hold it) that begin with the answer; the latter is left out where none could.
     """
     found = [
-        leakage(t.response_text, t.problem.messages[-1]["content"], t.problem.answer)
+        leakage(t.own_text, t.problem.messages[-1]["content"], t.problem.answer)
         for t in trajectories
     ]
     metrics = {}

@@ -77,6 +77,8 @@ def sample_row(
     }
     if decode is not None:
         row["token_columns"] = token_columns(trajectory, decode)
+    if trajectory.environment_error:
+        row["environment_error"] = trajectory.environment_error
     return row
 
 
@@ -86,14 +88,21 @@ def token_columns(
     """Columns of one entry per response token; a number that nobody computed is null.
 
     ``text`` (joined: the response), ``id``, ``rollout_log_probs`` of the engine, and where the
-    update used the response those of TokenCredit.
+    update used the response those of TokenCredit. Where an environment wrote tokens also ``own``:
+    1 for the model's, 0 for the environment's.
     """
     generation = trajectory.generation
+    own = generation.response_mask
     columns: dict[str, list[Any]] = {
         "id": generation.token_ids,
         "text": token_texts(decode, generation.token_ids),
-        "rollout_log_probs": [_rounded(value) for value in generation.log_probs],
+        "rollout_log_probs": [
+            _rounded(value) if not own or own[at] else None
+            for at, value in enumerate(generation.log_probs)
+        ],
     }
+    if own:
+        columns["own"] = own
     if trajectory.credit is not None:
         for name in TokenCredit.__dataclass_fields__:
             columns[name] = [_rounded(value) for value in getattr(trajectory.credit, name)]

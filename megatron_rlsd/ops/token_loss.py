@@ -41,6 +41,9 @@ class PolicyLossConfig:
     """Share of the evidence weight in the advantage; 0 is GRPO, to the last bit."""
     evidence_clip: float = 0.2
     """The evidence weight is clipped to [1 - evidence_clip, 1 + evidence_clip]."""
+    evidence_weight: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """(gain, advantages, log_probs), each [N] -> the evidence weights [N] in place of
+    exp(sign(A) gain), from each token's own numbers; None: that formula."""
     negative_only: bool = False
     """Reweight only tokens with a negative advantage; the weight of all others is 1."""
     positive_only: bool = False
@@ -213,7 +216,7 @@ def token_loss(
     current, A = log_probs.detach(), inputs.advantages
 
     scored, gain = _privileged_info_gain(current, inputs)
-    weight = exp_bounded(A.sign() * (-gain if config.reversed_gain else gain))
+    weight = _evidence_weight(-gain if config.reversed_gain else gain, scored, A, current, config)
     clipped_weight = weight.clamp(1 - config.evidence_clip, 1 + config.evidence_clip)
     lam = config.rlsd_lambda
     reweighted = A * ((1 - lam) + lam * clipped_weight)
@@ -294,6 +297,21 @@ def _policy_term(
         loss = torch.where(dual_clipped, bound, loss)
     d_log_ratio = torch.where(is_clipped | dual_clipped, 0.0, -A_hat * d_ratio)
     return loss, d_log_ratio, is_clipped, dual_clipped
+
+
+def _evidence_weight(
+    gain: Tensor, scored: Tensor, A: Tensor, log_probs: Tensor, config: PolicyLossConfig
+) -> Tensor:
+    """w before its clip; 1 for tokens that the teacher did not score."""
+    if config.evidence_weight is None:
+        return exp_bounded(A.sign() * gain)
+    weight = config.evidence_weight(gain, A, log_probs)
+    if weight.shape != gain.shape:
+        raise ValueError(
+            f"evidence_weight returned the shape {list(weight.shape)}, expected one weight for "
+            f"each of {gain.numel()} tokens"
+        )
+    return torch.where(scored, weight.detach().to(gain.dtype), 1.0)
 
 
 def evidence_applies(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:

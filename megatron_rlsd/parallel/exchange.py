@@ -111,6 +111,8 @@ def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
         | {"advantages": torch.tensor(batch.advantages, dtype=torch.float64)}
         | ragged("contrast_prompt_ids", batch.contrast_prompt_ids)
         | ragged("evidence_spans", batch.evidence_spans)
+        | _routes_tensors(batch)
+        | ragged("response_masks", batch.response_masks)
     )
 
 
@@ -124,4 +126,19 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
         advantages=tensors["advantages"].tolist(),
         contrast_prompt_ids=unragged("contrast_prompt_ids", tensors),
         evidence_spans=unragged("evidence_spans", tensors),
+        response_masks=unragged("response_masks", tensors),
+        routed_experts=_routes_of(tensors),
     )
+
+
+def _routes_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
+    """Too many for lists: experts per token x layers numbers for each token."""
+    return {"routed_experts": torch.cat(batch.routed_experts)} if batch.routed_experts else {}
+
+
+def _routes_of(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    if "routed_experts" not in tensors:
+        return []
+    # Of all tokens but each sequence's last.
+    lengths = tensors["prompt_ids.lengths"] + tensors["response_ids.lengths"] - 1
+    return list(tensors["routed_experts"].split(lengths.tolist()))

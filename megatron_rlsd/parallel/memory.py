@@ -87,6 +87,22 @@ def rank_parameters(
     return RankParameters(dense, moe_layers * model.num_experts // parallel.expert * expert)
 
 
+def layer_products(model: ModelShape, parallel: ParallelConfig, layer: int) -> RankParameters:
+    """Parameters of one layer's matrix products on a rank: all but norms, biases and the router."""
+    tp, hidden = parallel.tensor, model.hidden_size
+    attention = _attention(model, tp, duplicated_latents=True)
+    if latent := model.latent_attention:
+        attention -= latent.kv_lora_rank + (latent.q_lora_rank or 0)
+    else:
+        channels = (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
+        attention -= 2 * model.head_dim * model.qk_norm + channels * model.qkv_bias // tp
+    if layer not in model.moe_layers:
+        return RankParameters(attention + _gated_ffn(hidden, model.ffn_hidden_size) // tp, 0)
+    shared = _gated_ffn(hidden, model.shared_expert_ffn_hidden_size) // tp
+    expert = _gated_ffn(hidden, model.expert_ffn_hidden_size) // parallel.expert_tensor_size
+    return RankParameters(attention + shared, model.num_experts // parallel.expert * expert)
+
+
 def _attention(model: ModelShape, tp: int, duplicated_latents: bool) -> int:
     """Parameters of one layer's attention on a rank, the norm in front of it left out."""
     hidden, heads = model.hidden_size, model.num_attention_heads

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.parallel.layout import ModelShape
+from megatron_rlsd.parallel.eight_bit import copy_bytes
+from megatron_rlsd.parallel.layout import ModelShape, layers_of_stage
 from megatron_rlsd.parallel.memory import rank_parameters, state_bytes
 from megatron_rlsd.planning.activations import (
     FLOAT32,
@@ -97,6 +98,9 @@ def rank_memory(
         "gradients": state.gradients,
         "optimizer state": state.optimizer,
     }
+    layers = layers_of_stage(parallel, model.num_layers, stage)
+    if copies := copy_bytes(model, parallel, settings.precision, layers):
+        held["8-bit copies of weights"] = copies
     if is_last and work.external_teacher:
         held["external teacher"] = updated.item * work.external_teacher
     update = {

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
 from megatron_rlsd.planning.activations import Kernels
 from megatron_rlsd.planning.memory import GIB, RankMemory, Workload, rank_memory
@@ -87,6 +88,7 @@ class Plan:
 def make_plan(config: Config, model: ModelShape, machine: Machine, lengths: Lengths) -> Plan:
     """Raises LayoutError for a layout that is not possible for this model and number of GPUs."""
     check_layout(config.parallel, machine.gpus, model)
+    check_eight_bit(model, config.parallel, config.model.precision)
     parallel = config.parallel
     replicas = machine.gpus // (parallel.tensor * parallel.pipeline * parallel.context)
     tokens = step_tokens(config, lengths)

@@ -38,7 +38,7 @@ def plan_text(plan: Plan, model: ModelShape, lengths: Lengths) -> str:
     config, machine = plan.config, plan.machine
     lines = [
         f"model      {config.model.hf_path}: {model_parameters(model, config) / 1e9:.2f} B "
-        f"parameters, {config.model.dtype}",
+        f"parameters, {config.model.dtype}{_products(config)}",
         f"layout     {layout_line(config, machine.gpus)} on {machine.gpus} GPUs",
         f"batch      {batch_line(plan.tokens)}; at most {plan.work.micro_batches} micro-batches of "
         f"{plan.work.update.tokens} tokens a rank and update "
@@ -51,6 +51,14 @@ def plan_text(plan: Plan, model: ModelShape, lengths: Lengths) -> str:
         *assumption_lines(machine, lengths),
     ]
     return "\n".join(lines)
+
+
+def _products(config: Config) -> str:
+    precision = config.model.precision
+    if precision.fp8 == "none":
+        return ""
+    kept = precision.first_layers_bf16 + precision.last_layers_bf16
+    return f", products in fp8 ({precision.fp8}; {kept} layers in bfloat16)"
 
 
 def batch_line(tokens: StepTokens) -> str:

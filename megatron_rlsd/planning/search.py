@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_rlsd.config import Config, ParallelConfig
+from megatron_rlsd.config import Config, ParallelConfig, PrecisionConfig
+from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
 from megatron_rlsd.planning.plan import Machine, Plan, make_plan
 from megatron_rlsd.planning.work import Lengths
@@ -39,7 +40,7 @@ def search(config: Config, model: ModelShape, machine: Machine, lengths: Lengths
     distributed optimizer; sequence parallelism is on wherever tensor parallelism is."""
     fitting: list[Plan] = []
     tried, smallest = 0, None
-    for parallel in _layouts(model, machine):
+    for parallel in _layouts(model, machine, config.model.precision):
         for recompute in RECOMPUTES:
             for distributed in (True, False):
                 candidate = config.model_copy(
@@ -88,7 +89,9 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _layouts(model: ModelShape, machine: Machine) -> Iterator[ParallelConfig]:
+def _layouts(
+    model: ModelShape, machine: Machine, precision: PrecisionConfig
+) -> Iterator[ParallelConfig]:
     """Possible for the model; tensor (and expert) groups stay within one machine."""
     gpus = machine.gpus
     for tensor in _powers(min(machine.gpus_per_node, gpus)):
@@ -104,6 +107,7 @@ def _layouts(model: ModelShape, machine: Machine) -> Iterator[ParallelConfig]:
                             sequence=tensor > 1,
                         )
                         check_layout(parallel, gpus, model)
+                        check_eight_bit(model, parallel, precision)
                     except (LayoutError, ValidationError):
                         continue
                     yield parallel

@@ -45,4 +45,6 @@ def encode_job(job: int, function: int, sample: RewardInput) -> bytes:
 def decode_sample(fields: dict[str, Any]) -> RewardInput:
     problem = fields.pop("problem")
     messages = tuple(problem.pop("messages"))
-    return RewardInput(problem=Problem(messages=messages, **problem), **fields)
+    transcript = tuple(fields.pop("transcript"))
+    problem = Problem(messages=messages, **problem)
+    return RewardInput(problem=problem, transcript=transcript, **fields)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rlsd.plugins import file_of, import_file
 from megatron_rlsd.rewards.errors import RewardError
 
 RewardFunction = Callable[..., float]
@@ -38,8 +37,8 @@ def register_reward(
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Make a function known as ``name`` in ``reward.functions``.
 
-    Workers import the module that holds it, so it must be importable by name there; a function
-    in a loose file is better named by its path.
+    Workers import the module that holds it: an importable one, or a file among ``plugins``. A
+    function named by its path needs no registering.
     """
 
     def decorate(function: RewardFunction) -> RewardFunction:
@@ -60,9 +59,9 @@ class RewardReference:
     function: str
     """The registered name, or the function's name in the file."""
     module: str | None = None
-    """Module that registers it; None for a file."""
+    """Module that registers it; None for a function named by its file."""
     path: str | None = None
-    """Absolute path of the user's file; None for a registered function."""
+    """Absolute path of the user's file that holds it; None where ``module`` can be imported."""
 
 
 def locate_reward(name: str, params: dict[str, Any]) -> RewardReference:
@@ -74,7 +73,9 @@ def locate_reward(name: str, params: dict[str, Any]) -> RewardReference:
     registered = REWARDS.get(name)
     if registered is not None:
         _check_params(name, registered, params)
-        return RewardReference(name, name, module=registered.function.__module__)
+        module = registered.function.__module__
+        plugin = file_of(module)
+        return RewardReference(name, name, module, None if plugin is None else str(plugin))
     path, separator, function = name.rpartition(":")
     if not separator or not path.endswith(".py"):
         raise RewardError(
@@ -87,14 +88,15 @@ def locate_reward(name: str, params: dict[str, Any]) -> RewardReference:
 
 def load_reward(reference: RewardReference, params: dict[str, Any]) -> RewardFunction:
     """Import the function (in a worker); whatever its module raises passes through."""
+    file = None if reference.path is None else import_file(Path(reference.path))
     if reference.module is not None:
-        importlib.import_module(reference.module)
+        if file is None:
+            importlib.import_module(reference.module)
         registered = REWARDS[reference.function]
         for module in registered.imports:
             importlib.import_module(module)
         return registered.function
-    assert reference.path is not None
-    function = getattr(_import_file(Path(reference.path)), reference.function)
+    function: RewardFunction = getattr(file, reference.function)
     _bind(reference.name, function, params)
     return function
 
@@ -131,7 +133,7 @@ def _check_file_defines(name: str, path: Path, function: str) -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     except (SyntaxError, UnicodeDecodeError) as error:
         raise RewardError(f"reward {name!r}: {path} is no valid Python: {error}") from error
-    defined = _names_bound_by(tree.body)
+    defined = names_bound_by(tree.body)
     # After a star import only running the file would tell; the worker will.
     if function not in defined and "*" not in defined:
         raise RewardError(
@@ -140,7 +142,8 @@ def _check_file_defines(name: str, path: Path, function: str) -> None:
         )
 
 
-def _names_bound_by(body: list[ast.stmt]) -> set[str]:
+def names_bound_by(body: list[ast.stmt]) -> set[str]:
+    """The names that running these statements would define; ``*`` after a star import."""
     names: set[str] = set()
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -154,23 +157,7 @@ def _names_bound_by(body: list[ast.stmt]) -> set[str]:
                 if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)
             )
             for field in ("body", "orelse", "finalbody"):
-                names.update(_names_bound_by(getattr(node, field, [])))
+                names.update(names_bound_by(getattr(node, field, [])))
             for handler in getattr(node, "handlers", []):
-                names.update(_names_bound_by(handler.body))
+                names.update(names_bound_by(handler.body))
     return names
-
-
-def _import_file(path: Path) -> Any:
-    module_name = f"user_reward:{path}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    # Last, so that a neighbour called json.py or random.py shadows nothing.
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module

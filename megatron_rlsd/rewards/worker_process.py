@@ -44,10 +44,16 @@ class Job:
 class WorkerProcess:
     """A worker and the jobs in its hands; the first of ``jobs`` is the one it works on."""
 
-    def __init__(self, spawn: Spawn, setup: bytes, start_seconds: float) -> None:
+    def __init__(
+        self,
+        spawn: Spawn,
+        setup: bytes,
+        start_seconds: float,
+        module: str = "megatron_rlsd.rewards.worker",
+    ) -> None:
         path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": path}
-        command = [sys.executable, "-m", "megatron_rlsd.rewards.worker"]
+        command = [sys.executable, "-m", module]
         self._process = spawn(command, environment)
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -103,15 +103,23 @@ def _pack_generations(generations: list[Generation]) -> bytes:
     return pack_message(
         header,
         ragged("token_ids", [g.token_ids for g in generations])
-        | ragged("log_probs", [g.log_probs for g in generations], torch.float32),
+        | ragged("log_probs", [g.log_probs for g in generations], torch.float32)
+        | {
+            f"routed_experts.{number}": generation.routed_experts
+            for number, generation in enumerate(generations)
+            if generation.routed_experts is not None
+        },
     )
 
 
 def _unpack_generations(message: bytes) -> list[Generation]:
     header, tensors = unpack_message(message)
     return [
-        Generation(token_ids, log_probs, reason, version)
-        for (reason, version), token_ids, log_probs in zip(
-            header, unragged("token_ids", tensors), unragged("log_probs", tensors), strict=True
+        Generation(
+            *(token_ids, log_probs, reason, version),
+            routed_experts=tensors.get(f"routed_experts.{number}"),
+        )
+        for number, ((reason, version), token_ids, log_probs) in enumerate(
+            zip(header, unragged("token_ids", tensors), unragged("log_probs", tensors), strict=True)
         )
     ]

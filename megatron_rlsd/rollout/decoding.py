@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import DynamicCache
 
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.kv_cache import RowCache
+from megatron_rlsd.rollout.routes import RouteRecorder
 from megatron_rlsd.rollout.sampling import RowParams, request_uniforms, sample_tokens
 from megatron_rlsd.types import FinishReason, GenerationRequest
 
@@ -38,6 +40,8 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    routes: list[torch.Tensor] = field(default_factory=list)
+    """[tokens, layers, experts per token] of each forward pass that this row was in."""
 
     @classmethod
     def of(cls, request: GenerationRequest) -> Row:
@@ -72,12 +76,18 @@ class DecodingBatch:
     """Decodes valid requests with at most ``max_rows`` rows at once.
 
     model: a transformers causal language model of full-attention layers, in eval mode.
+    recorder: of that model's routers; the rows then keep their routes.
     """
 
     def __init__(
-        self, model: Any, requests: list[GenerationRequest], max_rows: int, device: torch.device
+        self,
+        model: Any,
+        requests: list[GenerationRequest],
+        max_rows: int,
+        device: torch.device,
+        recorder: RouteRecorder | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.recorder = model, recorder
         self.device = device
         self.results = [Row.of(request) for request in requests]
         # Equal prompts side by side, to be prefilled together; the next to join is at the end.
@@ -134,6 +144,7 @@ class DecodingBatch:
         )
         rows = [row for prompt_rows in samples for row in prompt_rows]
         source = [i for i, prompt_rows in enumerate(samples) for _ in prompt_rows]
+        self._note_routes(rows, source, len(prompts))
         self.cache.insert(len(self.rows), cache, source)
         self._append_tokens(rows, output.logits[source, -1], self._params_of(rows))
         self.rows += rows
@@ -151,7 +162,15 @@ class DecodingBatch:
             use_cache=True,
             logits_to_keep=1,
         )
+        self._note_routes(self.rows, range(len(self.rows)), len(self.rows))
         return output.logits[:, -1]
+
+    def _note_routes(self, rows: list[Row], source: Sequence[int], count: int) -> None:
+        """Of a pass over ``count`` sequences; ``source``: each row's among them."""
+        if self.recorder is not None:
+            routes = self.recorder.take(count)
+            for row, index in zip(rows, source, strict=True):
+                row.routes.append(routes[index])
 
     def _mask(self, position_ids: torch.Tensor) -> torch.Tensor:
         """[N, 1, 1, used columns]: 0 up to each row's own position, -inf beyond it.

@@ -6,6 +6,7 @@ caches, fused kernels, tensor parallelism) is left out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers.utils import logging as transformers_logging
 from megatron_rlsd.rollout.checks import check_request
 from megatron_rlsd.rollout.decoding import DecodingBatch
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.expert_names import joined_name, model_name, part
+from megatron_rlsd.rollout.routes import RouteRecorder, RoutesShape
 from megatron_rlsd.types import Generation, GenerationRequest
 
 
@@ -34,6 +37,7 @@ class EmbeddedEngine:
     max_batch_size: most sequences decoded at once.
     load_weights: False leaves the weights to the first ``update_weights``; ``generate`` raises
         EngineError until then.
+    routes: of a model with routed experts, to have generations say which experts tokens took.
     Raises EngineError for a missing folder, an architecture it does not serve, and weights that
     are missing, unknown or of the wrong shape.
     """
@@ -46,7 +50,9 @@ class EmbeddedEngine:
         device: torch.device | str = "cpu",
         *,
         load_weights: bool = True,
+        routes: RoutesShape | None = None,
     ) -> None:
+        self._routes = routes
         if max_batch_size < 1:
             raise EngineError(f"max_batch_size must be at least 1, got {max_batch_size}")
         if not (Path(hf_path) / "config.json").is_file():
@@ -83,9 +89,20 @@ class EmbeddedEngine:
             check_request(request, index, self._vocab_size, self._max_positions)
         if not requests:
             return []
-        rows = DecodingBatch(model, requests, self.max_batch_size, self.device).run()
+        recorder = None if self._routes is None else RouteRecorder(model, self._routes)
+        try:
+            rows = DecodingBatch(model, requests, self.max_batch_size, self.device, recorder).run()
+        finally:
+            if recorder is not None:
+                recorder.close()
         return [
-            Generation(row.token_ids, row.log_probs, row.finish_reason, self._weight_version)
+            Generation(
+                row.token_ids,
+                row.log_probs,
+                row.finish_reason,
+                self._weight_version,
+                routed_experts=torch.cat(row.routes) if row.routes else None,
+            )
             for row in rows
             if row.finish_reason is not None
         ]
@@ -97,8 +114,7 @@ class EmbeddedEngine:
         embeddings one name of the pair is enough; both are taken when they are equal.
 
         The whole stream is staged before it replaces the old weights, so memory holds both for a
-        moment. Names are those of the transformers model, as they are for dense models; the
-        per-expert names of mixture-of-experts checkpoints are not translated.
+        moment. Names are those of checkpoints, whose experts transformers joins.
 
         Raises EngineError that lists unknown, repeated, missing, misshapen and unequal tied
         tensors; weights and version then stay as they were. The stream is read to its end even
@@ -108,8 +124,21 @@ class EmbeddedEngine:
         staged: dict[torch.nn.Parameter, torch.Tensor] = {}
         seen: set[str] = set()
         problems: list[str] = []
+        filled: Counter[str] = Counter()
         for name, tensor in tensors:
-            parameter = expected.get(name)
+            joined = joined_name(name)
+            if joined is not None and joined in expected:
+                whole = expected[joined]
+                staged.setdefault(whole, torch.empty_like(whole))
+                place = part(name, staged[whole])
+                if place is None or place.shape != tensor.shape or name in seen:
+                    problems.append(f"{name}: repeated, misshapen or beyond the model's experts")
+                else:
+                    place.copy_(tensor)
+                    filled[joined] += place.numel()
+                seen.add(name)
+                continue
+            parameter = expected.get(model_name(name))
             if parameter is None:
                 problems.append(f"{name}: unknown")
             elif name in seen:
@@ -123,6 +152,11 @@ class EmbeddedEngine:
                     problems.append(f"{name}: differs from the weight it is tied to")
                 staged[parameter] = value
             seen.add(name)
+        problems += [
+            f"{name}: {expected[name].numel() - count} numbers are missing"
+            for name, count in filled.items()
+            if count != expected[name].numel()
+        ]
         problems += [
             f"{name}: missing"
             for name, parameter in self._open_model().named_parameters()

@@ -22,9 +22,16 @@ class ServedEngine:
     """Takes CollectiveEngine's place where servers generate. ``engine`` is None but on rank 0."""
 
     def __init__(
-        self, engine: SGLangEngine | None, publish: Publish, control: dist.ProcessGroup
+        self,
+        engine: SGLangEngine | None,
+        publish: Publish,
+        control: dist.ProcessGroup,
+        *,
+        colocated: bool = False,
     ) -> None:
+        """colocated: the servers sleep from ``sleep`` to the next weights."""
         self._engine, self._publish, self._control = engine, publish, control
+        self._colocated = colocated
         self._version = 0
 
     @property
@@ -32,9 +39,29 @@ class ServedEngine:
         return self._version
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Called on every rank, each with the full stream."""
-        self._publish(tensors, version)
+        """Called on every rank, each with the full stream.
+
+        With colocated servers every rank has freed its memory for them by then.
+        """
+        if not self._colocated:
+            self._publish(tensors, version)
+        else:
+            # No rank's memory is needed for training any more once all are here.
+            dist.barrier(self._control)
+            if self._engine is not None:
+                self._engine.wake("weights")
+            self._publish(tensors, version)
+            if self._engine is not None:
+                self._engine.wake("kv_cache")
         self._version = version
+
+    def sleep(self) -> None:
+        """Colocated servers give back memory; every rank calls it, and has it when it returns."""
+        if not self._colocated:
+            return
+        if self._engine is not None:
+            self._engine.sleep()
+        dist.barrier(self._control)
 
     def run_on_rank_zero(self, work: Callable[[], Result]) -> Result | None:
         """Run ``work`` on rank 0; the others wait for it, within the process group's time limit."""

@@ -40,7 +40,7 @@ def another_response(group: Group, eligible: Sequence[bool]) -> list[str | None]
     A teacher that has read the very response that it scores only copies. Responses without text
     are no hint.
     """
-    texts = [t.response_text.strip() for t in group.trajectories]
+    texts = [t.told.strip() for t in group.trajectories]
     count = len(texts)
     chosen: list[str | None] = []
     for own in range(count):

@@ -13,12 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 from urllib.parse import urlsplit
 
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang import Server, ServerFacts, SGLangClient, SGLangEngine
 from megatron_rlsd.weight_sync.flat import Allocate, FlatBucket
-from megatron_rlsd.weight_sync.payload import payload, remove_stale_names, shared_buffer
+from megatron_rlsd.weight_sync.payload import (
+    payload,
+    remove_stale_names,
+    shared_buffer,
+    start_janitor,
+)
 from megatron_rlsd.weight_sync.streamed import StreamedTransport
 from megatron_rlsd.weight_sync.transport import SyncSettings
 
@@ -28,12 +34,22 @@ class IpcTransport(StreamedTransport):
 
     def __init__(self, engine: SGLangEngine | None, settings: SyncSettings) -> None:
         super().__init__(engine, settings)
+        self._janitor: subprocess.Popen[bytes] | None = None
         if engine is not None:
             remove_stale_names()
+            self._janitor = start_janitor()
         self._facts: dict[Server, tuple[SGLangClient, ServerFacts]] = {}
 
     def _allocator(self) -> Allocate:
         return shared_buffer
+
+    def close(self) -> None:
+        super().close()
+        if self._janitor is not None:
+            # Nothing is being read any more.
+            self._janitor.kill()
+            self._janitor.wait()
+            self._janitor = None
 
     async def _open(self, server: Server, *, anew: bool) -> None:
         known = self._facts.get(server)

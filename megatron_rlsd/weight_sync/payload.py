@@ -16,6 +16,8 @@ import contextlib
 import io
 import os
 import pickle
+import subprocess
+import sys
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ from torch.multiprocessing import reductions
 from megatron_rlsd.weight_sync.flat import FlatBucket
 
 SHARED_MEMORY = Path("/dev/shm")
+JANITOR = Path(__file__).parent / "janitor.py"
 OWN_MANAGER = b""
 """torch has a small process keep the books of shared memory and remove it in the end. Readers are
 to use their own: ours would live, and keep the memory, as long as any server that ever used it."""
@@ -52,8 +55,25 @@ def shared_buffer(nbytes: int) -> Tensor:
     return buffer
 
 
+def start_janitor() -> subprocess.Popen[bytes]:
+    """A process that removes this one's names for readers once this one has ended, however."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(JANITOR), str(os.getpid()), _prefix()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # What is sent to the trainer's process group must not reach it.
+        start_new_session=True,
+    )
+
+
+def _prefix() -> str:
+    """Of the names that readers are given."""
+    return f"rlsd_{os.getpid()}_"
+
+
 def remove_stale_names() -> None:
-    """Free the buckets that trainers were killed over while they were being read."""
+    """Free what janitors could not: those that were killed together with their trainers."""
     for path in SHARED_MEMORY.glob("rlsd_*_*"):
         pid = path.name.split("_")[1]
         if pid.isdigit() and not Path("/proc", pid).exists():
@@ -128,7 +148,7 @@ def _shared_reference(tensor: Tensor, names: contextlib.ExitStack) -> tuple[Any,
     storage = tensor.untyped_storage()
     # A name of its own for this reader: its manager removes the names that it knows when it ends,
     # which must not hit the other servers.
-    name = f"rlsd_{os.getpid()}_{uuid.uuid4().hex}"
+    name = f"{_prefix()}{uuid.uuid4().hex}"
     os.link(_file_of(storage), SHARED_MEMORY / name)
     names.callback((SHARED_MEMORY / name).unlink, missing_ok=True)
     # The reader takes one back.

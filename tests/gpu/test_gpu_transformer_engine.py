@@ -17,9 +17,10 @@ if missing := [name for name in ("megatron", "transformer_engine") if find_spec(
 from megatron_rlsd.actor.actor import Actor, TokenValues
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.actor.precision import CAPABILITY
-from megatron_rlsd.config import parse_config
+from megatron_rlsd.config import ParallelConfig, PrecisionConfig, parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
+from megatron_rlsd.parallel.eight_bit import copy_bytes
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.parallel.layout import model_shape
 
@@ -75,6 +76,20 @@ def test_noise_of_fp8_beside_the_evidence_clip(model: Path, local: Any, fp8: str
     assert found["grad_norm"] == pytest.approx(local["grad_norm"], rel=0.2)
 
 
+def test_8_bit_copies_of_weights_take_what_the_planner_counts(model: Path) -> None:
+    """What is allocated after an update, with and without them."""
+    if torch.cuda.get_device_capability() < CAPABILITY["current"]:
+        pytest.skip(f"fp8=current needs compute capability {CAPABILITY['current']}")
+    hf_config = load_hf_config(model)
+    shape = model_shape(family_for(hf_config), hf_config)
+    precision = PrecisionConfig(fp8="current", last_layers_bf16=2)
+    counted = copy_bytes(shape, ParallelConfig(), precision, range(shape.num_layers))
+    plain = measured(model, {"layers": "transformer_engine"})
+    eight = measured(model, precision.model_dump())
+    print(f"8-bit copies: {eight['held'] - plain['held']} bytes, counted {counted}")
+    assert eight["held"] - plain["held"] == pytest.approx(counted, rel=0.2)
+
+
 def measured(model: Path, precision: dict[str, Any]) -> dict[str, Any]:
     """Log-probabilities, one update, and the weights after it."""
     config = parse_config(
@@ -112,5 +127,6 @@ def measured(model: Path, precision: dict[str, Any]) -> dict[str, Any]:
         return {
             "log_probs": log_probs.float().cpu(),
             "grad_norm": result.grad_norm,
+            "held": torch.cuda.memory_allocated(),
             "weights": {name: t.float().cpu().clone() for name, t in actor.hf_tensors()},
         }

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.hf_bridge import load_hf_config
+from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON
 from megatron_rlsd.rollout.sglang.server import State
@@ -50,7 +51,10 @@ def make_engine(
     engines: list[SGLangEngine] = []
 
     def make(
-        hf_path: Path = tiny_model, vocab_size: int = VOCAB_SIZE, **settings: Any
+        hf_path: Path = tiny_model,
+        vocab_size: int = VOCAB_SIZE,
+        routes: RoutesShape | None = None,
+        **settings: Any,
     ) -> SGLangEngine:
         engine = SGLangEngine(
             SGLangConfig(**{"device": "cpu", "start_timeout_seconds": 300, **settings}),
@@ -59,6 +63,7 @@ def make_engine(
             vocab_size=vocab_size,
             max_positions=MAX_POSITIONS,
             run_dir=tmp_path_factory.mktemp("run"),
+            routes=routes,
         )
         engines.append(engine)
         return engine

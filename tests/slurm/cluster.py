@@ -106,10 +106,13 @@ class Cluster:
             self.stop()
             raise
 
-    def run(self, *command: str, env: Mapping[str, str] | None = None) -> str:
+    def run(
+        self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
         """Standard output of a command that speaks to this cluster; ClusterError if it fails."""
         ended = subprocess.run(
             command,
+            cwd=cwd,
             env={**self.env, **(env or {})},
             capture_output=True,
             text=True,

@@ -25,6 +25,13 @@ JOB_SECONDS = 400
 """About 60 on two quiet cores. Twice this is below the limit of a test."""
 
 
+CPU_70B = {"TINY": "0", "CONFIG": "examples/configs/tiny_slurm.yaml", "GPUS_PER_NODE": "0"} | {
+    "MODEL": "finished",
+    "TRAINER_TASKS_PER_NODE": "2",
+}
+"""What a large model's job does, without GPUs; MODEL: that of the fixture ``finished``."""
+
+
 @dataclass
 class Job:
     """The script with a run folder of its own, submitted or run in an allocation."""
@@ -54,15 +61,18 @@ class Job:
 
     def environment(self, settings: dict[str, str]) -> dict[str, str]:
         ours = {"TINY": "1", "PYTHON": sys.executable, "RUN_DIR": str(self.run_dir)}
-        return {**ours, **settings}
+        return {**ours, "SBATCH_OUTPUT": str(self.folder / "job.log"), **settings}
 
-    def submit(self, *arguments: str, **settings: str) -> Job:
+    def submit(self, *arguments: str, options: tuple[str, ...] = (), **settings: str) -> Job:
+        """As the documentation says: from the repository, with no option that a test does not
+        need."""
         self.folder.mkdir(parents=True)
-        options = ["--nodes=2", "--gres=none", f"--output={self.folder}/job.log", "--parsable"]
         answer = self.cluster.run(
-            "sbatch", *options, str(SCRIPT), *arguments, env=self.environment(settings)
+            *("sbatch", *options, "examples/run_rlsd_70b.sh", *arguments),
+            env=self.environment(settings),
+            cwd=ROOT,
         )
-        self.number = int(answer)
+        self.number = int(answer.removeprefix("Submitted batch job "))
         return self
 
     def allocate(self, *arguments: str, **settings: str) -> None:
@@ -137,7 +147,10 @@ def test_two_trainer_tasks_and_a_server_on_the_other_node_train(finished: Job) -
     assert re.search(r"serving: http://127\.0\.0\.1:\d+\n", finished.log)
     assert "finished" in finished.log
     logs = {path.name for path in finished.run_dir.glob("logs/job_*_0/*.log")}
-    assert logs == {"model_0.log", "servers-n2_0.log", "trainer_0.log", "trainer_1.log"}
+    assert logs == {
+        *("model_0.log", "preflight_0.log"),
+        *("servers-n2_0.log", "trainer_0.log", "trainer_1.log"),
+    }
     assert "SIGINT: the servers have ended" in finished.task_log("servers-n2_0")
     assert json.loads((finished.run_dir / "status.json").read_text())["status"] == "finished"
     assert not (finished.run_dir / "servers/n2/urls").exists()
@@ -235,18 +248,67 @@ def kill_server(cluster: Cluster) -> None:
         ({"CONFIG": "/no.yaml"}, "CONFIG=/no.yaml does not exist"),
         ({"REPO": "/"}, "REPO=/ is not this repository"),
         (
-            {"MODEL": "/", "TINY": "0", "CONFIG": "examples/configs/tiny_slurm.yaml"}
-            | {"TRAINER_TASKS_PER_NODE": "2"},
-            "error: model.hf_path=/: no config.json there",
+            CPU_70B | {"MODEL": "/"},
+            "error: /config.json is missing: not a Hugging Face model",
+        ),
+        (
+            CPU_70B | {"TRAINER_TASKS_PER_NODE": "3"},
+            "parallel.tensor=2 = 2 must divide the number of processes, 3; start 2 or 4",
         ),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(
-    cluster: Cluster, tmp_path: Path, settings: dict[str, str], reason: str
+    finished: Job, cluster: Cluster, tmp_path: Path, settings: dict[str, str], reason: str
 ) -> None:
+    if settings.get("MODEL") == "finished":
+        settings = {**settings, "MODEL": str(finished.run_dir / "model")}
     job = Job(cluster, tmp_path / "job").submit(**settings)
     job.ends("FAILED", 60)
     assert reason in job.log
+    assert "waiting for the servers" not in job.log
+
+
+def test_a_job_with_fewer_nodes_than_its_layout_needs_asks_for_them(
+    finished: Job, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Of four nodes two would be the trainer's, which is what tensor=2 needs of one task each."""
+    settings = {"MODEL": str(finished.run_dir / "model"), "NODES": "4"}
+    job = Job(cluster, tmp_path / "job").submit(
+        *("train.seed=7", "train.steps=9"),
+        options=("--time=50", "--job-name=seven"),
+        **CPU_70B | settings | {"TRAINER_TASKS_PER_NODE": "1"},
+    )
+    job.ends("COMPLETED", 60)
+    submitted = re.search(r"^Submitted batch job (\d+)$", job.log, re.MULTILINE)
+    assert submitted, job.log
+    number = int(submitted[1])
+    found = cluster.job(number)
+    cluster.run("scancel", str(number))
+    assert found["NumNodes"] == "4-4"
+    assert (found["TimeLimit"], found["JobName"]) == ("00:50:00", "seven")
+    assert found["StdOut"] == str(job.folder / "job.log")
+    assert "submitting this job again, for 4" in job.log
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "requeued"),
+    [
+        ((), "SIGTERM before the trainer started and requeued: the next start goes on", True),
+        # Its signal would come again at the same place.
+        (("--time=1",), "SIGTERM before the trainer started, at the end of the job's time", False),
+    ],
+)
+def test_a_signal_before_the_trainer_started(
+    cluster: Cluster, tmp_path: Path, options: tuple[str, ...], says: str, requeued: bool
+) -> None:
+    job = Job(cluster, tmp_path / "job").submit(options=options)
+    job.wait_until(lambda: "making a tiny random model" in job.log, 60, "it has begun")
+    cluster.run("scancel", "--batch", "--signal=TERM", str(job.number))
+    if requeued:
+        job.wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", 60, "it is requeued")
+        cluster.run("scancel", str(job.number))
+    job.ends("CANCELLED" if requeued else "FAILED", 60)
+    assert says in job.log
 
 
 def test_outside_an_allocation_it_says_how_it_is_used() -> None:

@@ -41,8 +41,9 @@ def external(part: str) -> set[str]:
 
 
 def test_types_and_config_import_nothing_of_ours():
-    assert ours("types") == set()
-    assert ours("config") == set()
+    assert ours("types") == ours("plugins") == set()
+    # Names in a configuration may be of its plug-ins.
+    assert ours("config") == {"plugins"}
 
 
 def test_ops_knows_tensors_only():
@@ -52,7 +53,12 @@ def test_ops_knows_tensors_only():
 def test_algorithms_and_rewards_know_neither_megatron_nor_engines():
     for part in ("algorithms", "rewards"):
         assert not external(part) & {"megatron", "sglang", "transformers"}
-        assert ours(part) <= {"types", "config"}
+        assert ours(part) <= {"types", "config", "plugins"}
+
+
+def test_environments_know_rewards_and_no_more():
+    assert not external("environments") & {"megatron", "sglang", "transformers", "torch"}
+    assert ours("environments") <= {"types", "config", "plugins", "rewards"}
 
 
 def test_megatron_and_sglang_are_imported_where_they_belong():

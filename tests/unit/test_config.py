@@ -101,3 +101,27 @@ def test_servers_must_be_given_up_before_the_other_ranks_give_up_rank_zero(write
         load_config(write(), overrides)
     load_config(write(), [*overrides, "distributed.timeout_seconds=1900"])
     load_config(write(), overrides[1:])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.engine=embedded"], r"needs engine=sglang, not embedded"),
+        (["rollout.sglang.urls=[http://x:1]"], r"needs sglang\.urls empty"),
+        (["rollout.asynchronous.max_staleness=1"], r"needs asynchronous\.max_staleness=0"),
+        (["weight_sync.transport=broadcast"], r"needs weight_sync\.transport=ipc or disk: nccl"),
+    ],
+)
+def test_colocated_servers_need_an_arrangement_that_can_take_turns(write, overrides, message):
+    colocated = ["rollout.engine=sglang", "rollout.colocated=true", "weight_sync.transport=ipc"]
+    load_config(write(), colocated)
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(), [*colocated, *overrides])
+
+
+def test_routes_are_not_replayed_where_no_engine_sampled_the_response(write):
+    overrides = ["algorithm.routing_replay=rollout", "algorithm.name=sft"]
+    with pytest.raises(ConfigError, match=r"routing_replay=rollout has nothing to replay with"):
+        load_config(write(), [*overrides, "rollout.n_samples_per_prompt=1"])
+    with pytest.raises(ConfigError, match=r"routing_replay=rollout: the environment's tokens"):
+        load_config(write(), [overrides[0], "environment.name=guessing"])

@@ -72,17 +72,40 @@ def test_a_dumped_config_reads_back_equal(name, tmp_path):
         ({"name": "sdar", "divergence_coef": 1.0}, {}, "it looks at the sampled tokens alone"),
         ({"name": "opd"}, {}, "opd needs teacher.hf_path"),
         ({"name": "opd"}, {"hf_path": "x", "hint": "answer"}, "teacher.hint='answer' contradicts"),
+        (
+            {"name": "opd"},
+            {"hf_path": "x", "sglang": {"url": "y"}},
+            "hf_path='x', teacher.sglang.u",
+        ),
         ({"name": "rlsd"}, {"hf_path": "x"}, "teacher.hf_path='x' is for algorithm.name=opd"),
+        ({"name": "grpo"}, {"sglang": {"url": "y"}}, "teacher.sglang.url='y' is for algorithm.na"),
+        (
+            {"name": "opd"},
+            {"sglang": {"url": "y", "score_timeout_seconds": 1800}},
+            "score_timeout_seconds=1800 must be below distributed.timeout_seconds=1800",
+        ),
+        (
+            {"advantage": "own"},
+            {},
+            "an algorithm that brings a function for it, which rlsd does not",
+        ),
         ({"name": "sft"}, {}, "rollout.n_samples_per_prompt=1, not 8"),
         ({"negative_only": True, "positive_only": True}, {}, "exclude each other"),
         ({"importance_ratio": "sequence", "objective": "log_prob"}, {}, "needs objective=clipped"),
         ({"advantage": "none"}, {}, "leaves nothing to learn from"),
-        ({"name": "ppo"}, {}, "algorithm.name: Input should be 'rlsd', 'grpo'"),
+        ({"name": "ppo"}, {}, "there is no algorithm 'ppo'; known: rlsd, grpo, dr_grpo"),
     ],
 )
 def test_contradictions_are_named_with_the_reason(algorithm, teacher, message):
     with pytest.raises(ConfigError, match=message):
         parse(algorithm, teacher=teacher)
+
+
+def test_a_served_teacher_scores_at_temperature_one():
+    served = {"sglang": {"url": "http://node7:30000"}}
+    parse({"name": "opd"}, teacher=served)
+    with pytest.raises(ConfigError, match=r"needs rollout.temperature=1, not 0.7: SGLang"):
+        parse({"name": "opd"}, teacher=served, rollout={"temperature": 0.7})
 
 
 def test_one_sample_is_nothing_to_compare_with():

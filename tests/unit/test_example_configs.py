@@ -9,6 +9,7 @@ import pytest
 
 from megatron_rlsd.config import load_config
 from megatron_rlsd.hf_bridge import family_for
+from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import check_layout, model_shape
 from megatron_rlsd.parallel.memory import state_bytes
 from tests.conftest import ROOT
@@ -40,6 +41,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
         16,
     ),
     "llama_70b": (LLAMA_31_70B, 32),
+    "llama_70b_fp8": (LLAMA_31_70B, 32),
     "qwen3_30b_a3b": (QWEN3_30B_A3B, 16),
     "qwen3_235b_a22b": (
         QWEN3_30B_A3B
@@ -62,6 +64,7 @@ def test_a_config_for_a_large_model_fits_its_nodes(name: str) -> None:
     hf_config, world_size = MODELS[name]
     shape = model_shape(family_for(hf_config), hf_config)
     check_layout(config.parallel, world_size, shape)
+    check_eight_bit(shape, config.parallel, config.model.precision)
     states = [
         state_bytes(
             shape,

@@ -1,4 +1,7 @@
-"""One file per model family; a new family is a new file and an entry in FAMILIES."""
+"""One file per model family; a new family is a new file and an entry in FAMILIES.
+
+Users' own are registered by a file under ``plugins`` of the configuration (docs/extending.md).
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from megatron_rlsd.hf_bridge.families import (
 )
 from megatron_rlsd.hf_bridge.family import Family, HFConfig
 
-__all__ = ["FAMILIES", "Family", "family_for"]
+__all__ = ["FAMILIES", "Family", "family_for", "register_family"]
 
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: list[Family] = [
     llama.FAMILY,
     mistral.FAMILY,
     qwen2.FAMILY,
@@ -24,7 +27,21 @@ FAMILIES: tuple[Family, ...] = (
     qwen3_moe.FAMILY,
     mixtral.FAMILY,
     deepseek_v3.FAMILY,
-)
+]
+
+
+def register_family(family: Family) -> Family:
+    """Make a family known by its architectures.
+
+    Raises HFConfigError where one of them, or the name, belongs to another family.
+    """
+    for other in FAMILIES:
+        shared = set(family.architectures).intersection(other.architectures)
+        if family.name == other.name or shared:
+            what = ", ".join(sorted(shared)) or f"the name {family.name}"
+            raise HFConfigError(f"{what} belongs to the registered family {other.name} already")
+    FAMILIES.append(family)
+    return family
 
 
 def family_for(hf_config: HFConfig) -> Family:
@@ -34,5 +51,6 @@ def family_for(hf_config: HFConfig) -> Family:
     if len(named) == 1 and named[0] in known:
         return known[named[0]]
     raise HFConfigError(
-        f"config.json has architectures={named!r}, expected one of: {', '.join(sorted(known))}"
+        f"config.json has architectures={named!r}, expected one of: {', '.join(sorted(known))}; "
+        "a table of your own is named under plugins (docs/extending.md)"
     )

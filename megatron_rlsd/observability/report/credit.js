@@ -118,7 +118,7 @@ function bar(oneSided) {
 }
 
 function tokenSpans(response, colour, filter, leaks) {
-  const { text, gain } = response.columns;
+  const { text, gain, own } = response.columns;
   if (!text) return [response.response];
   const values = response.columns[colour.column] ?? [];
   let end = 0;
@@ -127,6 +127,7 @@ function tokenSpans(response, colour, filter, leaks) {
     end += [...piece].length;  // Python counts whole characters
     const classes = ["token"];
     if (piece === "") classes.push("empty");
+    if (own && !own[i]) classes.push("foreign");  // an environment's
     if (filter.gain > 0 && Math.abs(gain?.[i] ?? 0) < filter.gain) classes.push("faint");
     if (leaks.some(([from, to]) => from < end && start < to)) classes.push("leak");
     const span = element("span", { class: classes.join(" "), "data-index": i }, piece === "" ? "∅" : piece);

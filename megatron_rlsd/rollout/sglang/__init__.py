@@ -8,14 +8,18 @@ from megatron_rlsd.rollout.sglang.client import (
 )
 from megatron_rlsd.rollout.sglang.engine import SGLangEngine
 from megatron_rlsd.rollout.sglang.fleet import Update
+from megatron_rlsd.rollout.sglang.process import giving_memory_back
+from megatron_rlsd.rollout.sglang.scorer import SGLangScorer
 from megatron_rlsd.rollout.sglang.server import Server
 
 __all__ = [
     "RequestRefused",
     "SGLangClient",
     "SGLangEngine",
+    "SGLangScorer",
     "Server",
     "ServerFacts",
     "ServerFault",
     "Update",
+    "giving_memory_back",
 ]

@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
+
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.server import Server
 from megatron_rlsd.types import Generation, GenerationRequest
@@ -101,4 +104,17 @@ def joined(parts: list[Generation]) -> Generation:
         finish_reason=parts[-1].finish_reason,
         weight_version=versions[0],
         token_versions=versions if versions[0] != versions[-1] else [],
+        routed_experts=joined_routes([part.routed_experts for part in parts]),
     )
+
+
+def joined_routes(parts: list[Tensor | None]) -> Tensor | None:
+    """The routes of a whole response, of parts that each bring those of all tokens before, too.
+
+    A token's are those of the first part that has them, whose weights sampled what came after it.
+    """
+    whole: Tensor | None = None
+    for part in parts:
+        if part is not None:
+            whole = part if whole is None else torch.cat([whole, part[len(whole) :]])
+    return whole

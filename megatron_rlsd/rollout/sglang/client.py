@@ -73,8 +73,20 @@ class SGLangClient:
         await self.call("POST", "/abort_request", {"rid": rid}, timeout=timeout)
 
     async def ready(self, *, timeout: float) -> None:
-        """ServerFault until the model is loaded and the server takes requests."""
-        await self.call("GET", "/ready", timeout=timeout)
+        """ServerFault until the model is loaded and the server takes requests.
+
+        RequestRefused for a router, naming the servers behind it.
+        """
+        try:
+            await self.call("GET", "/ready", timeout=timeout)
+        except RequestRefused:
+            if servers := await self._servers_behind(timeout):
+                raise RequestRefused(
+                    f"{self.url} is a router, which hands on no weight updates and hides which "
+                    f"server answered; name its servers in rollout.sglang.urls: "
+                    f"[{', '.join(servers)}]. Requests are balanced over them here"
+                ) from None
+            raise
 
     async def health(self, *, timeout: float) -> None:
         """ServerFault unless the scheduler has answered something, or a probe of one token."""
@@ -95,6 +107,18 @@ class SGLangClient:
 
     async def resume(self, *, timeout: float) -> None:
         await self.call("POST", "/continue_generation", {}, timeout=timeout)
+
+    async def release_memory(self, tags: list[str], *, timeout: float) -> None:
+        """Give back the memory of ``weights`` and ``kv_cache``, whose contents are lost.
+
+        Only while it is paused or idle: with requests under way SGLang's scheduler ends.
+        """
+        body = {"tags": tags}
+        await self.call("POST", "/release_memory_occupation", body, timeout=timeout)
+
+    async def resume_memory(self, tags: list[str], *, timeout: float) -> None:
+        """Only tags that were released: SGLang's scheduler ends on any other."""
+        await self.call("POST", "/resume_memory_occupation", {"tags": tags}, timeout=timeout)
 
     async def facts(self, *, timeout: float) -> ServerFacts:
         """What it was started with; ServerFault where it does not say."""
@@ -203,6 +227,14 @@ class SGLangClient:
                 f"{self.url}/weights_checker: expected checksums per rank, got {reply!r:.200}"
             ) from error
 
+    async def _servers_behind(self, timeout: float) -> list[str]:
+        """The URLs that a router (sglang-router) lists; none: it is no router."""
+        try:
+            found = await self.call("GET", "/workers", timeout=timeout)
+            return [str(worker["url"]) for worker in found["workers"]]
+        except (EngineError, KeyError, TypeError):
+            return []
+
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float
     ) -> Any:
@@ -226,7 +258,7 @@ class SGLangClient:
         if status >= 400:
             hint = ""
             if status in (401, 403):
-                hint = "; is rollout.sglang.api_key the server's?"
+                hint = "; is the configured api_key the server's?"
             raise RequestRefused(f"{where}: HTTP {status}: {_message(response)}{hint}")
         if not response.content:
             return None

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.checks import check_request
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.fleet import Fleet, PauseMode, Update
+from megatron_rlsd.rollout.sglang.memory import Part, SharedMemory
 from megatron_rlsd.rollout.sglang.server import Server, State
 from megatron_rlsd.types import Generation, GenerationRequest
 
@@ -34,7 +36,7 @@ class SGLangEngine:
     config: rollout.sglang; hf_path: the model that own servers load and its config.json; dtype: of
     their weights; vocab_size, max_positions: bounds on requests (a server dies of a token id
     beyond its vocabulary); run_dir: logs go to run_dir/sglang; pause: what
-    weight updates do to requests under way.
+    weight updates do to requests under way; routes: have generations say which experts tokens took.
     Raises EngineError for an API key that is not set.
     """
 
@@ -48,6 +50,7 @@ class SGLangEngine:
         max_positions: int | None,
         run_dir: Path,
         pause: PauseMode = "abort",
+        routes: RoutesShape | None = None,
     ) -> None:
         self._config, self._pause = config, pause
         self._vocab_size, self._max_positions = vocab_size, max_positions
@@ -63,9 +66,11 @@ class SGLangEngine:
                 vocab_size=vocab_size,
                 api_key=api_key,
                 log_dir=run_dir / "sglang",
+                routes=routes,
             ),
             SLACK_SECONDS,
         )
+        self.memory = SharedMemory(self.fleet, config.update_timeout_seconds)
 
     async def _new_fleet(self, **settings: Any) -> Fleet:
         fleet = Fleet(self._config, **settings)
@@ -168,6 +173,14 @@ class SGLangEngine:
             raise EngineError("the engine is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
+    def sleep(self) -> None:
+        """The servers give back the memory of weights and cache; nothing may be under way."""
+        self.call(self.memory.release(), 2 * self._config.update_timeout_seconds + SLACK_SECONDS)
+
+    def wake(self, part: Part) -> None:
+        """``weights`` before new ones are published, ``kv_cache`` after; see SharedMemory."""
+        self.call(self.memory.resume(part), self._config.update_timeout_seconds + SLACK_SECONDS)
+
     def set_loader(self, load_current: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
         """From now on servers that come back get the current weights by ``load_current``."""
         self.fleet.weights.load_current = load_current
@@ -185,10 +198,11 @@ class SGLangEngine:
             self._loop.close()
 
 
-def resolved_api_key(configured: str | None) -> str | None:
+def resolved_api_key(configured: str | None, section: str = "rollout") -> str | None:
+    """What ``section``.sglang.api_key stands for; EngineError for a variable that is not set."""
     if configured is None or not configured.startswith("env:"):
         return configured
     name = configured.removeprefix("env:")
-    if not (key := os.environ.get(name)):
-        raise EngineError(f"rollout.sglang.api_key={configured}: {name} is not set")
-    return key
+    if not (secret := os.environ.get(name)):
+        raise EngineError(f"{section}.sglang.api_key={configured}: {name} is not set")
+    return secret

@@ -19,6 +19,7 @@ from typing import Literal, TypeVar
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.balance import choose
 from megatron_rlsd.rollout.sglang.calls import Call, Stay, Work, joined
 from megatron_rlsd.rollout.sglang.client import ServerFault, SGLangClient
@@ -43,6 +44,10 @@ class Weights:
     publications: int = 0
     version: int = 0
     load_current: Callable[[Server], Awaitable[None]] | None = None
+    awake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.awake.set()
 
 
 class Fleet:
@@ -57,8 +62,9 @@ class Fleet:
         vocab_size: int,
         api_key: str | None,
         log_dir: Path,
+        routes: RoutesShape | None = None,
     ) -> None:
-        self._config, self._vocab_size = config, vocab_size
+        self._config, self._vocab_size, self._routes = config, vocab_size, routes
         self.weights = Weights()
         self.counters = Counter(
             requests=0, request_retries=0, interrupted_requests=0, cached_prompt_tokens=0
@@ -256,7 +262,8 @@ class Fleet:
         work, server = stay.work, stay.server
         request = work.request
         reply = await server.client.generate(
-            generate_body(request, stay.rid), timeout=self._config.request_timeout_seconds
+            generate_body(request, stay.rid, with_routes=self._routes is not None),
+            timeout=self._config.request_timeout_seconds,
         )
         generation = parse_generation(
             reply,
@@ -265,6 +272,7 @@ class Fleet:
             vocab_size=self._vocab_size,
             versions=range(stay.version, self.weights.version + 1),
             server=str(server),
+            routes=self._routes,
         )
         self.counters["cached_prompt_tokens"] += int(reply["meta_info"].get("cached_tokens") or 0)
         return generation

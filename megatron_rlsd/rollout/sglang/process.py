@@ -142,6 +142,15 @@ def server_environment(config: SGLangConfig) -> dict[str, str]:
     return env | {"HF_HUB_OFFLINE": "1"} | config.env
 
 
+def giving_memory_back(config: SGLangConfig) -> SGLangConfig:
+    """The same servers, able to free their memory and take it again.
+
+    On a CPU they answer to both and free nothing: SGLang's memory saver is for GPUs.
+    """
+    saver = {} if on_cpu(config) else {"enable_memory_saver": True}
+    return config.model_copy(update={"args": {**saver, **config.args}})
+
+
 def on_cpu(config: SGLangConfig) -> bool:
     if config.device != "auto":
         return config.device == "cpu"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.client import ServerFault
 from megatron_rlsd.types import Generation, GenerationRequest
 
@@ -13,10 +16,13 @@ ROUNDING = 1e-3
 """A log-probability may exceed 0 by rounding, not by more."""
 
 
-def generate_body(request: GenerationRequest, rid: str) -> dict[str, Any]:
+def generate_body(
+    request: GenerationRequest, rid: str, *, with_routes: bool = False
+) -> dict[str, Any]:
     """The JSON of POST /generate: every parameter is given, so no default of a server counts."""
     params = request.params
-    return {
+    routes = {"return_routed_experts": True} if with_routes else {}
+    return routes | {
         "rid": rid,
         "input_ids": request.prompt_ids,
         "return_logprob": True,
@@ -44,14 +50,16 @@ def parse_generation(
     vocab_size: int,
     versions: range,
     server: str,
+    routes: RoutesShape | None = None,
 ) -> Generation:
     """The generation in a reply of POST /generate; one that was aborted has what there was by then.
 
     Raises ServerFault that names the server, the request and what was expected: for an answer to
     another request, ids outside the vocabulary, more or fewer tokens than the finish reason
-    implies, log-probabilities that are missing, no numbers or of other tokens, and tokens sampled
-    by other weights than ``versions``. Raises EngineError where the server ended the response
-    after a token that was not asked for.
+    implies, log-probabilities that are missing, no numbers or of other tokens, tokens sampled
+    by other weights than ``versions``, and routed experts that are not of the shape ``routes``
+    (None: not asked for). Raises EngineError where the server ended the response after a token that
+    was not asked for, and where it does not record routed experts.
     """
 
     def bad(expected: str, got: Any) -> NoReturn:
@@ -103,7 +111,28 @@ def parse_generation(
     tokens = _token_versions(meta, len(ids), versions, bad)
     first = tokens[0] if tokens else versions.start
     mixed = tokens if tokens and tokens[-1] != first else []
-    return Generation(ids, log_probs, finish, first, mixed)
+    chosen = None
+    if routes is not None and ids:
+        chosen = _routed_experts(meta, len(request.prompt_ids) + len(ids) - 1, routes, finish, bad)
+        if chosen is None and finish != "abort":
+            raise EngineError(
+                f"{server} does not say which experts its tokens took, as algorithm.routing_replay="
+                "rollout needs it; start it with --enable-return-routed-experts"
+            )
+    return Generation(ids, log_probs, finish, first, mixed, routed_experts=chosen)
+
+
+def _routed_experts(
+    meta: dict[str, Any], tokens: int, routes: RoutesShape, finish: str, bad: Any
+) -> Tensor | None:
+    """The experts that each token took, as SGLang's meta_info has them; None: it has not."""
+    if (text := meta.get("routed_experts")) is None:
+        return None
+    found = routes.decode(text, tokens)
+    if isinstance(found, str):
+        # Of a response that an update interrupts the next stay brings the routes as well.
+        return None if finish == "abort" else bad(f"the routed experts of {tokens} tokens", found)
+    return found
 
 
 def _token_versions(meta: dict[str, Any], count: int, versions: range, bad: Any) -> list[int]:
@@ -135,6 +164,41 @@ def score_body(token_ids: list[int], rid: str) -> dict[str, Any]:
 
 def parse_scores(reply: Any, token_ids: list[int], *, vocab_size: int, server: str) -> list[float]:
     """log_softmax(logits) of every token but the first, at temperature 1."""
+    return _scores(reply, token_ids, vocab_size, server)
+
+
+def response_score_body(prompt_ids: list[int], response_ids: list[int], rid: str) -> dict[str, Any]:
+    """Asks for the log-probabilities of a response's tokens; nothing is sampled.
+
+    Whatever the temperature said here, SGLang takes log_softmax of the logits as they are.
+    """
+    return {
+        "rid": rid,
+        "input_ids": prompt_ids + response_ids,
+        "return_logprob": True,
+        # The entry of the prompt's last token, which is empty, comes first.
+        "logprob_start_len": len(prompt_ids) - 1,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+    }
+
+
+def parse_response_scores(
+    reply: Any, prompt_ids: list[int], response_ids: list[int], *, vocab_size: int, server: str
+) -> list[float]:
+    """log_softmax(logits) of every token of the response, at temperature 1.
+
+    Raises ServerFault for scores that are missing, no numbers, or of other tokens.
+    """
+    scores = _scores(reply, [prompt_ids[-1], *response_ids], vocab_size, server)
+    read = reply["meta_info"].get("prompt_tokens")
+    if read != len(prompt_ids) + len(response_ids):
+        raise ServerFault(
+            f"{server}: it read {read} tokens of the {len(prompt_ids) + len(response_ids)} sent"
+        )
+    return scores
+
+
+def _scores(reply: Any, token_ids: list[int], vocab_size: int, server: str) -> list[float]:
     # SGLang scores the vocabulary's last id as it is, and reports it as 0.
     echoed = [0 if token == vocab_size - 1 else token for token in token_ids]
     try:

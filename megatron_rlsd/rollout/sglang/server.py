@@ -104,6 +104,8 @@ class FleetWeights(Protocol):
     version: int
     load_current: Callable[[Server], Awaitable[None]] | None
     """Brings the current weights to one server; None: none were published yet."""
+    awake: asyncio.Event
+    """Not set while the servers have given back memory: none is asked anything, or started."""
 
 
 class Supervisor:
@@ -138,6 +140,8 @@ class Supervisor:
     async def _keep_up(self) -> None:
         server, first = self._server, True
         while True:
+            # A server that starts meanwhile would take the memory that the trainer uses.
+            await self._weights.awake.wait()
             try:
                 await self._bring_up(bounded=first or server.is_own)
                 first = False
@@ -241,7 +245,7 @@ class Supervisor:
             if server.process is not None and not server.process.running:
                 return f"its process ended.{self._log()}"
             due = server.recheck.is_set() or time.monotonic() >= next_check
-            if not due or self._weights.lock.locked():
+            if not due or self._weights.lock.locked() or not self._weights.awake.is_set():
                 await asyncio.sleep(POLL_SECONDS)
                 continue
             publications = self._weights.publications

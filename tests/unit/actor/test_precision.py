@@ -9,7 +9,7 @@ import torch
 
 from megatron_rlsd.actor import model
 from megatron_rlsd.actor.precision import check_fp8, layer_kind, precision_fields
-from megatron_rlsd.config import Config, ConfigError, PrecisionConfig, parse_config
+from megatron_rlsd.config import Config, ConfigError, OptimizerConfig, PrecisionConfig, parse_config
 from megatron_rlsd.platform import PlatformError
 
 CPU = torch.device("cpu")
@@ -96,6 +96,19 @@ def test_megatron_takes_the_fields(fp8: str) -> None:
     if kept:
         assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (1, 2)
     assert precision_fields(precision, "local", has_experts=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"overlap_param_gather": True}, "needs distributed=true"),
+        ({"overlap_param_gather": True, "distributed": True}, "and overlap_grad_reduce=true"),
+        ({"bucket_parameters": 10}, "means nothing with overlap_grad_reduce=false"),
+    ],
+)
+def test_overlap_without_what_it_needs_is_refused(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**settings)
 
 
 def test_experts_are_grouped_and_padded() -> None:

@@ -129,6 +129,11 @@ def reward_that_cannot_be_imported(model: Path, raw: Raw) -> None:
     raw["reward"]["functions"] = [{"name": f"{model / 'mine.py'}:mine"}]
 
 
+@fault("environment", "has no metadata['guessing_game']")
+def environment_for_other_problems(model: Path, raw: Raw) -> None:
+    raw["environment"] = {"name": "guessing_game", "workers": 1}
+
+
 @fault("sglang environment", "does not exist")
 def missing_sglang(model: Path, raw: Raw) -> None:
     raw["rollout"] |= {"engine": "sglang", "sglang": {"python": str(model / "python")}}

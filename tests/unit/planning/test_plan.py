@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import yaml
 
 from megatron_rlsd.config import Config, ParallelConfig, load_config, parse_config
 from megatron_rlsd.hf_bridge import family_for
+from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
-from megatron_rlsd.parallel.memory import rank_parameters
+from megatron_rlsd.parallel.memory import layer_products, rank_parameters
 from megatron_rlsd.planning.activations import ActivationCounter, Pack, in_flight
 from megatron_rlsd.planning.plan import Machine, Plan, changed, make_plan, remedies
 from megatron_rlsd.planning.rates import Rates
@@ -258,3 +260,44 @@ def test_the_tool_refuses_what_cannot_fit(folder: Path) -> None:
     done = run_tool(folder, "--gpus", "64", "parallel.tensr=8")
     assert done.returncode == 2
     assert "parallel.tensr: unknown key" in done.stderr
+
+
+def with_fp8(config: Config, **precision: Any) -> Config:
+    raw = config.model_dump(mode="json")
+    raw["model"]["precision"] = {"fp8": "current", **precision}
+    return parse_config(raw)
+
+
+def test_products_of_all_layers_and_what_is_none_of_them_make_the_model(model: ModelShape) -> None:
+    one = ParallelConfig()
+    products = sum(layer_products(model, one, layer).total for layer in range(80))
+    embeddings, norms = 2 * 128256 * 8192, (2 * 80 + 1) * 8192
+    assert products + embeddings + norms == rank_parameters(model, one, 0).total
+
+
+def test_8_bit_weights_are_counted_twice_but_for_layers_kept_in_bfloat16(
+    config: Config, model: ModelShape
+) -> None:
+    plain = plan_of(config, model, kernels="transformer_engine")
+    eight = plan_of(with_fp8(config, first_layers_bf16=2), model, kernels="transformer_engine")
+    # Each of 8 ranks has an eighth of 8192 x (8192 + 2 x 1024 + 8192 + 3 x 28672).
+    layer = 8192 * (8192 + 2 * 1024 + 8192 + 3 * 28672) // 8
+    added = [new.peak - old.peak for new, old in zip(eight.ranks, plain.ranks, strict=True)]
+    assert added == [2 * 18 * layer, *[2 * 20 * layer] * 3]
+    assert eight.time.update < plain.time.update
+    assert eight.time.rollout == plain.time.rollout
+    # Only products gain, and no more than by their gain.
+    assert plain.time.update < 1.5 * eight.time.update
+
+
+def test_8_bit_products_refuse_sizes_that_they_cannot_take(
+    config: Config, model: ModelShape
+) -> None:
+    precision = with_fp8(config, fp8="blockwise").model.precision
+    check_eight_bit(model, ParallelConfig(tensor=8), precision)
+    odd = replace(model, ffn_hidden_size=28672 - 64)
+    expected = r"fp8=blockwise needs multiples of 128: feed-forward rows / .*tensor=8 = 3576$"
+    with pytest.raises(LayoutError, match=expected):
+        check_eight_bit(odd, ParallelConfig(tensor=8), precision)
+    check_eight_bit(odd, ParallelConfig(tensor=8), config.model.precision)
+    assert copy_bytes(odd, ParallelConfig(), config.model.precision, range(80)) == 0

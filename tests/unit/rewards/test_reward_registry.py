@@ -11,7 +11,9 @@ Pool = Callable[..., RewardPool]
 
 
 def test_unknown_name_lists_the_known_ones(pool: Pool) -> None:
-    with pytest.raises(RewardError, match=r"'exact'; known rewards: exact_match, format, length"):
+    with pytest.raises(
+        RewardError, match=r"'exact'; known rewards: environment, exact_match, format"
+    ):
         pool("exact")
 
 

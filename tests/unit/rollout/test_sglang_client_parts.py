@@ -20,7 +20,12 @@ from megatron_rlsd.rollout.sglang.balance import choose
 from megatron_rlsd.rollout.sglang.calls import continued, joined
 from megatron_rlsd.rollout.sglang.client import ServerFault
 from megatron_rlsd.rollout.sglang.process import server_command, server_environment
-from megatron_rlsd.rollout.sglang.replies import generate_body, parse_generation, parse_scores
+from megatron_rlsd.rollout.sglang.replies import (
+    generate_body,
+    parse_generation,
+    parse_response_scores,
+    parse_scores,
+)
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 
 REQUEST = GenerationRequest([5, 6, 7], SamplingParams(4, 0.7, stop_token_ids=(2, 9)), seed=3)
@@ -159,6 +164,29 @@ def test_scores_know_that_sglang_reports_the_last_id_as_zero():
     assert parse_scores(reply, [4, 39, 6], vocab_size=40, server="s") == [-1.0, -1.0]
     with pytest.raises(ServerFault, match="not of the tokens sent"):
         parse_scores(reply, [4, 38, 6], vocab_size=40, server="s")
+
+
+def test_scores_of_a_response_are_believed_where_they_are_of_its_tokens():
+    meta = {
+        "prompt_tokens": 4,
+        "input_token_logprobs": [[None, 7, None], [-1.5, 8, None], [-2.5, 0, None]],
+    }
+
+    def parse_response(prompt, response, **changes):
+        reply = {"meta_info": meta | changes}
+        return parse_response_scores(reply, prompt, response, vocab_size=40, server="http://x")
+
+    assert parse_response([5, 7], [8, 39]) == [-1.5, -2.5]
+    for prompt, response in (([5, 7], [8, 38]), ([5, 6], [8, 39]), ([5, 7], [8])):
+        with pytest.raises(
+            ServerFault, match=r"http://x: log-probabilities of .* not of the token"
+        ):
+            parse_response(prompt, response)
+    with pytest.raises(ServerFault, match="read 4 tokens of the 5 sent"):
+        parse_response([4, 5, 7], [8, 39])
+    broken = [[None, 7, None], [float("nan"), 8, None], [-2.5, 0, None]]
+    with pytest.raises(ServerFault, match="expected a finite log-probability"):
+        parse_response([5, 7], [8, 39], input_token_logprobs=broken)
 
 
 def test_a_prompt_stays_with_its_server_until_that_is_too_busy():

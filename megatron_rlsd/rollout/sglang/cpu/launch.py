@@ -34,6 +34,10 @@ def prepare() -> None:
         import seeded_sampling
 
         seeded_sampling.enable()
+    if "--enable-return-routed-experts" in sys.argv:
+        import routed_experts
+
+        routed_experts.enable()
 
 
 def _declare_torchvision_operators() -> None:

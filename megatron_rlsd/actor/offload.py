@@ -1,0 +1,88 @@
+"""Optimizer state and gradients out of the device's memory while rollout servers use it.
+
+What moves are the moments and the float32 master weights; the weights themselves stay, since they
+are published meanwhile. Gradients are empty between two updates: their memory is freed and not
+copied. Megatron's own ``offload_to_cpu`` does not serve: it also moves the model's weights where
+they are their own master (float32), and the step counters on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostOffload:
+    """Of one rank's optimizer and of the gradient buffers of its wrapped model chunks."""
+
+    def __init__(self, model: list[Any], optimizer: Any, device: torch.device) -> None:
+        self._model, self._optimizer, self._device = model, optimizer, device
+        self._host: dict[int, Tensor] = {}
+        """By the id of a state tensor: its place in main memory, which is allocated (on a GPU:
+        pinned) once."""
+        self._sizes: list[int] = []
+        self.offloaded = False
+
+    def offload(self) -> None:
+        """Idempotent. The state can still be read where it is now, as a checkpoint does."""
+        if self.offloaded:
+            return
+        self._optimizer.zero_grad()
+        for tensor in self._state():
+            host = self._host.get(id(tensor))
+            if host is None or host.shape != tensor.shape:
+                host = torch.empty_like(
+                    tensor, device="cpu", pin_memory=self._device.type == "cuda"
+                )
+                self._host[id(tensor)] = host
+            host.copy_(tensor)
+            tensor.data = host
+        self._sizes = []
+        for gradients in self._gradients():
+            # Every view of it, each parameter's among them, is kept and finds it again.
+            storage = gradients.untyped_storage()
+            self._sizes.append(storage.nbytes())
+            storage.resize_(0)
+        self.offloaded = True
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def onload(self) -> None:
+        """Idempotent; gradients are 0 then."""
+        if not self.offloaded:
+            return
+        for tensor in self._state():
+            tensor.data = torch.empty_like(tensor, device=self._device).copy_(tensor)
+        for gradients, size in zip(self._gradients(), self._sizes, strict=True):
+            gradients.untyped_storage().resize_(size)
+            gradients.zero_()
+        self.offloaded = False
+
+    def _state(self) -> Iterator[Tensor]:
+        """Every tensor of the optimizer that is not a weight of the model, once."""
+        weights = {
+            parameter.untyped_storage().data_ptr()
+            for chunk in self._model
+            for parameter in chunk.parameters()
+        }
+        seen: set[int] = set()
+        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            if (inner := getattr(part, "optimizer", None)) is None:
+                continue
+            held = [parameter for group in inner.param_groups for parameter in group["params"]]
+            held += [value for state in inner.state.values() for value in state.values()]
+            for tensor in held:
+                # Counters of steps stay wherever the optimizer wants them.
+                if not isinstance(tensor, Tensor) or tensor.dim() == 0 or id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                if tensor.untyped_storage().data_ptr() not in weights:
+                    yield tensor
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for chunk in self._model:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                yield buffer.grad_data

@@ -1,0 +1,103 @@
+"""Users' own algorithms: a Variant, and up to two functions that no setting can say.
+
+``plugins`` of the configuration names the file that registers one (docs/extending.md).
+
+Shapes: G responses to one question; N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from megatron_rlsd.algorithms.advantages import group_advantages
+from megatron_rlsd.config import AlgorithmConfig, ConfigError, TeacherConfig
+from megatron_rlsd.config.variants import VARIANTS, Variant
+from megatron_rlsd.types import Group
+
+Advantages = Callable[[Group], Sequence[float] | Tensor]
+"""A scored group -> [G] finite advantages, in the order of its trajectories. 0: a response that
+nothing is learned from. Called on rank 0."""
+
+EvidenceWeight = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(gain, advantages, log_probs), each [N] -> [N] weights in place of exp(sign(A) gain).
+
+gain is that of ``algorithm.evidence``, advantages those of the responses, log_probs the current
+policy's, without gradient. Tokens come in chunks of any size and order, so a weight may depend on
+its own token alone. It is clipped to 1 -+ ``evidence_clip`` and mixed in by ``rlsd_lambda`` as
+usual, and 1 where the teacher did not score the token. Called on every rank of the last stage, on
+its device."""
+
+
+@dataclass(frozen=True)
+class OwnFunctions:
+    """What a user's algorithm computes by itself; None: as the settings say."""
+
+    advantages: Advantages | None = None
+    evidence_weight: EvidenceWeight | None = None
+
+
+_OWN: dict[str, OwnFunctions] = {}
+
+
+def register_algorithm(
+    name: str,
+    variant: Variant,
+    *,
+    advantages: Advantages | None = None,
+    evidence_weight: EvidenceWeight | None = None,
+) -> None:
+    """Make ``variant`` known as ``algorithm.name`` ``name``.
+
+    With ``advantages`` the key ``algorithm.advantage`` is fixed at ``own``.
+    Raises ConfigError for a name that is taken and for keys that a section does not have.
+    """
+    if name in VARIANTS:
+        raise ConfigError(f"an algorithm named {name!r} is registered already")
+    for section, keys, known in (
+        ("algorithm", {**variant.fixed, **variant.defaults}, AlgorithmConfig.model_fields),
+        (
+            "teacher",
+            {**variant.teacher_fixed, **variant.teacher_defaults},
+            TeacherConfig.model_fields,
+        ),
+    ):
+        if unknown := sorted(keys.keys() - known.keys()):
+            raise ConfigError(
+                f"algorithm {name!r}: {section} has no key {', '.join(unknown)}; "
+                f"it has: {', '.join(known)}"
+            )
+    if advantages is not None:
+        own = {"advantage": ("own", "it computes its own advantages")}
+        variant = replace(variant, fixed={**variant.fixed, **own})
+    VARIANTS[name] = variant
+    _OWN[name] = OwnFunctions(advantages, evidence_weight)
+
+
+def own_functions(algorithm: AlgorithmConfig) -> OwnFunctions:
+    """Those that the algorithm was registered with."""
+    return _OWN.get(algorithm.name, OwnFunctions())
+
+
+def response_advantages(group: Group, algorithm: AlgorithmConfig) -> list[float]:
+    """[G] the advantages of a scored group, as ``algorithm`` forms them.
+
+    Raises ConfigError where a user's function returns anything but G finite numbers.
+    """
+    function = own_functions(algorithm).advantages
+    if function is None:
+        if algorithm.advantage == "own":
+            raise ConfigError(
+                f"algorithm.advantage=own, but nothing is registered for {algorithm.name}"
+            )
+        return [float(each) for each in group_advantages(group.rewards, algorithm.advantage)]
+    found = [float(each) for each in function(group)]
+    if len(found) != len(group.trajectories) or not all(map(math.isfinite, found)):
+        raise ConfigError(
+            f"algorithm.name={algorithm.name}: its advantages of {group.problem.id} are {found}, "
+            f"expected {len(group.trajectories)} finite numbers"
+        )
+    return found

@@ -1,0 +1,42 @@
+"""What stands between two turns of the model: token ids that continue a sequence as it is."""
+
+from __future__ import annotations
+
+from megatron_rlsd.data.errors import TokenizerError
+from megatron_rlsd.data.tokenizers import Tokenizer
+
+
+class ChatTurns:
+    """Renders an environment's messages as the chat template does, without the turns before them.
+
+    A model's turn is never made into text and back: other tokens may spell the same text, and the
+    policy would learn from tokens that it did not sample.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, role: str) -> None:
+        """Raises TokenizerError if the chat template refuses messages of this role, or hides them.
+
+        role: of the messages, ``user`` or ``tool``.
+        """
+        self._tokenizer, self._role = tokenizer, role
+        closing = tokenizer.after_turn([], add_generation_prompt=False)
+        end = tokenizer.end_of_turn_id
+        self._ending = closing[: closing.index(end) + 1] if end in closing else []
+        shown = [self._after_turn(text) for text in ("1", "2")]
+        if shown[0] == shown[1] or shown[0][: len(self._ending)] != self._ending:
+            raise TokenizerError(
+                f"the chat template does not show messages of role {role!r} after an assistant's; "
+                "set environment.role, or tokenizer.chat_template"
+            )
+
+    def between(self, turn_ids: list[int], text: str) -> list[int]:
+        """The ids from the end of a turn to the beginning of the next, with ``text`` as message.
+
+        turn_ids: the model's turn; where it ended by itself, its end-of-turn token is not repeated.
+        """
+        ids = self._after_turn(text)
+        ended = bool(turn_ids) and turn_ids[-1] == self._tokenizer.end_of_turn_id
+        return ids[len(self._ending) :] if ended else ids
+
+    def _after_turn(self, text: str) -> list[int]:
+        return self._tokenizer.after_turn([{"role": self._role, "content": text}])

@@ -1,0 +1,19 @@
+"""What answers the model between its turns: by name or by file, in worker processes."""
+
+from megatron_rlsd.environments import calculator, guessing_game
+from megatron_rlsd.environments.pool import Call, EnvironmentPool, Failure
+from megatron_rlsd.environments.protocol import Environment, EpisodeError, Observation
+from megatron_rlsd.environments.registry import ENVIRONMENTS, register_environment
+
+__all__ = [
+    "ENVIRONMENTS",
+    "Call",
+    "Environment",
+    "EnvironmentPool",
+    "EpisodeError",
+    "Failure",
+    "Observation",
+    "calculator",
+    "guessing_game",
+    "register_environment",
+]

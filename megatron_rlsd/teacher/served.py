@@ -1,0 +1,68 @@
+"""A teacher that is another model behind an SGLang server; rank 0 speaks to it for all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rlsd.config import TeacherServerConfig
+from megatron_rlsd.parallel.exchange import broadcast_bytes, pack_message, unpack_message
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.sglang import SGLangScorer
+
+Sequences = list[tuple[list[int], list[int]]]
+"""Pairs of prompt and response ids, both non-empty."""
+
+
+class ServedTeacher:
+    """The server at ``config.url`` as every rank sees it. All methods are called on all ranks.
+
+    control: the gloo group of all ranks. Building it checks that the server is ready and that its
+    vocabulary is the student's. Raises EngineError, on every rank, where the server fails.
+    """
+
+    def __init__(
+        self, config: TeacherServerConfig, vocab_size: int, control: dist.ProcessGroup
+    ) -> None:
+        self._control = control
+        self._scorer: SGLangScorer | None = None
+
+        def connect() -> list[float]:
+            self._scorer = SGLangScorer(config, vocab_size)
+            self._scorer.check()
+            return []
+
+        self._on_rank_zero(connect)
+
+    def log_probs(self, sequences: list[Sequences], mine: int) -> list[Tensor]:
+        """Log-probabilities of this replica's responses, each [T] float32 on the CPU.
+
+        sequences: those of every data-parallel rank, equal on all ranks; mine: this rank's place.
+        """
+
+        def score() -> list[float]:
+            assert self._scorer is not None
+            rows = self._scorer.score([pair for part in sequences for pair in part])
+            return [value for row in rows for value in row]
+
+        flat = self._on_rank_zero(score)
+        lengths = [[len(response) for _, response in part] for part in sequences]
+        before = sum(map(sum, lengths[:mine]))
+        own = flat[before : before + sum(lengths[mine])]
+        return list(own.split(lengths[mine])) if lengths[mine] else []
+
+    def _on_rank_zero(self, work: Callable[[], list[float]]) -> Tensor:
+        """Rank 0's values as float32 on every rank, or its EngineError on every rank."""
+        payload = None
+        if dist.get_rank() == 0:
+            try:
+                payload = pack_message(None, {"values": torch.tensor(work(), dtype=torch.float32)})
+            except EngineError as error:
+                payload = pack_message(str(error), {})
+        problem, tensors = unpack_message(broadcast_bytes(payload, self._control))
+        if problem is not None:
+            raise EngineError(problem)
+        return tensors["values"]

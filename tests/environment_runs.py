@@ -1,0 +1,76 @@
+"""An environment in which random models live varied lives, and configurations that use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_rlsd.config import Config, load_config
+
+CONFIGS = Path(__file__).parent.parent / "examples/configs/environments"
+NAMES = ("calculator", "guessing_game")
+
+ENDING = "aeiouAEIOU"
+DIGITS = f'''
+from megatron_rlsd.environments import Observation
+
+
+class Digits:
+    """Counts even digits; a vowel ends the episode. Answers differ in length, rewards in size."""
+
+    def reset(self, problem):
+        return "Write digits."
+
+    def step(self, response):
+        even = sum(c in "02468" for c in response)
+        done = any(c in "{ENDING}" for c in response)
+        return Observation("even" + "!" * len(response), done=done, reward=even / 4)
+'''
+
+
+TELLING = '''
+def telling(sample):
+    """Between 0 and 1 by what was said in all turns, which random models vary in."""
+    return sum(len(m["content"]) for m in sample.transcript if m["role"] == "assistant") % 7 / 6
+'''
+
+
+def environment_config(name: str, run_dir: Path, model: Path, *overrides: str) -> Config:
+    """examples/configs/environments/``name``.yaml, small, with a reward of the whole transcript."""
+    run_dir.parent.mkdir(exist_ok=True)
+    reward = run_dir.parent / "telling.py"
+    reward.write_text(TELLING)
+    changes = [
+        f"run_dir={run_dir}",
+        f"model.hf_path={model}",
+        "rollout.prompts_per_step=2",
+        "rollout.max_response_tokens=60",
+        "environment.max_turn_tokens=10",
+        "environment.workers=1",
+        f"reward.functions=[{{name: '{reward}:telling'}}, {{name: environment}}]",
+        "reward.solved_threshold=0.5",
+        "reward.workers=1",
+        "train.max_tokens_per_microbatch=512",
+        "train.record_steps=all",
+        "observability.tensorboard=false",
+        "observability.progress=none",
+        "distributed.timeout_seconds=60",
+    ]
+    return load_config(CONFIGS / f"{name}.yaml", [*changes, *overrides])
+
+
+def digits_config(run_dir: Path, model: Path, *overrides: str) -> Config:
+    """RLSD in the environment above, whose own reward is the only one."""
+    file = run_dir.parent / "digits.py"
+    file.write_text(DIGITS)
+    return environment_config(
+        "guessing_game",
+        run_dir,
+        model,
+        f"environment.name='{file}:Digits'",
+        "environment.params={}",
+        "environment.max_turns=3",
+        "reward.functions=[{name: environment}]",
+        "algorithm.lambda_decay_steps=0",
+        "train.steps=1",
+        *overrides,
+    )

@@ -1,0 +1,183 @@
+"""Training over several turns, against transformers in float64 with the mask written out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_rlsd import train
+from megatron_rlsd.config import Config, load_config
+from megatron_rlsd.observability import read_metrics
+from megatron_rlsd.recording import read_step
+from megatron_rlsd.replay import replay
+from megatron_rlsd.types import TrainBatch
+from tests.environment_runs import CONFIGS, NAMES, digits_config
+
+SETTINGS = {
+    "rlsd": ("algorithm.rlsd_lambda=0.7",),
+    # Means over responses, a term for every response, and a correction by whole responses.
+    "sdar": (
+        "algorithm.name=sdar",
+        "algorithm.rlsd_lambda=0",
+        "algorithm.loss_aggregation=sequence_mean",
+        "algorithm.tis=sequence",
+    ),
+    "grpo_opsd": (
+        "algorithm.name=grpo_opsd",
+        "algorithm.rlsd_lambda=0",
+        "algorithm.loss_aggregation=fixed_length",
+    ),
+}
+
+
+def own_log_probs(model: torch.nn.Module, batch: TrainBatch, i: int, prompt: list[int]) -> Tensor:
+    """[own tokens, V] log p of the tokens that the policy wrote, each given all before it."""
+    ids = prompt + batch.response_ids[i]
+    log_p = model(torch.tensor([ids])).logits[0].log_softmax(1)
+    mask = batch.response_masks[i]
+    return log_p[[len(prompt) - 1 + t for t, own in enumerate(mask) if own]]
+
+
+def own_tokens(batch: TrainBatch, i: int) -> Tensor:
+    pairs = zip(batch.response_ids[i], batch.response_masks[i], strict=True)
+    return torch.tensor([token for token, own in pairs if own])[:, None]
+
+
+def expected_loss(config: Config, batch: TrainBatch, model: torch.nn.Module) -> Tensor:
+    """The loss at ratio 1, from its definition."""
+    algorithm, terms, distances = config.algorithm, [], []
+    for i, A in enumerate(batch.advantages):
+        chosen = own_tokens(batch, i)
+        log_p = own_log_probs(model, batch, i, batch.prompt_ids[i])
+        with torch.no_grad():
+            log_q = own_log_probs(model, batch, i, batch.teacher_prompt_ids[i])
+        lp, lp_T = log_p.gather(1, chosen)[:, 0], log_q.gather(1, chosen)[:, 0]
+        w = (math.copysign(1, A) * (lp_T - lp.detach())).exp()
+        clip, lam = algorithm.evidence_clip, algorithm.rlsd_lambda
+        A_hat = A * (1 - lam + lam * w.clamp(1 - clip, 1 + clip))
+        term = -A_hat * (lp - lp.detach()).exp()
+        if algorithm.sdar_coef:
+            gate = torch.sigmoid(algorithm.sdar_beta * (lp_T - lp.detach()))
+            term = term + algorithm.sdar_coef * gate * (lp_T - lp)
+        terms.append(term)
+        p, q = log_p.exp(), log_q.exp()
+        m = (p + q) / 2
+        distances.append(((q * (q / m).log() + p * (p / m).log()) / 2).sum(1))
+    B = len(batch)
+    if algorithm.loss_aggregation == "token_mean":
+        return torch.cat(terms).mean()
+    if algorithm.loss_aggregation == "sequence_mean":
+        return sum(term.mean() for term in terms) / B
+    scale = B * config.rollout.max_response_tokens
+    divergence = algorithm.divergence_coef * torch.cat(distances).sum() / scale
+    return torch.cat(terms).sum() / scale + divergence
+
+
+def one_step(config: Config) -> tuple[TrainBatch, dict[str, float]]:
+    train.train(config)
+    lines = read_metrics(Path(config.run_dir) / "metrics.jsonl")
+    return read_step(Path(config.run_dir), 0).batch, next(x for x in lines if "train/loss" in x)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_over_several_turns_has_the_loss_and_gradient_of_the_formula(
+    name, tiny_model, tmp_path
+):
+    config = digits_config(tmp_path / "run", tiny_model, *SETTINGS[name])
+    batch, metrics = one_step(config)
+    assert sum(0 in mask for mask in batch.response_masks) >= 4
+    assert any(batch.advantages)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    loss = expected_loss(config, batch, model)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    # Products over responses of probabilities in float32 differ from 1 by about 1e-5.
+    tolerance = 2e-6 if name == "sdar" else 2e-7
+    assert metrics["train/loss"] == pytest.approx(loss.item(), rel=2e-5, abs=tolerance)
+    assert metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert norm > 1e-3
+    # The engine's probabilities of what it sampled, and of nothing else, are compared.
+    assert metrics["train/rollout_log_prob_diff_max"] < 1e-4
+    if name == "rlsd":
+        with torch.no_grad():
+            rows = [own_log_probs(model, batch, i, p) for i, p in enumerate(batch.prompt_ids)]
+        entropy = torch.cat(
+            [-(row.exp() * row).sum(1) for row, A in zip(rows, batch.advantages, strict=True) if A]
+        )
+        assert metrics["train/entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
+        assert metrics["noise/gain_abs_max"] < 1e-4
+        check_dump(config, batch, rows)
+        replayed = replay(config, 0).metrics
+        assert replayed["train/loss"] == metrics["train/loss"]
+        assert replayed["train/grad_norm"] == metrics["train/grad_norm"]
+
+
+def check_dump(config: Config, batch: TrainBatch, rows: list[Tensor]) -> None:
+    """The sample dump has the update's numbers at the model's tokens, and none at the others."""
+    text = (Path(config.run_dir) / "samples/step_000000.jsonl").read_text()
+    for i, line in enumerate(text.splitlines()):
+        columns = json.loads(line)["token_columns"]
+        columns.setdefault("log_probs", [None] * len(columns["id"]))
+        mask = batch.response_masks[i]
+        assert columns["id"] == batch.response_ids[i]
+        assert columns.get("own", mask) == mask
+        lp = iter(rows[i].gather(1, own_tokens(batch, i))[:, 0].tolist())
+        for t, own in enumerate(mask):
+            found = columns["rollout_log_probs"][t]
+            assert (found is None) == (not own)
+            scored = columns["log_probs"][t]
+            assert (scored is None) == (not own or batch.advantages[i] == 0)
+            if own:
+                assert found == pytest.approx(next(lp), abs=1e-3)
+                assert scored is None or scored == pytest.approx(found, abs=1e-3)
+
+
+def test_without_a_hint_the_gain_over_a_trajectory_is_exactly_zero(tiny_model, tmp_path):
+    settings = ("teacher.hint=none", "teacher.mode=live", "algorithm.rlsd_lambda=1")
+    batch, metrics = one_step(digits_config(tmp_path / "run", tiny_model, *settings))
+    assert any(0 in mask for mask in batch.response_masks)
+    assert metrics["algorithm/gain_abs_max"] == 0
+    assert metrics["algorithm/evidence_weight_mean"] == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_asks_for_the_environment_it_is_named_after(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.environment.name == name
+    assert [each.name for each in config.reward.functions] == ["environment"]
+
+
+def test_the_guides_own_environment_trains(tiny_model, tmp_path, monkeypatch):
+    """docs/environments.md: its file and its configuration, as they stand there."""
+    text = (CONFIGS.parents[2] / "docs/environments.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (settings,) = re.findall(r"```yaml\n(# my_run.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("second_try.py").write_text(code)
+    Path("my_run.yaml").write_text(settings)
+    config = load_config(
+        "my_run.yaml",
+        [
+            f"model.hf_path={tiny_model}",
+            "environment.workers=1",
+            "environment.max_turn_tokens=8",
+            "environment.on_error=stop",
+            "rollout.prompts_per_step=1",
+            "reward.workers=1",
+            "train.steps=1",
+            "train.record_steps=all",
+            "observability.tensorboard=false",
+            "observability.progress=none",
+        ],
+    )
+    _, metrics = one_step(config)
+    assert metrics["rollout/environment_error_share"] == 0
+    assert metrics["rollout/turns_mean"] > 1

@@ -1,0 +1,95 @@
+"""Optimizer state that leaves the device and comes back changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.config import parse_config
+from megatron_rlsd.hf_bridge import family_for, load_hf_config
+from megatron_rlsd.ops import PolicyLossConfig
+from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.parallel.layout import model_shape
+from tests.unit.hf_bridge.tiny_hf import save_tiny
+
+SEQUENCES = [Sequence([3, 4, 5], [6, 7, 8, 9]), Sequence([10], [11, 12])]
+UPDATES = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny("qwen3_moe_mixed_mqa", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dtype", "distributed"), [("bfloat16", False), ("bfloat16", True), ("float32", True)]
+)
+def test_updates_between_which_the_state_was_away_are_the_same_bit_for_bit(
+    model: Path, dtype: str, distributed: bool
+) -> None:
+    stayed = train(model, dtype, distributed, moves=False)
+    moved = train(model, dtype, distributed, moves=True)
+    assert stayed.keys() == moved.keys()
+    for name, tensor in stayed.items():
+        assert torch.equal(tensor, moved[name]), name
+
+
+def train(model: Path, dtype: str, distributed: bool, *, moves: bool) -> dict[str, torch.Tensor]:
+    """Weights after each update."""
+    config = parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"hf_path": str(model), "dtype": dtype},
+            "data": {"train": [{"kind": "jsonl", "path": "unused"}]},
+            "reward": {"functions": [{"name": "exact_match"}]},
+            "optimizer": {"lr": 0.01, "distributed": distributed},
+        }
+    )
+    hf_config = load_hf_config(model)
+    family = family_for(hf_config)
+    shape = model_shape(family, hf_config)
+    weights: dict[str, torch.Tensor] = {}
+    with parallel_world(config.parallel, shape, timeout_seconds=60, seed=1) as groups:
+        actor = Actor(config, family, hf_config, groups, UPDATES)
+        values = TokenValues(
+            advantages=torch.linspace(-1, 1, 6), loss_weights=torch.full((6,), 1.0)
+        )
+        for number in range(UPDATES):
+            if moves:
+                check_round_trip(actor)
+            actor.update([SEQUENCES], values, PolicyLossConfig(rlsd_lambda=0.0), 1.0)
+            weights |= {f"{number} {n}": t.clone() for n, t in actor.hf_tensors()}
+    return weights
+
+
+def check_round_trip(actor: Actor) -> None:
+    """Away and back, twice over: freed meanwhile, weights readable, nothing else moved."""
+    offload = actor._offload
+    before = {n: t.clone() for n, t in actor.hf_tensors()}
+    state = {id(t): (t.data_ptr(), t.clone()) for t in offload._state()}
+    sizes = [gradients.untyped_storage().nbytes() for gradients in offload._gradients()]
+    own = {p.data_ptr() for p in actor.parameters().values()}
+    actor.make_room()
+    actor.make_room()
+    assert sum(g.untyped_storage().nbytes() for g in offload._gradients()) == 0
+    away = list(offload._state())
+    assert {id(t) for t in away} == state.keys()
+    for tensor in away:
+        pointer, value = state[id(tensor)]
+        assert tensor.data_ptr() != pointer
+        assert torch.equal(tensor, value)
+    assert {p.data_ptr() for p in actor.parameters().values()} == own
+    assert all(torch.equal(t, before[n]) for n, t in actor.hf_tensors())
+    actor.take_room()
+    actor.take_room()
+    assert [g.untyped_storage().nbytes() for g in offload._gradients()] == sizes
+    assert not any(g.any() for g in offload._gradients())
+    if actor._config.bf16:
+        # Float32 masters are there from the start, moments once there was an update.
+        assert state
