@@ -220,8 +220,9 @@ make_tiny_model() {
 
 check_layout() { # before anything large starts
     local tasks=$((TRAINER_NODES * TRAINER_TASKS_PER_NODE)) wanted=()
-    # The default split of the nodes wanted, all of whose GPUs are used.
-    ((NODES <= ${#nodes[@]})) ||
+    # The default split of the nodes wanted, all of whose GPUs are used. Who sits before an
+    # allocation of theirs is told, and asks for more by themselves.
+    ((NODES <= ${#nodes[@]})) || ! job_says BatchFlag=1 ||
         wanted=(--wanted-tasks $(((NODES - (NODES + 2) / 3) * TRAINER_TASKS_PER_NODE)))
     start_part preflight "${trainer_nodes[0]}" 1 "$PYTHON" -m megatron_rlsd.diagnosis.preflight \
         "${arguments[@]}" "${server_arguments[@]}" --tasks "$tasks" "${wanted[@]}" \
@@ -325,11 +326,12 @@ telling_logs() { # the trainer's logs that say why it ended, at most three
     printf '%s\n' "${logs:-$LOG_DIR/trainer_0.log}"
 }
 
+job_says() { # job_says FIELD=VALUE: is it so?
+    [[ " $(scontrol show job --oneliner "$SLURM_JOB_ID") " == *" $1 "* ]]
+}
+
 requeue() { # requeue WHAT: the job starts again, unless Slurm ends it for good
-    local job
-    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
-    if [[ $job == *" BatchFlag=1 "* && $job == *" JobState=RUNNING "* ]] &&
-        scontrol requeue "$SLURM_JOB_ID"; then
+    if job_says BatchFlag=1 && job_says JobState=RUNNING && scontrol requeue "$SLURM_JOB_ID"; then
         say "$1 and requeued: the next start goes on"
     else
         say "$1: the next start with RUN_DIR=$RUN_DIR goes on"

@@ -152,11 +152,6 @@ class Trajectory:
     """The response and the engine's log-probabilities."""
     response_text: str = ""
     """All response tokens decoded."""
-    transcript: tuple[dict[str, str], ...] = ()
-    """As in RewardInput."""
-    environment_reward: float | None = None
-    environment_error: str = ""
-    """Why the environment ended the episode, if it failed; the reward is 0 then."""
     reward: RewardResult | None = None
     advantage: float = 0.0
     contrast_prompt_ids: list[int] = field(default_factory=list)
@@ -165,6 +160,11 @@ class Trajectory:
     """Tokens [start, stop) that the evidence weight may touch; None: all."""
     credit: TokenCredit | None = None
     """Set on rank 0, after the update, for the trajectories that are dumped."""
+    transcript: tuple[dict[str, str], ...] = ()
+    """As in RewardInput."""
+    environment_reward: float | None = None
+    environment_error: str = ""
+    """Why the environment ended the episode, if it failed; the reward is 0 then."""
 
     @property
     def own_text(self) -> str:

@@ -95,7 +95,7 @@ def small(run_dir: Path, model: Path, *overrides: str) -> Config:
         "train.max_tokens_per_microbatch=512",
         "observability.tensorboard=false",
         "observability.progress=none",
-        "distributed.timeout_seconds=60",
+        "distributed.timeout_seconds=120",
     ]
     return load_config(EXAMPLES / "tiny.yaml", [*changes, *overrides])
 
@@ -173,7 +173,7 @@ def train_on_ranks(folder: str, model: str) -> None:
 def test_a_run_with_an_algorithm_and_a_model_family_of_ones_own(phi3: Path, tmp_path: Path) -> None:
     config = small(tmp_path / "one", phi3)
     train.train(config)
-    run_on_ranks(train_on_ranks, 2, str(tmp_path), str(phi3), seconds=120)
+    run_on_ranks(train_on_ranks, 2, str(tmp_path), str(phi3), seconds=400)
     one, two = (
         next(m for m in read_metrics(tmp_path / run / "metrics.jsonl") if "train/loss" in m)
         for run in ("one", "two")

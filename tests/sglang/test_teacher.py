@@ -108,7 +108,7 @@ def test_opd_takes_the_steps_that_it_takes_with_the_models_folder(
 ) -> None:
     train.train(small_config("opd", tmp_path / "folder", tiny_model, teacher_folder))
     url = engine.fleet.servers[1].url
-    run_on_ranks(train_with_server, 2, str(tmp_path), str(tiny_model), url, seconds=300)
+    run_on_ranks(train_with_server, 2, str(tmp_path), str(tiny_model), url, seconds=400)
     expected, measured = (
         [line for line in read_metrics(tmp_path / name / "metrics.jsonl") if "train/loss" in line]
         for name in ("folder", "served")

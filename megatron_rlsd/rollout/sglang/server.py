@@ -252,8 +252,10 @@ class Supervisor:
             try:
                 await self._check()
             except ServerFault as fault:
-                # A server that was paused meanwhile could not answer.
-                if self._weights.lock.locked() or self._weights.publications != publications:
+                # A server that was paused or fell asleep meanwhile could not answer.
+                asleep = not self._weights.awake.is_set()
+                changing = self._weights.lock.locked()
+                if asleep or changing or self._weights.publications != publications:
                     continue
                 failures += 1
                 if failures >= config.health_failures:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 from megatron_rlsd.actor.actor import Actor, TokenValues
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
+from megatron_rlsd.checkpoint.start import Start
 from megatron_rlsd.config import parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
@@ -40,11 +44,44 @@ def test_updates_between_which_the_state_was_away_are_the_same_bit_for_bit(
         assert torch.equal(tensor, moved[name]), name
 
 
+def test_a_checkpoint_that_is_written_while_the_state_is_away_holds_it(
+    model: Path, tmp_path: Path
+) -> None:
+    with an_actor(model, "bfloat16", distributed=True, run_dir=tmp_path) as (actor, checkpoints):
+        update(actor)
+        actor.make_room()
+        checkpoints.save(TrainingState(actor, {}, dict), 1)
+        checkpoints.finish()
+        actor.take_room()
+        update(actor)
+        went_on = weights_of(actor)
+    with an_actor(model, "bfloat16", distributed=True, run_dir=tmp_path) as (actor, checkpoints):
+        folder = tmp_path / "checkpoints" / "step_00000001"
+        checkpoints.load(TrainingState(actor, {}, dict), Start(str(folder), step=1))
+        update(actor)
+        resumed = weights_of(actor)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in went_on.items())
+
+
 def train(model: Path, dtype: str, distributed: bool, *, moves: bool) -> dict[str, torch.Tensor]:
     """Weights after each update."""
+    weights: dict[str, torch.Tensor] = {}
+    with an_actor(model, dtype, distributed=distributed) as (actor, _):
+        for number in range(UPDATES):
+            if moves:
+                check_round_trip(actor)
+            update(actor)
+            weights |= {f"{number} {n}": tensor for n, tensor in weights_of(actor).items()}
+    return weights
+
+
+@contextmanager
+def an_actor(
+    model: Path, dtype: str, *, distributed: bool, run_dir: Path = Path("unused")
+) -> Iterator[tuple[Actor, Checkpointer]]:
     config = parse_config(
         {
-            "run_dir": "unused",
+            "run_dir": str(run_dir),
             "model": {"hf_path": str(model), "dtype": dtype},
             "data": {"train": [{"kind": "jsonl", "path": "unused"}]},
             "reward": {"functions": [{"name": "exact_match"}]},
@@ -54,18 +91,17 @@ def train(model: Path, dtype: str, distributed: bool, *, moves: bool) -> dict[st
     hf_config = load_hf_config(model)
     family = family_for(hf_config)
     shape = model_shape(family, hf_config)
-    weights: dict[str, torch.Tensor] = {}
     with parallel_world(config.parallel, shape, timeout_seconds=60, seed=1) as groups:
-        actor = Actor(config, family, hf_config, groups, UPDATES)
-        values = TokenValues(
-            advantages=torch.linspace(-1, 1, 6), loss_weights=torch.full((6,), 1.0)
-        )
-        for number in range(UPDATES):
-            if moves:
-                check_round_trip(actor)
-            actor.update([SEQUENCES], values, PolicyLossConfig(rlsd_lambda=0.0), 1.0)
-            weights |= {f"{number} {n}": t.clone() for n, t in actor.hf_tensors()}
-    return weights
+        yield Actor(config, family, hf_config, groups, UPDATES), Checkpointer(config, groups)
+
+
+def update(actor: Actor) -> None:
+    values = TokenValues(advantages=torch.linspace(-1, 1, 6), loss_weights=torch.full((6,), 1.0))
+    actor.update([SEQUENCES], values, PolicyLossConfig(rlsd_lambda=0.0), 1.0)
+
+
+def weights_of(actor: Actor) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in actor.hf_tensors()}
 
 
 def check_round_trip(actor: Actor) -> None:
