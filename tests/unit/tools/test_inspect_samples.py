@@ -73,3 +73,11 @@ def test_a_step_or_run_that_is_not_there_is_named(run: Path, tmp_path: Path) -> 
     assert ended.returncode == 2
     assert f"error: {run}/samples has no step 3, only 0 to 7" in ended.stderr
     assert "holds no samples" in inspect(tmp_path / "nothing").stderr
+
+
+def test_an_environments_answers_look_unlike_the_models_words(tmp_path: Path) -> None:
+    found = row(1.0, [1.2, None, 1.0])
+    found["token_columns"]["own"] = [1, 0, 1]
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/step_000000.jsonl").write_text(json.dumps(found) + "\n")
+    assert "\x1b[2;3m2\x1b[0m" in inspect(tmp_path).stdout
