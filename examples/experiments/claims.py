@@ -3,6 +3,7 @@
     python -m examples.experiments.claims warm     # two warm-started models for each task
     python -m examples.experiments.claims train    # every arm and seed; goes on where it stopped
     python -m examples.experiments.claims report   # tables and figures (claims_report.py)
+    python -m examples.experiments.claims time     # seconds a step of each arm, as ratios to GRPO's
 
 Seed s starts from warm start s mod 2 and has its own questions and samples; within a seed all arms
 start from the same weights and see the same questions, so that differences are paired. What was
@@ -12,7 +13,9 @@ found is in docs/results.md.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +31,7 @@ HERE = Path(__file__).parent
 ROOT = Path("runs/claims")
 OPERATIONS = 7
 WARM_STARTS = 2
+ROUNDS, TIMED_STEPS = 2, 8
 WIDE = ["algorithm.name=rlsd", "algorithm.rlsd_lambda=1.0", "algorithm.evidence_clip=0.8"]
 FLIPPED = "[{name: exact_match, weight: 0.0, params: {pattern: 'PATTERN'}}, " + (
     "{name: 'examples/experiments/flipped_reward.py:flipped', "
@@ -133,9 +137,27 @@ def train(task: str, seed: int, arm: str, extra: list[str]) -> None:
     )
 
 
+def measure_time(task: str, arms: list[str]) -> None:
+    """Median seconds a step in ROUNDS short runs of each arm, the arms taking turns."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for round_number in range(ROUNDS):
+        for arm in arms:
+            run_dir = ROOT / task / "time" / f"{arm}_{round_number}"
+            shutil.rmtree(run_dir, ignore_errors=True)
+            extra = [f"run_dir={run_dir}", f"train.steps={TIMED_STEPS}", "eval.num_problems=1"]
+            megatron_rlsd.train.train(settings(task, 0, arm, extra))
+            lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+            steps = [row["time/step_s"] for row in map(json.loads, lines) if "time/step_s" in row]
+            seconds[arm] += steps[1:]  # the first one warms up
+    base = statistics.median(seconds["grpo"])
+    for arm, each in seconds.items():
+        found = statistics.median(each)
+        print(f"{task} {arm}: {found:.2f} s a step, {found / base:.2f} of grpo's", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("command", choices=["warm", "train", "report"])
+    parser.add_argument("command", choices=["warm", "train", "report", "time"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -144,6 +166,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "report":
         claims_report.write(ROOT, args.tasks, args.seeds)
+        return
+    if args.command == "time":
+        for task in args.tasks:
+            measure_time(task, args.arms)
         return
     for seed in range(WARM_STARTS) if args.command == "warm" else args.seeds:
         for task in args.tasks:

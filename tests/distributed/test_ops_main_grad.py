@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_rlsd.actor import optimizer
+from megatron_rlsd.config import OptimizerConfig
 from megatron_rlsd.ops import policy_loss
 from tests.distributed.layouts import Layout, Measured, differences, measure, save_models, train
 from tests.distributed.ranks import next_world
@@ -102,10 +103,8 @@ def plain_policy_loss(*args: Any, **kwargs: Any) -> Any:
     return policy_loss(*args, **kwargs | {"weight_main_grad": None})
 
 
-def wrap_overlapped(chunks: Any, config: Any, *rest: Any) -> Any:
-    overlapping = partial(optimizer.DistributedDataParallelConfig, overlap_grad_reduce=True)
-    with mock.patch.object(optimizer, "DistributedDataParallelConfig", overlapping):
-        (model,) = optimizer.wrap_data_parallel(chunks, config, *rest)
-    assert model.ddp_config.overlap_grad_reduce
-    config.no_sync_func = model.no_sync  # as Megatron's own training loop sets it
-    return [model]
+def wrap_overlapped(chunks: Any, config: Any, settings: OptimizerConfig, groups: Any) -> Any:
+    overlapping = settings.model_copy(update={"overlap_grad_reduce": True})
+    models = optimizer.wrap_data_parallel(chunks, config, overlapping, groups)
+    assert all(model.ddp_config.overlap_grad_reduce for model in models)
+    return models
