@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import localcontext
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class GymProblems:
     def __getitem__(self, index: int, /) -> Problem:
         """Generate one problem; DataError if the task's generator fails on it."""
         try:
-            with _fixed_global_random(f"{self._seed}/{index}"):
+            with _fixed_global_states(f"{self._seed}/{index}"):
                 raw = self._items[index]
         except Exception as error:
             raise DataError(
@@ -100,14 +101,16 @@ def _spread_seed(seed: int) -> int:
 
 
 @contextmanager
-def _fixed_global_random(seed: str) -> Iterator[None]:
-    """Some generators draw from the global random states (list_functions), or reseed them
-    (pool_matrix): give them fixed ones, and leave the trainer's as they were."""
+def _fixed_global_states(seed: str) -> Iterator[None]:
+    """Some generators draw from the global random states (list_functions), reseed them
+    (pool_matrix), or set how decimals are rounded (decimal_arithmetic): give them fixed states, and
+    leave the trainer's as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(random.getrandbits(32))
     try:
-        yield
+        with localcontext():
+            yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)

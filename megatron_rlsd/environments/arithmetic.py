@@ -106,5 +106,5 @@ def _as_text(value: Fraction) -> str:
         return str(value.numerator)
     with localcontext() as context:
         context.prec = DIGITS
-        quotient = Decimal(value.numerator) / Decimal(value.denominator)
-    return f"{quotient.normalize():f}" if abs(quotient.adjusted()) < DIGITS else str(quotient)
+        quotient = (Decimal(value.numerator) / Decimal(value.denominator)).normalize()
+    return f"{quotient:f}" if abs(quotient.adjusted()) < DIGITS else str(quotient)

@@ -201,16 +201,15 @@ def test_a_server_that_dies_comes_back_once_and_then_ends_the_job_with_the_reaso
     )
     try:
         job.wait_until(lambda: bool(job.steps()), JOB_SECONDS, "a step is done")
-        kill_server(cluster)
+        killed = kill_server(cluster)
         before = len(job.steps())
         job.wait_until(lambda: len(job.steps()) > before + 2, JOB_SECONDS, "the run goes on")
         for line in job.steps():
             # After its restart too the server had the current weights.
             assert line["weight_sync/parity_max"] < 1e-4
             assert line["train/rollout_log_prob_diff_max"] < 1e-4
-        assert sum(line["rollout/request_retries"] for line in job.steps()) > 0
 
-        kill_server(cluster)
+        assert kill_server(cluster) != killed
         started = time.monotonic()
         assert job.program is not None
         assert job.program.wait(60) == 1, job.log
@@ -223,9 +222,12 @@ def test_a_server_that_dies_comes_back_once_and_then_ends_the_job_with_the_reaso
     wait_for_no_process(cluster)
 
 
-def kill_server(cluster: Cluster) -> None:
+def kill_server(cluster: Cluster) -> int:
+    """Its process id."""
     guard = next(p for p in cluster.processes() if "guard.py" in " ".join(p.cmdline()))
-    guard.children()[0].kill()
+    server = guard.children()[0]
+    server.kill()
+    return server.pid
 
 
 @pytest.mark.parametrize(

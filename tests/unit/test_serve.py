@@ -117,6 +117,8 @@ def test_a_signal_stops_once_and_an_ignored_one_does_not() -> None:
                 signal.raise_signal(signal.SIGTERM)
                 signal.raise_signal(signal.SIGINT)
 
+    # Tests that a shell started in the background ignore SIGINT.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(Stopped, match="SIGTERM"):
         serve_until_signalled()
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -127,3 +129,4 @@ def test_a_signal_stops_once_and_an_ignored_one_does_not() -> None:
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGINT, interrupt)

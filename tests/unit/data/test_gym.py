@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from decimal import getcontext
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,12 @@ def test_generators_that_use_global_random_states_are_pinned_and_leave_them_alon
     problems_of("pool_matrix")[0]
     assert (random.random(), np.random.random()) == untouched
     assert first == [problems_of("list_functions")[i] for i in range(150)]
+
+
+def test_a_generator_that_sets_how_decimals_are_rounded_leaves_the_rest_alone() -> None:
+    before = getcontext().prec
+    problems_of("decimal_arithmetic", params={"precision": before + 3})[0]
+    assert getcontext().prec == before
 
 
 def test_neighbouring_seeds_share_no_problems() -> None:

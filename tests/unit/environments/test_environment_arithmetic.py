@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from decimal import localcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,6 +33,12 @@ from megatron_rlsd.environments.arithmetic import CalculatorError, calculate
 )
 def test_values_are_exact(expression, value):
     assert calculate(expression) == value
+
+
+def test_values_do_not_depend_on_how_others_round_decimals():
+    with localcontext() as context:
+        context.prec = 3
+        assert calculate("1/3") == "0.333333333333333"
 
 
 def test_random_expressions_have_the_value_of_fractions():
