@@ -19,6 +19,8 @@ MODULUS = {"chain_sum": None, "modular_chain": 30}
 BASELINE = {"noisy_rlsd": "noisy_grpo", "noisy_rlsd_shuffled": "noisy_grpo"}
 LAST_STEPS = 10
 SMOOTHING = 5
+BAND_SEEDS = 4
+"""A band of fewer seeds would say more about Student than about them."""
 COLOURS = {
     "grpo": "#444444",
     "rlsd": "#c1272d",
@@ -248,13 +250,13 @@ def figure(
             steps = range(1, len(bands) + 1)
             colour = COLOURS[arm.removeprefix("noisy_")]
             axis.plot(steps, [m for m, _ in bands], label=arm, color=colour, linewidth=1.4)
-            if len(curves) > 1:
+            if len(curves) >= BAND_SEEDS:
                 low, high = [m - h for m, h in bands], [m + h for m, h in bands]
                 axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.set_title(f"{task}: {title}", fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=6, frameon=False, ncols=2)
     drawing.tight_layout()
     drawing.savefig(f"docs/images/{file}.svg", metadata={"Date": None})
 
