@@ -59,7 +59,10 @@ def read_run(run_dir: Path, task: str) -> RunResult:
         "gain": "algorithm/gain_mean",
     }
     curves = {
-        short: [row[name] for row in steps] for short, name in names.items() if name in steps[0]
+        # A step none of whose responses had a hint has no divergence.
+        short: [row[name] for row in steps if name in row]
+        for short, name in names.items()
+        if any(name in row for row in steps)
     }
     wrong = judged = 0.0
     for path in sorted((run_dir / "samples").glob("step_*.jsonl")):
