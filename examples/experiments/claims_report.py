@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from examples.experiments.token_credit import gradient_mass
 
-MODULUS = {"chain_sum": None, "modular_chain": 30}
-BASELINE = {"noisy_rlsd": "noisy_grpo", "noisy_rlsd_shuffled": "noisy_grpo"}
+MODULUS = {"chain_sum": None, "modular_chain": 30, "modular_chain_marked": 30}
+SHORTER = "_equal_time"
+"""Ends the names of arms that stop where GRPO's time is spent."""
 LAST_STEPS = 10
 SMOOTHING = 5
 BAND_SEEDS = 4
@@ -210,11 +211,13 @@ def comparisons(results: dict[str, dict[str, dict[int, RunResult]]]) -> str:
     found: dict[tuple[str, str, str], list[float]] = {}
     for task, arms in results.items():
         for arm, by_seed in arms.items():
-            baseline = arms.get(BASELINE.get(arm, "grpo"), {})
+            baseline = arms.get("noisy_grpo" if arm.startswith("noisy_") else "grpo", {})
             shared = sorted(set(by_seed) & set(baseline))
             if arm in ("grpo", "noisy_grpo") or len(shared) < 2:
                 continue
             for measure, of in MEASURES.items():
+                if measure == "solved" and arm.endswith(SHORTER):
+                    continue  # a mean over fewer steps is another thing
                 found[task, arm, measure] = [of(by_seed[s]) - of(baseline[s]) for s in shared]
     corrected = holm({key: paired_p(values) for key, values in found.items()})
     lines = [
@@ -226,12 +229,17 @@ def comparisons(results: dict[str, dict[str, dict[int, RunResult]]]) -> str:
     for task, arm in dict.fromkeys((task, arm) for task, arm, _ in found):
         cells = []
         for measure in MEASURES:
-            mean, half = interval(found[task, arm, measure])
-            cells.append(f"{mean:+.3f} +- {half:.3f}")
+            differences = found.get((task, arm, measure))
+            cells.append(_difference(differences) if differences else "-")
         count = len(found[task, arm, "greedy"])
-        p = min(corrected[task, arm, measure] for measure in MEASURES)
+        p = min(corrected[key] for key in found if key[:2] == (task, arm))
         lines.append(f"| {task} | {arm} | {count} | " + " | ".join(cells) + f" | {p:.3f} |")
     return "\n" + "\n".join(lines) + f"\n\n{len(found)} comparisons.\n"
+
+
+def _difference(differences: list[float]) -> str:
+    mean, half = interval(differences)
+    return f"{mean:+.3f} +- {half:.3f}"
 
 
 def figure(
@@ -247,7 +255,7 @@ def figure(
     for axis, (task, arms) in zip(axes[0], results.items(), strict=True):
         for arm, by_seed in arms.items():
             curves = [_smooth(r.curves[name]) for r in by_seed.values() if name in r.curves]
-            if not wanted(arm) or not curves:
+            if not wanted(arm) or arm.endswith(SHORTER) or not curves:
                 continue
             bands = [interval(list(values)) for values in zip(*curves, strict=True)]
             steps = range(1, len(bands) + 1)

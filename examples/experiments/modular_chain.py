@@ -16,8 +16,8 @@ MODULUS = 30
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
-def problem(rng: random.Random, operations: int) -> dict[str, str]:
-    """One question with its answer and worked solution."""
+def problem(rng: random.Random, operations: int, marked: bool = False) -> dict[str, str]:
+    """One question with its answer and worked solution, which names the answer last if marked."""
     value = rng.randrange(MODULUS)
     chain, lines = [f"{value}"], []
     for _ in range(operations):
@@ -27,6 +27,7 @@ def problem(rng: random.Random, operations: int) -> dict[str, str]:
         chain.append(f"{symbol} {operand}")
         lines.append(f"{value} {symbol} {operand} = {result}")
         value = result
+    lines += [f"#### {value}"] if marked else []
     return {
         "prompt": f"Mod {MODULUS}, left to right: {' '.join(chain)} =",
         "answer": str(value),
@@ -34,8 +35,10 @@ def problem(rng: random.Random, operations: int) -> dict[str, str]:
     }
 
 
-def write(path: Path, count: int, operations: int, seed: int) -> None:
+def write(path: Path, count: int, operations: int, seed: int, marked: bool = False) -> None:
     """``count`` problems of ``operations`` operations each."""
     rng = random.Random(f"modular_chain/{seed}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(problem(rng, operations)) + "\n" for _ in range(count)))
+    path.write_text(
+        "".join(json.dumps(problem(rng, operations, marked)) + "\n" for _ in range(count))
+    )
