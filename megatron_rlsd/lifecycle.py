@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 EXIT_FAILED = 1
@@ -48,17 +50,26 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+
+
+@contextmanager
+def unheard_by_children(*numbers: int) -> Iterator[None]:
+    """Processes that this thread starts meanwhile never get these signals.
+
+    Slurm may send a warning to the whole process tree, and only the trainer is to act on it.
+    """
+    # What is blocked stays so in a child, from its first moment on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop_with_launcher() -> None:

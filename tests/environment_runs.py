@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
+from examples.experiments.scripted_play import play
 from megatron_rlsd.config import Config, load_config
+from megatron_rlsd.data import build_sources
 
 CONFIGS = Path(__file__).parent.parent / "examples/configs/environments"
 NAMES = ("calculator", "guessing_game")
@@ -72,5 +76,28 @@ def digits_config(run_dir: Path, model: Path, *overrides: str) -> Config:
         "reward.functions=[{name: environment}]",
         "algorithm.lambda_decay_steps=0",
         "train.steps=1",
+        *overrides,
+    )
+
+
+def conversations_config(run_dir: Path, model: Path, *overrides: str) -> Config:
+    """A supervised warm start on twelve scripted guessing games, a third of them privileged."""
+    config = environment_config("guessing_game", run_dir, model)
+    chance = random.Random(0)
+    games = [
+        play(config, problem, chance, noise=0.5, privileged=number % 3 == 0)[0]
+        for number, problem in enumerate(build_sources(config.data.train, 0).next(12))
+    ]
+    path = run_dir.parent / "games.jsonl"
+    path.write_text("".join(json.dumps(game) + "\n" for game in games))
+    return environment_config(
+        "guessing_game",
+        run_dir,
+        model,
+        f"data.train=[{{kind: jsonl, path: '{path}'}}]",
+        "environment.max_turn_tokens=24",
+        "rollout.max_response_tokens=160",
+        "sft.steps=2",
+        "sft.batch_size=12",
         *overrides,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,16 @@ from megatron_rlsd.recording import read_step
 from megatron_rlsd.replay import choose_base, replay
 from megatron_rlsd.types import TrainBatch
 from tests.algorithm_runs import NAMES, small_config
+from tests.models import save_random_model
 
 
 @pytest.fixture(scope="module")
 def other_model(tiny_model: Path, tmp_path_factory) -> Path:
     """A teacher of the same vocabulary and tokenizer, but with other weights and another width."""
-    folder = tmp_path_factory.mktemp("other") / "model"
-    shutil.copytree(tiny_model, folder)
-    (folder / "model.safetensors").unlink()
     config = transformers.AutoConfig.from_pretrained(tiny_model)
     config.hidden_size, config.initializer_range = 48, 0.1
-    torch.manual_seed(5)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("other") / "model"
+    return save_random_model(config, folder, seed=5, tokenizer_of=tiny_model)
 
 
 class Scorer:

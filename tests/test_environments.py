@@ -12,13 +12,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_rlsd import train
+from megatron_rlsd import sft, train
 from megatron_rlsd.config import Config, load_config
+from megatron_rlsd.data import DataError, load_tokenizer
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.recording import read_step
 from megatron_rlsd.replay import replay
 from megatron_rlsd.types import TrainBatch
-from tests.environment_runs import CONFIGS, NAMES, digits_config
+from tests.environment_runs import CONFIGS, NAMES, conversations_config, digits_config
 
 SETTINGS = {
     "rlsd": ("algorithm.rlsd_lambda=0.7",),
@@ -138,6 +139,46 @@ def check_dump(config: Config, batch: TrainBatch, rows: list[Tensor]) -> None:
             if own:
                 assert found == pytest.approx(next(lp), abs=1e-3)
                 assert scored is None or scored == pytest.approx(found, abs=1e-3)
+
+
+def test_a_supervised_step_learns_every_turn_of_the_assistant_and_nothing_else(
+    tiny_model, tmp_path
+):
+    """Against whole conversations as the chat template renders them, the prompt by hand."""
+    config = conversations_config(tmp_path / "run", tiny_model, "sft.steps=1", "data.eval=[]")
+    sft.train(config)
+    measured = read_metrics(Path(config.run_dir) / "metrics.jsonl")[0]
+    tokenizer = load_tokenizer(config.tokenizer, tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    terms = []
+    for line in (tmp_path / "games.jsonl").read_text().splitlines():
+        told = json.loads(line)
+        question, *turns = told["messages"]
+        hint = ["A good line of guesses:", told["reference_solution"], "Now guess."]
+        paragraphs = [question["content"], *(hint if told["privileged"] else [])]
+        content = "\n\n".join([*paragraphs, "Guess like #### 5"])
+        messages = [{"role": "user", "content": content}, *turns]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(1)
+        for at in range(1, len(messages), 2):
+            start = len(tokenizer.apply_chat_template(messages[:at]))
+            stop = len(
+                tokenizer.apply_chat_template(messages[: at + 1], add_generation_prompt=False)
+            )
+            terms += [-log_p[t - 1, ids[t]] for t in range(start, stop)]
+    loss = torch.stack(terms).mean()
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    assert measured["train/target_tokens"] == len(terms)
+    assert measured["train/loss"] == pytest.approx(loss.item(), rel=2e-6)
+    assert measured["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_rl_refuses_conversations(tiny_model, tmp_path):
+    config = conversations_config(tmp_path / "run", tiny_model)
+    with pytest.raises(DataError, match=r"games\.jsonl:\d+ ends with the assistant's turn"):
+        train.train(config)
 
 
 def test_without_a_hint_the_gain_over_a_trajectory_is_exactly_zero(tiny_model, tmp_path):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rewards.registry import REWARDS
 from megatron_rlsd.types import Generation, Group, Problem, RewardInput, RewardResult, Trajectory
 from tests.distributed.ranks import run_on_ranks
+from tests.scripts import load_script
 from tests.test_algorithms import Scorer, sampled
 
 ROOT = Path(__file__).parent.parent
@@ -206,19 +206,11 @@ def test_a_run_with_an_algorithm_and_a_model_family_of_ones_own(phi3: Path, tmp_
     assert all(torch.equal(before.slice(name), after.slice(name)) for name in before.tensors)
 
 
-def converter() -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location(
-        "convert_tool", ROOT / "tools/convert_hf_checkpoint.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def test_a_family_of_ones_own_is_converted(
     phi3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main, megatron, back = converter(), str(tmp_path / "megatron"), str(tmp_path / "back")
+    main = load_script("tools/convert_hf_checkpoint.py").main
+    megatron, back = str(tmp_path / "megatron"), str(tmp_path / "back")
     assert main(["to-megatron", str(phi3), megatron, "--tensor-parallel=2"]) == 2
     assert "a table of your own is named under plugins" in capsys.readouterr().err
     plugin = f"--plugin={PHI3}"

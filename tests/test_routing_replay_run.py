@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
 from megatron_rlsd import train
 from megatron_rlsd.config import ConfigError
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.observability import read_metrics
+from tests.models import save_random_model
 
 
 @pytest.fixture
 def experts(tiny_model: Path, tmp_path: Path) -> Path:
     """A tiny Mixtral, whose checkpoints name experts in another way than transformers does."""
-    dense, folder = load_hf_config(tiny_model), tmp_path / "experts"
-    torch.manual_seed(0)
-    transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            vocab_size=dense["vocab_size"],
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            max_position_embeddings=dense["max_position_embeddings"],
-            initializer_range=0.2,
-            sliding_window=None,
-            eos_token_id=dense["eos_token_id"],
-            bos_token_id=None,
-        )
-    ).save_pretrained(folder)
-    for file in tiny_model.iterdir():
-        if not (folder / file.name).exists() and file.suffix != ".safetensors":
-            shutil.copyfile(file, folder / file.name)
-    return folder
+    dense = load_hf_config(tiny_model)
+    config = transformers.MixtralConfig(
+        vocab_size=dense["vocab_size"],
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=dense["max_position_embeddings"],
+        initializer_range=0.2,
+        sliding_window=None,
+        eos_token_id=dense["eos_token_id"],
+        bos_token_id=None,
+    )
+    return save_random_model(config, tmp_path / "experts", tokenizer_of=tiny_model)
 
 
 def test_an_update_takes_the_routes_of_its_rollout(make_config, experts: Path) -> None:

@@ -36,6 +36,11 @@ NO_AUXILIARY = {
 }
 NO_TEACHER = NO_EVIDENCE | NO_AUXILIARY
 CLIPPED_RATIO = {"objective": ("clipped_ratio", "it clips the importance ratio")}
+SAMPLED_TOKENS = {"divergence_coef": (0.0, "it looks at the sampled tokens alone")}
+WHOLE_DISTRIBUTIONS = {
+    "opd_coef": (0.0, "it compares whole distributions, not sampled tokens"),
+    "sdar_coef": (0.0, "it compares whole distributions, not sampled tokens"),
+}
 NO_REWARD = {"advantage": ("none", "its loss does not use the reward")}
 
 RLSD = Variant()
@@ -161,10 +166,8 @@ a wrong response CEPO falls back to RLSD; here the response keeps A^ = A and is 
 
 SDAR = Variant(
     fixed=NO_EVIDENCE
-    | {
-        "opd_coef": (0.0, "its distillation is a loss term, not an advantage"),
-        "divergence_coef": (0.0, "it looks at the sampled tokens alone"),
-    },
+    | {"opd_coef": (0.0, "its distillation is a loss term, not an advantage")}
+    | SAMPLED_TOKENS,
     defaults={"sdar_coef": 0.1},
 )
 """Self-Distilled Agentic RL (arXiv:2605.15155): GRPO plus a gated distillation term.
@@ -176,10 +179,8 @@ on every response, its own reward equal to the others' or not. The authors' scri
 
 OPD = Variant(
     fixed=NO_EVIDENCE
-    | {
-        "sdar_coef": (0.0, "its distillation is an advantage, not a loss term"),
-        "divergence_coef": (0.0, "it looks at the sampled tokens alone"),
-    },
+    | {"sdar_coef": (0.0, "its distillation is an advantage, not a loss term")}
+    | SAMPLED_TOKENS,
     defaults={"opd_coef": 1.0, "dual_clip": None},
     teacher_fixed={"hint": ("none", "its teacher is another model and reads the same prompt")},
 )
@@ -192,12 +193,7 @@ The teacher is the HF model ``teacher.hf_path``. ``advantage`` none distils alon
 """
 
 OPSD = Variant(
-    fixed=NO_EVIDENCE
-    | NO_REWARD
-    | {
-        "opd_coef": (0.0, "it compares whole distributions, not sampled tokens"),
-        "sdar_coef": (0.0, "it compares whole distributions, not sampled tokens"),
-    },
+    fixed=NO_EVIDENCE | NO_REWARD | WHOLE_DISTRIBUTIONS,
     defaults={"divergence_coef": 1.0},
 )
 """Self-Distilled Reasoner (arXiv:2601.18734): no reward; p is drawn to q, token by token.
@@ -222,11 +218,7 @@ solution and feedback, and their top-k with a bucket for the rest.
 """
 
 GRPO_OPSD = Variant(
-    fixed=NO_EVIDENCE
-    | {
-        "opd_coef": (0.0, "it compares whole distributions, not sampled tokens"),
-        "sdar_coef": (0.0, "it compares whole distributions, not sampled tokens"),
-    },
+    fixed=NO_EVIDENCE | WHOLE_DISTRIBUTIONS,
     defaults={"divergence_coef": 0.1},
 )
 """The sum: L_GRPO + divergence_coef L_OPSD (a baseline of arXiv:2604.03128, which names no

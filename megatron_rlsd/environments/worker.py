@@ -1,43 +1,22 @@
 """An environment worker: ``python -m megatron_rlsd.environments.worker``, started by the pool only.
 
-JSON lines, one object a line.
-pool -> worker:  setup {reference, params, memory_limit_bytes}, then calls {call, batch, episode,
-                 problem, turns, answers}: answer the last of ``turns``, or begin if there is none.
-                 ``answers``: the opening and what was answered to the turns before.
-worker -> pool:  {"ready": true} or {"fatal": traceback}; then for each call {call, replayed} for
-                 each turn played again, and last {call, text, done, reward} or
-                 {call, error, detail, retire}.
+A job is one call {batch, episode, problem, turns, answers}: answer the last of ``turns``, or begin
+if there is none. ``answers``: the opening and what was answered to the turns before. It tells its
+progress for each turn that it plays again.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import json
 import math
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlsd.environments.protocol import Environment, Observation
-from megatron_rlsd.environments.registry import (
-    EnvironmentClass,
-    EnvironmentReference,
-    load_environment,
-)
-from megatron_rlsd.rewards.protocol import encode
-from megatron_rlsd.rewards.worker import (
-    MAX_DETAIL_CHARS,
-    MAX_REASON_CHARS,
-    claim_standard_streams,
-    die_with_parent,
-    leave_signals_to_parent,
-    limit_resources,
-)
-from megatron_rlsd.types import Problem
-
-Send = Callable[[dict[str, Any]], None]
+from megatron_rlsd.environments.registry import ENVIRONMENTS, EnvironmentClass
+from megatron_rlsd.registry import Reference
+from megatron_rlsd.workers import Calls, Progress, problem_of, serve
 
 
 class NotAnAnswer(TypeError):
@@ -58,7 +37,7 @@ class Player:
         self._batch: int | None = None
         self._episodes: dict[int, Episode] = {}
 
-    def answer(self, call: dict[str, Any], replayed: Callable[[int], None]) -> Observation:
+    def answer(self, call: dict[str, Any], progress: Progress) -> Observation:
         """The opening, or the answer to the last turn; what the environment raises passes through.
 
         An episode that this process does not know, or not so far, is played again up to here.
@@ -73,7 +52,7 @@ class Player:
             self._episodes[number] = episode
             return Observation(text=opening)
         if episode is None or episode.steps != len(turns) - 1:
-            episode = self._replay(call, replayed)
+            episode = self._replay(call, progress)
         observation = checked(episode.environment.step(turns[-1]))
         episode.steps += 1
         if not observation.done:
@@ -81,10 +60,8 @@ class Player:
         return observation
 
     def _begin(self, call: dict[str, Any]) -> tuple[Episode, str]:
-        fields = call["problem"]
-        problem = Problem(**{**fields, "messages": tuple(fields["messages"])})
         environment = self._environment(**self._params)
-        opening = environment.reset(problem)
+        opening = environment.reset(problem_of(call))
         if opening is None:
             opening = ""
         if not isinstance(opening, str):
@@ -92,7 +69,7 @@ class Player:
         opening.encode()
         return Episode(environment, 0), opening
 
-    def _replay(self, call: dict[str, Any], replayed: Callable[[int], None]) -> Episode:
+    def _replay(self, call: dict[str, Any], progress: Progress) -> Episode:
         episode, text = self._begin(call)
         for number, (turn, given) in enumerate(zip(call["turns"], call["answers"], strict=True)):
             if text != given:
@@ -102,7 +79,7 @@ class Player:
                 )
             if number == len(call["turns"]) - 1:
                 break
-            replayed(number)
+            progress()
             text = checked(episode.environment.step(turn)).text
             episode.steps += 1
         return episode
@@ -125,47 +102,15 @@ def checked(answer: Any) -> Observation:
     return Observation(answer.text, bool(answer.done), reward)
 
 
-def main() -> int:
-    leave_signals_to_parent()
-    die_with_parent()
-    requests, replies = claim_standard_streams()
-    faulthandler.enable()
+def load(setup: dict[str, Any]) -> Calls:
+    params = setup["params"]
+    player = Player(ENVIRONMENTS.load(Reference(**setup["reference"]), params), params)
 
-    def send(message: dict[str, Any]) -> None:
-        replies.write(encode(message))
-        replies.flush()
+    def calls(request: dict[str, Any], progress: Progress) -> list[Callable[[], dict[str, Any]]]:
+        return [lambda: vars(player.answer(request, progress))]
 
-    setup = json.loads(requests.readline())
-    limit_resources(setup["memory_limit_bytes"])
-    try:
-        reference = EnvironmentReference(**setup["reference"])
-        player = Player(load_environment(reference, setup["params"]), setup["params"])
-    except BaseException:
-        send({"fatal": traceback.format_exc()[-MAX_DETAIL_CHARS:]})
-        return 1
-    send({"ready": True})
-    for line in requests:
-        if not serve(json.loads(line), player, send):
-            return 0
-    return 0
-
-
-def serve(call: dict[str, Any], player: Player, send: Send) -> bool:
-    """Answer one call; whatever it raises becomes data. False: this process should be replaced."""
-    number = call["call"]
-    try:
-        found = player.answer(call, lambda turn: send({"call": number, "replayed": turn}))
-        reply = {"text": found.text, "done": found.done, "reward": found.reward}
-    except BaseException as error:
-        reply = {
-            "error": f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS],
-            "detail": "".join(traceback.format_exception(error, limit=-8))[-MAX_DETAIL_CHARS:],
-            # What filled the memory may still be referenced: later calls would fail in its place.
-            "retire": isinstance(error, MemoryError),
-        }
-    send({"call": number, **reply})
-    return not reply.get("retire")
+    return calls
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(load))

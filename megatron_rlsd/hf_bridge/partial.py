@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megatron_rlsd.durable import partial_of, put_in_place, sync_tree
@@ -45,12 +44,7 @@ class PartialFolder:
         self._resume()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 sync_tree(self.path)

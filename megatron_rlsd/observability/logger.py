@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megatron_rlsd.config import ObservabilityConfig
@@ -119,12 +118,7 @@ class MetricsLogger:
             self._display.show(f"{self._run_dir} holds an earlier run, now moved to {names}")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *trace: object) -> None:
         self._display.close()
         self._profiler.end()
         for tracker in self._trackers:

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rlsd.registry import Reference
 from megatron_rlsd.rewards.errors import RewardError
-from megatron_rlsd.rewards.registry import RewardReference
 from megatron_rlsd.types import RewardInput, RewardResult
 
 
@@ -17,7 +17,7 @@ class PoolFunction:
 
     label: str
     """Its key in RewardResult: the configured name, with ``#2`` on from the second use."""
-    reference: RewardReference
+    reference: Reference
     params: dict[str, Any]
     weight: float
 
@@ -41,15 +41,9 @@ class Tally:
         self._reasons: Counter[tuple[str, str]] = Counter()
         self._examples: dict[tuple[str, str], str] = {}
         self._total = len(samples) * len(functions)
-        self._open = self._total
-
-    @property
-    def complete(self) -> bool:
-        return self._open == 0
 
     def value(self, sample: int, function: int, value: float) -> None:
         self._values[sample][function] = value
-        self._open -= 1
 
     def failure(
         self, sample: int, function: int, reason: str, detail: str = "", timed_out: bool = False
@@ -65,7 +59,6 @@ class Tally:
         self._errors[sample][entry.label] = reason
         self._reasons[entry.label, reason] += 1
         self._examples.setdefault((entry.label, reason), f"problem {problem!r}{_indented(detail)}")
-        self._open -= 1
         failed = self._reasons.total()
         if failed > self._max_error_share * self._total:
             (label, most_frequent), count = self._reasons.most_common(1)[0]

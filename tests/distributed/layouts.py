@@ -21,13 +21,14 @@ from megatron_rlsd.actor.actor import Actor, TokenValues
 from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config, parse_config
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
-from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
+from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.parallel.memory import StateBytes, state_bytes
 from megatron_rlsd.teacher import Teacher
+from tests.actors import actor_of
 from tests.distributed.ranks import next_world, run_on_ranks
+from tests.models import save_random_model
 
 VOCAB = 131
 STEPS = 5
@@ -115,20 +116,11 @@ def save_models(folder: Path) -> dict[str, Path]:
         "mlp_only_layers": [1],
     }
     made = {
-        "dense": lambda: transformers.Qwen3ForCausalLM(
-            transformers.Qwen3Config(**sizes, tie_word_embeddings=True)
-        ),
-        "untied": lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**sizes, tie_word_embeddings=False)
-        ),
-        "experts": lambda: transformers.Qwen3MoeForCausalLM(
-            transformers.Qwen3MoeConfig(**sizes, **experts, tie_word_embeddings=False)
-        ),
+        "dense": transformers.Qwen3Config(**sizes, tie_word_embeddings=True),
+        "untied": transformers.LlamaConfig(**sizes, tie_word_embeddings=False),
+        "experts": transformers.Qwen3MoeConfig(**sizes, **experts, tie_word_embeddings=False),
     }
-    for name, make in made.items():
-        torch.manual_seed(0)
-        make().save_pretrained(folder / name)
-    return {name: folder / name for name in made}
+    return {name: save_random_model(config, folder / name) for name, config in made.items()}
 
 
 def batch() -> tuple[list[Sequence], list[Sequence], list[float]]:
@@ -248,11 +240,8 @@ def layout_config(layout: Layout, path: str) -> Config:
 def train(layout: Layout, path: str, out: Path) -> None:
     """Five updates with the RLSD loss against a frozen teacher and the first step's old policy."""
     config = layout_config(layout, path)
-    hf_config = load_hf_config(Path(path))
-    family = family_for(hf_config)
-    shape = model_shape(family, hf_config)
-    with parallel_world(config.parallel, shape, timeout_seconds=150, seed=0) as groups:
-        actor = Actor(config, family, hf_config, groups, STEPS)
+    with actor_of(config, STEPS, seconds=150) as actor:
+        groups, shape = actor.groups, model_shape(actor.family, actor.hf_config)
         teacher = Teacher(config.teacher, actor.parameters())
         sequences, hinted, advantages = batch()
         parts = balanced_partition([s.num_inputs for s in sequences], groups.dp.size())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
@@ -19,6 +18,7 @@ from tests.distributed.activations import (
     measure_in_flight,
 )
 from tests.distributed.ranks import run_on_ranks
+from tests.models import save_random_model
 
 TOLERANCE = 0.05
 TINY = {
@@ -63,13 +63,11 @@ EXPERTS = {
     "norm_topk_prob": True,
 }
 MODELS = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY)),
-    "experts": lambda: transformers.Qwen3MoeForCausalLM(
-        transformers.Qwen3MoeConfig(**TINY, **EXPERTS)
-    ),
-    "latent": lambda: transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**LATENT)),
-    "middle": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**MIDDLE)),
+    "llama": transformers.LlamaConfig(**TINY),
+    "qwen3": transformers.Qwen3Config(**TINY),
+    "experts": transformers.Qwen3MoeConfig(**TINY, **EXPERTS),
+    "latent": transformers.DeepseekV3Config(**LATENT),
+    "middle": transformers.LlamaConfig(**MIDDLE),
 }
 LENGTHS = {"middle": (300, 212, 148)}
 SHORT = (52, 36)
@@ -87,9 +85,8 @@ LAYOUTS = [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for name, make in MODELS.items():
-        torch.manual_seed(0)
-        make().save_pretrained(folder / name)
+    for name, config in MODELS.items():
+        save_random_model(config, folder / name)
     return folder
 
 

@@ -16,13 +16,12 @@ from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.start import Start
 from megatron_rlsd.config import parse_config
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
-from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.sft import supervised_update
 from megatron_rlsd.teacher import WeightSnapshot
+from tests.actors import actor_of
 from tests.distributed.layouts import save_models
 from tests.distributed.ranks import next_world, run_on_ranks
+from tests.models import save_random_model
 
 VOCAB = 131
 """Odd, so that the padding of the vocabulary differs between layouts."""
@@ -74,7 +73,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything in three starts of processes: four, two, one."""
     folder = tmp_path_factory.mktemp("layouts")
     save_models(folder)
-    torch.manual_seed(1)
     dense = transformers.Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -86,7 +84,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
         initializer_range=0.2,
     )
-    transformers.Qwen3ForCausalLM(dense).save_pretrained(folder / "dense")
+    save_random_model(dense, folder / "dense", seed=1)
     for ranks in (4, 2, 1):
         jobs = [
             (name, next(iter(row)), model, parallel, distributed)
@@ -108,8 +106,6 @@ def run_job(folder: Path, name: str, saved_by: str, model: str, parallel: dict, 
     """Save after two steps, or load what ``saved_by`` saved; then two more steps."""
     saving = name == saved_by
     hf_path = folder / ("dense" if model == "bfloat16" else model)
-    hf_config = load_hf_config(hf_path)
-    family = family_for(hf_config)
     config = parse_config(
         {
             "run_dir": str(folder / saved_by),
@@ -124,10 +120,8 @@ def run_job(folder: Path, name: str, saved_by: str, model: str, parallel: dict, 
             "checkpoint": {"async_save": name.startswith("tp2")},
         }
     )
-    with parallel_world(
-        config.parallel, model_shape(family, hf_config), timeout_seconds=120, seed=0
-    ) as groups:
-        actor = Actor(config, family, hf_config, groups, total_updates=20)
+    with actor_of(config, 20, seconds=120) as actor:
+        groups = actor.groups
         snapshot = WeightSnapshot(actor.parameters(), torch.float32)
         state = TrainingState(actor, {"teacher": snapshot.tensors}, lambda: {"some": [1, 2]})
         checkpoints = Checkpointer(config, groups)

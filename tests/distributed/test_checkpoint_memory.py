@@ -13,17 +13,15 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.start import Start
 from megatron_rlsd.config import parse_config
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
-from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.sft import supervised_update
 from megatron_rlsd.teacher import WeightSnapshot
+from tests.actors import actor_of
 from tests.distributed.ranks import run_on_ranks
+from tests.models import save_random_model
 
 SLACK = 24 * 2**20
 """Buffers of files and of collectives, and what the interpreter itself takes meanwhile."""
@@ -39,7 +37,7 @@ def test_a_save_copies_at_most_the_shard_and_a_load_three_pieces(tmp_path: Path)
         num_key_value_heads=4,
         tie_word_embeddings=True,
     )
-    transformers.LlamaForCausalLM(model).save_pretrained(tmp_path / "model")
+    save_random_model(model, tmp_path / "model")
     run_on_ranks(measure, 2, str(tmp_path), seconds=200)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank_{rank}.json").read_text())
@@ -61,13 +59,9 @@ def measure(folder: str) -> None:
         "parallel": {"tensor": 2},
     }
     config = parse_config(raw)
-    hf_config = load_hf_config(config.model.hf_path)
-    family = family_for(hf_config)
     found: dict[str, int] = {}
-    with parallel_world(
-        config.parallel, model_shape(family, hf_config), timeout_seconds=120, seed=0
-    ) as groups:
-        actor = Actor(config, family, hf_config, groups, total_updates=20)
+    with actor_of(config, 20, seconds=120) as actor:
+        groups = actor.groups
         snapshot = WeightSnapshot(actor.parameters(), torch.float32)
         state = TrainingState(actor, {"teacher": snapshot.tensors}, dict)
         supervised_update(actor, [Sequence([1, 2, 3], [4, 5])])  # fills the optimizer's state

@@ -26,7 +26,6 @@ from megatron_rlsd.hf_bridge import (
     family_for,
     load_hf_config,
     load_hf_weights,
-    save_hf_folder,
     tensor_hash,
 )
 from megatron_rlsd.hf_bridge.convert import Sizes, to_hf, to_megatron
@@ -34,6 +33,7 @@ from megatron_rlsd.hf_bridge.torch_dist import TorchDistFolder
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
 from megatron_rlsd.parallel.layout import model_shape
 from tests.distributed.ranks import next_world, run_on_ranks
+from tests.models import save_random_tensors
 
 COMMON: dict[str, Any] = {
     "vocab_size": 157,
@@ -85,10 +85,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("models")
     generator = torch.Generator().manual_seed(23)
     for name, hf_config in CONFIGS.items():
-        family = family_for(hf_config)
-        shapes = family.hf_shapes(family.dims(hf_config))
-        tensors = ((n, torch.randn(shape, generator=generator)) for n, shape in shapes.items())
-        save_hf_folder(tensors, parent / name, hf_config)
+        save_random_tensors(hf_config, parent / name, generator)
         to_megatron(parent / name, parent / f"{name}.megatron", CUTS[name])
     return parent
 

@@ -21,13 +21,13 @@ from megatron_rlsd.hf_bridge import (
     family_for,
     load_hf_config,
     load_hf_weights,
-    save_hf_folder,
     tensor_hash,
 )
 from megatron_rlsd.parallel import layout as layout_module
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
 from megatron_rlsd.parallel.layout import model_shape
 from tests.distributed.ranks import next_world, run_on_ranks
+from tests.models import save_random_tensors
 
 TIMEOUT_SECONDS = 400
 COMMON: dict[str, Any] = {
@@ -176,10 +176,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("models")
     generator = torch.Generator().manual_seed(11)
     for name, hf_config in CONFIGS.items():
-        family = family_for(hf_config)
-        shapes = family.hf_shapes(family.dims(hf_config))
-        tensors = ((n, torch.randn(shape, generator=generator)) for n, shape in shapes.items())
-        save_hf_folder(tensors, parent / name, hf_config)
+        save_random_tensors(hf_config, parent / name, generator)
     return parent
 
 

@@ -6,7 +6,6 @@ the trainer trains. Then every transport brings it weights.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from megatron_rlsd.weight_sync import (
     WeightTransport,
 )
 from tests.conftest import raw_config
+from tests.models import save_random_model
 from tests.sglang.conftest import VOCAB_SIZE, Publisher, Reference
 from tests.sglang.test_weight_sync import server_parameters
 
@@ -48,31 +48,26 @@ CALLS = {
 
 def save_experts(folder: Path, tokenizer_of: Path) -> None:
     """A Qwen3-MoE, whose experts and heads two ranks share, with another model's tokenizer."""
-    torch.manual_seed(0)
-    transformers.Qwen3MoeForCausalLM(
-        transformers.Qwen3MoeConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-            norm_topk_prob=True,
-            max_position_embeddings=1024,
-            initializer_range=0.2,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=load_hf_config(tokenizer_of)["eos_token_id"],
-            pad_token_id=None,
-        )
-    ).save_pretrained(folder)
-    for file in tokenizer_of.iterdir():
-        if not (folder / file.name).exists() and file.suffix != ".safetensors":
-            shutil.copyfile(file, folder / file.name)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=load_hf_config(tokenizer_of)["eos_token_id"],
+        pad_token_id=None,
+    )
+    save_random_model(config, folder, tokenizer_of=tokenizer_of)
 
 
 @dataclass

@@ -53,12 +53,18 @@ def test_ops_knows_tensors_only():
 def test_algorithms_and_rewards_know_neither_megatron_nor_engines():
     for part in ("algorithms", "rewards"):
         assert not external(part) & {"megatron", "sglang", "transformers"}
-        assert ours(part) <= {"types", "config", "plugins"}
+    assert ours("algorithms") <= {"types", "config"}
+    assert ours("rewards") <= {"types", "config", "registry", "workers"}
 
 
 def test_environments_know_rewards_and_no_more():
     assert not external("environments") & {"megatron", "sglang", "transformers", "torch"}
-    assert ours("environments") <= {"types", "config", "plugins", "rewards"}
+    assert ours("environments") <= {"types", "config", "registry", "workers", "rewards"}
+
+
+def test_look_up_and_workers_do_not_know_what_they_serve():
+    assert ours("registry") == {"plugins"}
+    assert ours("workers") == {"types"}
 
 
 def test_megatron_and_sglang_are_imported_where_they_belong():

@@ -6,10 +6,9 @@ import pytest
 
 from megatron_rlsd.config import ConfigError, GuessingGameSource
 from megatron_rlsd.data import evaluation_problems
-from megatron_rlsd.environments import EpisodeError, Observation
+from megatron_rlsd.environments import ENVIRONMENTS, EpisodeError, Observation
 from megatron_rlsd.environments.calculator import Calculator
 from megatron_rlsd.environments.guessing_game import GuessingGame
-from megatron_rlsd.environments.registry import locate_environment
 from megatron_rlsd.types import Problem
 
 PRODUCT = Problem("p", ({"role": "user", "content": "12 * 7 + 1?"},), "85")
@@ -79,15 +78,15 @@ def test_the_games_problems_are_seeded_and_their_solutions_win():
 
 def test_settings_that_make_no_sense_are_named():
     with pytest.raises(EpisodeError, match=r"guessing_game.*turn_penalty must lie in \[0, 1\]"):
-        locate_environment("guessing_game", {"turn_penalty": 2})
+        ENVIRONMENTS.locate("guessing_game", {"turn_penalty": 2})
     with pytest.raises(EpisodeError, match=r"calculator.*has no group"):
-        locate_environment("calculator", {"pattern": "x"})
+        ENVIRONMENTS.locate("calculator", {"pattern": "x"})
     with pytest.raises(EpisodeError, match=r"calculator.*'<<' has no group"):
-        locate_environment("calculator", {"call": "<<"})
+        ENVIRONMENTS.locate("calculator", {"call": "<<"})
     with pytest.raises(EpisodeError, match=r"cannot be made with params.*'colour'"):
-        locate_environment("calculator", {"colour": 1})
+        ENVIRONMENTS.locate("calculator", {"colour": 1})
     with pytest.raises(EpisodeError, match="known environments: calculator, guessing_game"):
-        locate_environment("chess", {})
+        ENVIRONMENTS.locate("chess", {})
 
 
 def test_contradictory_configurations_are_refused(make_config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,6 +161,15 @@ def test_an_episode_lives_on_in_another_worker_if_it_can_be_played_again(make):
     broken = game.step(e2="1")["e2"]
     assert "played again it says" in broken.reason
     assert "from the problem and the turns alone" in broken.reason
+
+
+def test_a_worker_that_died_between_turns_is_replaced_without_blame(make):
+    pool = make()
+    game = Game(pool, 1)
+    game.step(e0="1")
+    os.kill(pool._workers[0].pid, signal.SIGKILL)
+    time.sleep(0.2)
+    assert game.step(e0="1") == {"e0": Observation("5", reward=1.0)}
 
 
 def test_a_hanging_call_takes_no_longer_than_its_limit_and_leaves_no_process(make):

@@ -43,6 +43,10 @@ def reward(sample):
         if os.fork(): os._exit(3)
         time.sleep(60)
     if what == "close": os.closerange(3, 100)
+    if what == "forge":
+        for number in range(3, 9):
+            try: os.write(number, b'{"job": 0, "call": 0, "value": 9}\\n')
+            except OSError: pass
     return {"nan": math.nan, "inf": math.inf, "none": None, "text": "1.0", "list": [1.0],
             "huge": 10 ** 400, "complex": 1j, "true": True, "int": 2}.get(what, 1.0)
 
@@ -61,6 +65,7 @@ FAILURES = {
     "exit": "SystemExit: leaving",
     "raise": "KeyError: 'missing thing'",
     "close": "its worker process died",
+    "forge": "its worker broke the pool's protocol",
     "nan": "ValueError: returned nan, which is no finite number",
     "inf": "ValueError: returned inf, which is no finite number",
     "none": "TypeError: returned None, which is no number",

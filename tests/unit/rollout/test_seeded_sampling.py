@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 
 import torch
 
-from tests.conftest import ROOT
+from tests.scripts import load_script
 
-PATH = ROOT / "megatron_rlsd/rollout/sglang/cpu/seeded_sampling.py"
 SEEDS = [0, 1, 2**63 - 5, 2**32 + 7, 123_456_789_012_345]
 POSITIONS = [0, 5, 77, 2**20, 3]
 
@@ -32,11 +30,7 @@ def murmur3(data: bytes) -> int:
 def test_the_hash_is_murmurs_of_seed_position_and_column() -> None:
     assert murmur3(b"test") == 0xBA6BD213  # the published value
     # As SGLang's environment loads it: by path, for the trainer's has no use for it.
-    spec = importlib.util.spec_from_file_location("seeded_sampling", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("megatron_rlsd/rollout/sglang/cpu/seeded_sampling.py")
     hashed = module.murmur_hash32(
         torch.tensor(SEEDS).to(torch.uint64), torch.tensor(POSITIONS), torch.arange(257)
     )

@@ -19,7 +19,11 @@ from megatron_rlsd.rollout.sglang import guard
 from megatron_rlsd.rollout.sglang.balance import choose
 from megatron_rlsd.rollout.sglang.calls import continued, joined
 from megatron_rlsd.rollout.sglang.client import ServerFault
-from megatron_rlsd.rollout.sglang.process import server_command, server_environment
+from megatron_rlsd.rollout.sglang.process import (
+    ServerProcess,
+    server_command,
+    server_environment,
+)
 from megatron_rlsd.rollout.sglang.replies import (
     generate_body,
     parse_generation,
@@ -232,6 +236,26 @@ def test_flags_reach_the_command_line(tmp_path, monkeypatch):
     # Or SGLang would join the trainer's process group.
     assert not {"RANK", "MASTER_PORT"} & env.keys()
     assert env["NCCL_DEBUG"] == "WARN"
+
+
+def test_a_warning_to_the_whole_process_tree_ends_no_server(tmp_path):
+    process = ServerProcess(["sleep", "600"], os.environ, tmp_path / "log")
+    try:
+        guard = psutil.Process(process.group)
+        deadline = time.monotonic() + 20
+        while not guard.children():
+            # Also while the guard itself only starts.
+            guard.send_signal(signal.SIGUSR1)
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (server,) = guard.children()
+        server.send_signal(signal.SIGUSR1)
+        time.sleep(0.3)
+        assert process.running
+        assert server.is_running()
+    finally:
+        process.stop()
+    assert not psutil.pid_exists(server.pid)
 
 
 WORKER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"

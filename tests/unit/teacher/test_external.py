@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from megatron_rlsd.teacher.external import ExternalTeacher, ExternalTeacherError
+from tests.models import save_random_model
 
 SEQUENCES = [([3, 1, 4], [1, 5, 9]), ([2], [6]), ([5, 3], [5, 8, 9, 7])]
 
@@ -26,9 +27,7 @@ def save(folder: Path, kind: str = "Qwen3", **settings: object) -> str:
             **settings,
         }
     )
-    torch.manual_seed(0)
-    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder)
-    return str(folder)
+    return str(save_random_model(config, folder))
 
 
 def load(path: str, vocab_size: int = 40) -> ExternalTeacher:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megatron_rlsd.actor.model import build_model, transformer_config
 from megatron_rlsd.checkpoint.manifest import read_manifest
@@ -22,6 +21,8 @@ from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for, load_hf_config, tensor_hash
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.parallel.layout import model_shape
+from tests.models import save_random_model
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[3]
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -29,20 +30,12 @@ SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = ROOT / "tools" / "convert_hf_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_hf_checkpoint", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/convert_hf_checkpoint.py")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama with a vocabulary of 67."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=67,
         hidden_size=32,
@@ -52,8 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_random_model(config, tmp_path_factory.mktemp("model"), seed=3)
 
 
 def hashes(folder: Path) -> dict[str, str]:

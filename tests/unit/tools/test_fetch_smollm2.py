@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +9,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "fetch_smollm2.py"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_smollm2", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/fetch_smollm2.py")
 
 
 @pytest.fixture(scope="module")

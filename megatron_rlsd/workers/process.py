@@ -1,4 +1,4 @@
-"""The pool's side of one worker process: its pipes, its clock, its end."""
+"""The pool's side of one worker process: its jobs, its pipes, its clock, its end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_rlsd.workers.jobs import Job
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 STDERR_TAIL_BYTES = 4000
@@ -33,24 +34,10 @@ WORKER_ENVIRONMENT = {
 Spawn = Callable[[list[str], dict[str, str]], subprocess.Popen[bytes]]
 
 
-@dataclass
-class Job:
-    """The calls still wanted for one sample: its functions from number ``function`` on."""
-
-    sample: int
-    function: int
-
-
 class WorkerProcess:
     """A worker and the jobs in its hands; the first of ``jobs`` is the one it works on."""
 
-    def __init__(
-        self,
-        spawn: Spawn,
-        setup: bytes,
-        start_seconds: float,
-        module: str = "megatron_rlsd.rewards.worker",
-    ) -> None:
+    def __init__(self, spawn: Spawn, module: str, setup: bytes, start_seconds: float) -> None:
         path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": path}
         command = [sys.executable, "-m", module]
@@ -78,17 +65,23 @@ class WorkerProcess:
     def has_unsent(self) -> bool:
         return bool(self._outgoing)
 
-    def give(self, job: Job, line: bytes, timeout_seconds: float) -> None:
+    def give(self, job: Job, timeout_seconds: float) -> None:
+        """Raises TypeError or ValueError where the problem's metadata is no JSON."""
+        line = job.line()
         if not self.jobs:  # an idle worker takes it at once
-            self.deadline = time.monotonic() + timeout_seconds
+            self.allow(timeout_seconds)
         self.jobs.append(job)
         self._send(line)
 
-    def finish_call(self, number_of_functions: int, timeout_seconds: float) -> None:
-        """Note that the current call is answered, and start the clock of the next."""
+    def allow(self, seconds: float) -> None:
+        """Start the clock of the current call."""
+        self.deadline = time.monotonic() + seconds
+
+    def finish_call(self, timeout_seconds: float) -> None:
+        """Note that the current call has its outcome, and start the clock of the next."""
         job = self.jobs[0]
-        job.function += 1
-        if job.function == number_of_functions:
+        job.next_call += 1
+        if job.next_call == job.calls:
             self.jobs.popleft()
         self.deadline = time.monotonic() + timeout_seconds if self.jobs else None
 
