@@ -8,7 +8,7 @@ its context-parallel ranks, which share those sequences, all give and get all R.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,13 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rlsd.actor.balance import StepPlan, pack_shape, plan_micro_batches
+from megatron_rlsd.actor.masters import (
+    Exact,
+    forget_loaded_values,
+    loaded_values,
+    remake_parameters,
+    set_masters,
+)
 from megatron_rlsd.actor.model import (
     Head,
     HeadGPTModel,
@@ -34,6 +41,12 @@ from megatron_rlsd.actor.optimizer import (
     named_parameters,
     wrap_data_parallel,
 )
+from megatron_rlsd.actor.outcome import (
+    OptimizerStep,
+    UpdateResult,
+    all_finite,
+    reduce_outcome,
+)
 from megatron_rlsd.actor.packing import (
     MicroBatch,
     Sequence,
@@ -42,6 +55,7 @@ from megatron_rlsd.actor.packing import (
 )
 from megatron_rlsd.actor.precision import layer_kind
 from megatron_rlsd.actor.routing_replay import RoutingReplay
+from megatron_rlsd.actor.userbuffers import start_userbuffers
 from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import Family, ShardLayout, export_hf_tensors, load_hf_weights
 from megatron_rlsd.ops import (
@@ -52,11 +66,10 @@ from megatron_rlsd.ops import (
     policy_loss,
     token_log_probs,
 )
-from megatron_rlsd.ops.stats import MAXIMA, SUMMED
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
-from megatron_rlsd.parallel.exchange import all_reduce_metrics
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.parallel.layout import model_shape
+from megatron_rlsd.quantized import is_quantized, set_values
 
 
 @dataclass(frozen=True)
@@ -89,27 +102,6 @@ class TokenValues:
     """On the last pipeline stage only."""
 
 
-@dataclass(frozen=True)
-class UpdateResult:
-    """One optimizer step, summed over all ranks and equal on all of them."""
-
-    sums: dict[str, float]
-    """Sums over the global batch by the names of ``ops.stats.SUMMED``, of ``divergence`` over
-    ``divergence_tokens``, and over (token, layer) pairs whose experts were ``replayed`` those that
-    the router would have ``rerouted`` (with any layout's repetitions, so for their ratio alone)."""
-    maxima: dict[str, float]
-    """By the names of ``ops.stats.MAXIMA``."""
-    grad_norm: float
-    learning_rate: float
-    skipped: bool
-    """A loss or gradient was no finite number: weights and optimizer were left alone."""
-    tokens: int
-    """Tokens that entered the model on all data-parallel ranks, padding included."""
-    padding: int
-    waiting: int
-    """Tokens that ranks could have taken while the busiest data-parallel rank worked."""
-
-
 class Actor:
     """Model, optimizer and schedule of one rank.
 
@@ -127,16 +119,21 @@ class Actor:
         self.family, self.hf_config, self.groups = family, hf_config, groups
         self.vocab_size: int = hf_config["vocab_size"]
         self._max_tokens = config.train.max_tokens_per_microbatch
-        self._pack_shape = pack_shape(config.parallel, config.pack_multiple)
-        check_eight_bit(model_shape(family, hf_config), config.parallel, config.model.precision)
+        self._pack_shape = pack_shape(
+            config.parallel, config.pack_multiple, config.fixed_pack_length
+        )
+        shape = model_shape(family, hf_config)
+        check_eight_bit(shape, config.parallel, config.model.precision)
         kind = layer_kind(config.model.precision, groups.device)
         self._config = transformer_config(config.model, config.parallel, family, hf_config, kind)
+        start_userbuffers(config, shape, kind, groups)
         self.chunks: list[HeadGPTModel] = build_model(self._config, family, hf_config, groups, kind)
         if config.algorithm.routing_replay == "rollout":
             for chunk in self.chunks:
                 chunk.routing = RoutingReplay(chunk, self._config, groups.tp)
         # Before the optimizer, whose float32 master copy of 16-bit weights is made from them.
         self.load_hf(Path(config.model.hf_path))
+        exact = loaded_values(self.parameters())
         self._model: list[Any] = list(self.chunks)
         self._gathers_late = config.optimizer.overlap_param_gather
         if total_updates is not None:
@@ -145,6 +142,10 @@ class Actor:
                 self._model, self._config, config.optimizer, total_updates
             )
             self._offload = HostOffload(self._model, self._optimizer, groups.device)
+            if exact:
+                set_masters(self._optimizer, exact)
+                self.remake_parameters()
+        forget_loaded_values(exact)
 
     def load_hf(self, hf_path: Path) -> None:
         """Fill every parameter from HF safetensors; raises if one is missing or left over."""
@@ -159,6 +160,20 @@ class Actor:
                 *(self.groups.expert_tp.rank(), self.groups.expert_tp.size()),
             ),
         )
+
+    def take_values(self, exact: Exact) -> None:
+        """Take over all values of these 8-bit parameters (none: nothing happens), into the masters
+        without rounding. Collective."""
+        for parameter, new in exact.items():
+            set_values(parameter, new)
+        if exact and self.trains:
+            set_masters(self._optimizer, exact)
+            self.remake_parameters()
+
+    def remake_parameters(self) -> None:
+        """Make 8-bit parameters, where there are any, of the masters. Collective."""
+        if any(is_quantized(parameter) for parameter in self.parameters().values()):
+            remake_parameters(self._optimizer, self._model)
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights as full HF-named tensors, on every rank, in one fixed order."""
@@ -354,14 +369,15 @@ class Actor:
         self._run(plan, micro_batches, head_for, forward_only=False)
         rate = learning_rate(self._optimizer)
         succeeded, grad_norm = False, math.nan
-        if self._all_finite(collected, divergence):
+        if all_finite(self._model, collected, divergence, self.groups):
             succeeded, grad_norm, _ = self._optimizer.step()
         if self._gathers_late and not another_follows:
             for chunk in self._model:
                 chunk.start_param_sync(force_sync=True)
         self._scheduler.step(increment=1)
-        return self._reduce(
-            collected, divergence, plan, micro_batches, float(grad_norm), rate, succeeded
+        step = OptimizerStep(succeeded, float(grad_norm), rate)
+        return reduce_outcome(
+            collected, divergence, plan, micro_batches, self.chunks, step, self.groups
         )
 
     def _run(
@@ -439,58 +455,3 @@ class Actor:
         full = hidden.new_empty(hidden.shape[0] * tp.size(), hidden.shape[1])
         dist.all_gather_into_tensor(full, hidden.contiguous(), group=tp)
         return full
-
-    def _all_finite(self, collected: Iterable[PolicyLossStats], divergence: Tensor) -> bool:
-        """Are the loss and all gradients finite on every rank? Asked before the optimizer runs:
-        without loss scaling Megatron's would take NaN into weights and moments.
-        """
-        sums = [
-            buffer.grad_data.sum().float()
-            for chunk in self._model
-            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
-        ]
-        losses = [float(stats.sums()["weighted_loss"]) for stats in collected]
-        finite = all(map(math.isfinite, [*losses, *divergence.tolist()]))
-        finite = finite and bool(torch.stack(sums).isfinite().all())
-        bad = torch.tensor([int(not finite)])
-        dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.groups.control)
-        return not bad.item()
-
-    def _reduce(
-        self,
-        collected: Iterable[PolicyLossStats],
-        divergence: Tensor,
-        plan: StepPlan,
-        micro_batches: list[MicroBatch],
-        grad_norm: float,
-        rate: float,
-        succeeded: bool,
-    ) -> UpdateResult:
-        names = ("divergence", "divergence_tokens", "padding", "replayed", "rerouted")
-        sums = dict.fromkeys((*SUMMED, *names), 0.0)
-        maxima = dict.fromkeys(MAXIMA, 0.0)
-        if self.groups.reports_stats:
-            for stats in collected:
-                for name, value in stats.sums().items():
-                    sums[name] += float(value)
-                for name, value in stats.maxima().items():
-                    maxima[name] = max(maxima[name], float(value))
-            weighted, sums["divergence"], sums["divergence_tokens"] = divergence.tolist()
-            sums["weighted_loss"] += weighted
-            sums["padding"] = float(sum(m.num_padding for m in micro_batches))
-        for chunk in self.chunks:
-            if chunk.routing is not None:
-                replayed, rerouted = chunk.routing.take_counts()
-                sums["replayed"] += replayed
-                sums["rerouted"] += rerouted
-        sums, maxima = all_reduce_metrics(sums, maxima, self.groups.control)
-        return UpdateResult(
-            sums=sums,
-            maxima=maxima,
-            grad_norm=grad_norm,
-            learning_rate=rate,
-            skipped=not succeeded,
-            tokens=plan.num_tokens,
-            padding=int(sums.pop("padding")),
-            waiting=plan.waiting_tokens,
-        )

@@ -21,6 +21,8 @@ class PackShape:
     """All packs of a rank's step have one length: interleaved pipeline stages need that."""
     count_multiple: int = 1
     """The number of micro-batches is a multiple of this."""
+    fixed_length: int | None = None
+    """Every pack is padded to this many tokens, and none is longer: userbuffers need that."""
 
     def padded(self, length: int) -> int:
         """A sequence's length in a pack."""
@@ -32,14 +34,18 @@ class PackShape:
         return max(self.pack_multiple, round_up(total, self.pack_multiple))
 
 
-def pack_shape(parallel: ParallelConfig, pack_multiple: int) -> PackShape:
-    """What this layout asks of its packs; ``pack_multiple``: Config.pack_multiple."""
+def pack_shape(
+    parallel: ParallelConfig, pack_multiple: int, fixed_length: int | None = None
+) -> PackShape:
+    """What this layout asks of its packs; the other two are Config's ``pack_multiple`` and
+    ``fixed_pack_length``."""
     interleaved = parallel.virtual_pipeline > 1
     return PackShape(
         sequence_multiple=parallel.sequence_multiple,
         pack_multiple=pack_multiple,
         equal_lengths=interleaved,
         count_multiple=parallel.pipeline if interleaved else 1,
+        fixed_length=fixed_length,
     )
 
 
@@ -73,8 +79,19 @@ def plan_micro_batches(
     The number is the smallest (of those that ``shape`` allows) at which no rank has a micro-batch
     of several sequences and more than ``max_tokens`` tokens, padding included; a sequence longer
     than that gets one of its own. Some may be empty on a rank with few sequences.
+
+    Raises ValueError for a sequence that ``shape.fixed_length`` does not hold.
     """
     padded = [[shape.padded(length) for length in lengths] for lengths in lengths_by_rank]
+    if (fixed := shape.fixed_length) is not None:
+        max_tokens = fixed
+        longest = max((length for each in padded for length in each), default=0)
+        if longest > fixed:
+            raise ValueError(
+                f"a sequence of {longest} tokens (prompt, hint and response) fits no micro-batch: "
+                "with model.tp_comm_overlap all of them have train.max_tokens_per_microbatch="
+                f"{fixed} tokens"
+            )
     orders = [_longest_first(each) for each in padded]
     count = max(1, max(-(-sum(each) // max_tokens) for each in padded))
     count = round_up(count, shape.count_multiple)
@@ -92,7 +109,9 @@ def plan_micro_batches(
             for bins, packs in zip(members, lengths, strict=True)
             for bin_, length in zip(bins, packs, strict=True)
         ):
-            if shape.equal_lengths:
+            if fixed is not None:
+                lengths = [[fixed] * count for _ in lengths]
+            elif shape.equal_lengths:
                 lengths = [[max(packs)] * count for packs in lengths]
             return StepPlan(members, lengths)
         count += shape.count_multiple

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_rlsd.actor.layers import block_spec
 from megatron_rlsd.actor.precision import LayerKind, precision_fields
 from megatron_rlsd.actor.routing_replay import RoutingReplay
+from megatron_rlsd.actor.userbuffers import overlap_fields
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import Family
 from megatron_rlsd.parallel.groups import ParallelGroups
@@ -102,6 +103,7 @@ def transformer_config(
         **fields,
         **recompute,
         **precision,
+        **overlap_fields(model),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,

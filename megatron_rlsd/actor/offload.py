@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rlsd.quantized import is_quantized
+
 
 class HostOffload:
     """Of one rank's optimizer and of the gradient buffers of its wrapped model chunks."""
@@ -67,6 +69,7 @@ class HostOffload:
             parameter.untyped_storage().data_ptr()
             for chunk in self._model
             for parameter in chunk.parameters()
+            if not is_quantized(parameter)  # it has no storage, and never is its own master
         }
         seen: set[int] = set()
         for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):

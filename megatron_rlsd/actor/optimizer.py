@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rlsd.actor.model import HeadGPTModel
 from megatron_rlsd.config import OptimizerConfig
 from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.quantized import is_quantized
 
 
 def wrap_data_parallel(
@@ -32,6 +33,7 @@ def wrap_data_parallel(
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
         overlap_param_gather=optimizer.overlap_param_gather,
         bucket_size=optimizer.bucket_parameters,
+        fp8_param_gather=any(is_quantized(p) for chunk in chunks for p in chunk.parameters()),
     )
     wrapped = [
         DistributedDataParallel(
@@ -76,6 +78,7 @@ def build_optimizer(
             params_dtype=config.params_dtype,
             use_distributed_optimizer=settings.distributed,
             overlap_param_gather=settings.overlap_param_gather,
+            fp8_recipe=config.fp8_recipe if config.fp8_param else None,
         ),
         model,
     )

@@ -17,9 +17,12 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rlsd.actor.balance import PackShape
+from megatron_rlsd.actor.balance import PackShape, round_up
 from megatron_rlsd.actor.context_parallel import held_positions
 from megatron_rlsd.types import TrainBatch
+
+PADDING_PIECE = 256
+"""Tokens of padding that attend to each other: its cost grows with their square."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,17 @@ def build_micro_batch(
 ) -> MicroBatch:
     """Pack ``sequences[i] for i in members`` and keep this context-parallel rank's chunks.
 
-    A last sequence of padding fills up to ``pack_length``. With no members the pack is padding
+    Short sequences of padding fill up to ``pack_length``. With no members the pack is padding
     alone: the rank takes part in the collectives and adds nothing.
     """
     table = [_columns_of(sequences[i], i, offsets[i], shape) for i in members]
     bounds = [0, *accumulate(part.shape[1] for part in table)]
     if bounds[-1] > pack_length:
         raise ValueError(f"{bounds[-1]} tokens do not fit a pack of {pack_length}")
-    if bounds[-1] < pack_length:
-        table.append(_padding(pack_length - bounds[-1]))
-        bounds.append(pack_length)
+    piece = round_up(PADDING_PIECE, shape.sequence_multiple)
+    while bounds[-1] < pack_length:
+        table.append(_padding(min(piece, pack_length - bounds[-1])))
+        bounds.append(bounds[-1] + table[-1].shape[1])
     columns = torch.cat(table, dim=1)
     routes = _routes(sequences, members, bounds)
     if cp_size > 1:

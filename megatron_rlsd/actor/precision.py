@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -15,6 +16,10 @@ CAPABILITY = {"delayed": (8, 9), "current": (8, 9), "blockwise": (9, 0), "mxfp8"
 """The first compute capability with these products."""
 ENGINE_VERSION = {"delayed": (1, 7), "current": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
 """The first release of Transformer Engine with them."""
+PARAMETERS_VERSION = (2, 8)
+"""The release whose 8-bit parameters were read for fp8_parameters."""
+ANY_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+"""Transformer Engine's variable that frees the scales of blocks from being powers of two."""
 
 
 def layer_kind(precision: PrecisionConfig, device: torch.device) -> LayerKind:
@@ -46,11 +51,31 @@ def check_fp8(precision: PrecisionConfig, capability: tuple[int, int], engine: s
             f"model.precision.fp8={precision.fp8} needs compute capability "
             f"{needed[0]}.{needed[1]}, this device has {capability[0]}.{capability[1]}"
         )
-    if tuple(int(part) for part in engine.split(".")[:2]) < first:
+    if _release(engine) < first:
         raise PlatformError(
             f"model.precision.fp8={precision.fp8} needs transformer-engine "
             f">= {first[0]}.{first[1]}, found {engine}"
         )
+    if precision.fp8_parameters:
+        _check_parameters(engine)
+
+
+def _check_parameters(engine: str) -> None:
+    if _release(engine) < PARAMETERS_VERSION:
+        raise PlatformError(
+            f"model.precision.fp8_parameters=true needs transformer-engine >= "
+            f"{PARAMETERS_VERSION[0]}.{PARAMETERS_VERSION[1]}, found {engine}"
+        )
+    if os.environ.get(ANY_SCALES, "0") == "1":
+        raise PlatformError(
+            f"model.precision.fp8_parameters=true needs {ANY_SCALES} unset or 0: with scales that "
+            "are no powers of two, bfloat16 copies (servers, teacher, checkpoints) are not exactly "
+            "the weights that the trainer computes with"
+        )
+
+
+def _release(engine: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in engine.split(".")[:2])
 
 
 def precision_fields(
@@ -68,6 +93,7 @@ def precision_fields(
         "fp8_recipe": "tensorwise" if precision.fp8 == "current" else precision.fp8,
         "fp8_amax_history_len": precision.fp8_amax_history,
         "fp8_amax_compute_algo": "max",
+        "fp8_param": precision.fp8_parameters,
         "first_last_layers_bf16": kept > 0,
         "num_layers_at_start_in_bf16": precision.first_layers_bf16,
         "num_layers_at_end_in_bf16": precision.last_layers_bf16,

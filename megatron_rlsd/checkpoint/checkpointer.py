@@ -37,6 +37,7 @@ from megatron_rlsd.durable import fresh_partial, partial_of, put_in_place, remov
 from megatron_rlsd.hf_bridge.megatron_weights import HF_FILES
 from megatron_rlsd.hf_bridge.writer import copy_companions
 from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.quantized import is_quantized, values
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,11 @@ class Checkpointer:
             self.load_weights(state.actor, folder)
             for snapshot in state.snapshots.values():
                 for name, parameter in state.actor.parameters().items():
-                    snapshot[name].copy_(parameter.detach())
+                    snapshot[name].copy_(values(parameter))
             return {}
         content = json.loads((folder / STATE_NAME).read_text())
         load_into(_tensors(state), folder)
+        state.actor.remake_parameters()
         set_steps_taken(state.actor.optimizer, content["optimizer_steps"])
         scheduler = state.actor.scheduler
         scheduler.step(increment=content["scheduler_steps"] - scheduler.num_steps)
@@ -147,6 +149,9 @@ class Checkpointer:
         load_into(model_tensors(pieces), folder)
         if actor.trains:
             reload_master_weights(actor.optimizer)
+        actor.take_values(
+            {piece.owner: piece.whole for piece in pieces if is_quantized(piece.owner)}
+        )
 
     def _layout(self) -> dict[str, int]:
         sizes = self._config.parallel.model_dump()

@@ -51,6 +51,11 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], folder: objec
             f"{kl}: {before.get(kl)!r} in the checkpoint, {now.get(kl)!r} configured; the "
             "checkpoint has no reference weights"
         )
+    stored = "model.precision.fp8_parameters"
+    if before.get(stored) and not now.get(stored):
+        refused.append(
+            f"{stored}: true in the checkpoint, false configured; its weights are rounded to 8 bits"
+        )
     if refused:
         raise CheckpointError(
             f"{folder} belongs to a run with other settings:\n  " + "\n  ".join(refused)

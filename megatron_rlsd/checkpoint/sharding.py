@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_rlsd.actor.model import HeadGPTModel
 from megatron_rlsd.checkpoint.optimizer_state import OptimizerShard
 from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.quantized import is_quantized, values
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class Piece:
     start: int
     """Where the piece begins in the flattened owner."""
     sharded: ShardedTensor
-    """Megatron's description; its data is a view of the owner."""
+    """Megatron's description; its data is a view of ``whole``."""
+    whole: Tensor
+    """The owner itself, or a plain copy on the host of the values of one in 8 bits: what a
+    checkpoint holds of it, and what is filled from one."""
 
     def of(self, values: Tensor) -> Tensor:
         """The same stretch of a tensor that has the owner's number of elements."""
@@ -48,17 +52,20 @@ def model_pieces(chunks: Sequence[HeadGPTModel], groups: ParallelGroups) -> list
     metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
     for chunk in chunks:
         for base in nested_values(chunk.sharded_state_dict(metadata=metadata)):
+            if not isinstance(base, ShardedTensorFactory | ShardedTensor):
+                continue  # Transformer Engine's extra state, which only delayed scaling needs
+            owner = base.data
+            if owner is not None and is_quantized(owner):
+                base = replace(base, data=values(owner).cpu())
             if isinstance(base, ShardedTensorFactory):
                 parts = list(nested_values(base.build()))
-            elif isinstance(base, ShardedTensor):
-                parts = [base]
             else:
-                continue  # Transformer Engine's extra state, which only FP8 needs
+                parts = [base]
             for part in parts:
                 if part.data is None or not part.data.is_contiguous():
                     raise ValueError(f"{part.key} is no contiguous part of its parameter")
                 start = part.data.storage_offset() - base.data.storage_offset()
-                pieces.append(Piece(base.data, start, part))
+                pieces.append(Piece(owner, start, part, base.data))
     return pieces
 
 

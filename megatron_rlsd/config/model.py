@@ -8,6 +8,15 @@ from pydantic import Field, model_validator
 
 from megatron_rlsd.config.section import Section
 
+_NO_PARAMETERS = {
+    "none": "there are no 8-bit products",
+    "delayed": "its scales follow from earlier steps, so that the same masters give other weights "
+    "after a resume",
+    "current": "its scales are no powers of two, so that bfloat16 copies (servers, teacher, "
+    "checkpoints) are not exactly the weights that the trainer computes with",
+    "mxfp8": "Megatron-Core gathers such weights in bfloat16 through its gradient buffer",
+}
+
 
 class PrecisionConfig(Section):
     """Arithmetic inside the transformer layers. The head, the log-probabilities and the loss are no
@@ -25,6 +34,9 @@ class PrecisionConfig(Section):
     first_layers_bf16: int = Field(0, ge=0)
     last_layers_bf16: int = Field(0, ge=0)
     """Layers at the model's start and end whose products stay in bfloat16."""
+    fp8_parameters: bool = False
+    """Hold the weights of the 8-bit products in 8 bits, beside the optimizer's float32 masters
+    (Megatron's fp8_param_gather). With fp8=blockwise and optimizer.distributed."""
 
     @model_validator(mode="after")
     def _possible(self) -> PrecisionConfig:
@@ -44,6 +56,11 @@ class PrecisionConfig(Section):
                 "fp8=delayed keeps maxima of all layers and cannot leave some in bfloat16; use "
                 "fp8=current or blockwise with first_layers_bf16 and last_layers_bf16"
             )
+        if self.fp8_parameters and self.fp8 != "blockwise":
+            raise ValueError(
+                f"fp8_parameters=true needs fp8=blockwise, got fp8={self.fp8}: "
+                f"{_NO_PARAMETERS[self.fp8]}"
+            )
         return self
 
     @property
@@ -57,6 +74,9 @@ class ModelConfig(Section):
     """Folder with config.json and safetensors; the architecture and the initial weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     precision: PrecisionConfig = PrecisionConfig()
+    tp_comm_overlap: bool = False
+    """Communication of tensor parallelism beside the products (Transformer Engine's userbuffers).
+    Every micro-batch is then padded to train.max_tokens_per_microbatch tokens."""
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: list[str] = ["core_attn"]
     """For selective recompute: Megatron's names (core_attn, mlp, layernorm, ...)."""
@@ -68,6 +88,32 @@ class ModelConfig(Section):
         if self.precision.fp8 != "none" and self.dtype != "bfloat16":
             raise ValueError(
                 f"precision.fp8={self.precision.fp8} needs dtype=bfloat16, got dtype={self.dtype}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _buffers_fit_the_products(self) -> ModelConfig:
+        if not self.tp_comm_overlap:
+            return self
+        if self.dtype != "bfloat16":
+            raise ValueError(
+                f"tp_comm_overlap=true needs dtype=bfloat16, got dtype={self.dtype}: userbuffers "
+                "count in elements of two bytes"
+            )
+        if self.precision.layers == "local":
+            raise ValueError(
+                "tp_comm_overlap=true needs precision.layers=transformer_engine (or auto): the "
+                "local layers have no userbuffers"
+            )
+        if self.precision.fp8 in ("blockwise", "mxfp8"):
+            raise ValueError(
+                f"tp_comm_overlap=true needs precision.fp8=none, delayed or current, got "
+                f"{self.precision.fp8}: Transformer Engine's userbuffers "
+                + (
+                    "do not take tensors scaled by blocks"
+                    if self.precision.fp8 == "blockwise"
+                    else "would need every split of a product in multiples of 128"
+                )
             )
         return self
 

@@ -115,7 +115,7 @@ class RolloutConfig(Section):
         if self.asynchronous.max_staleness:
             problems.append("asynchronous.max_staleness=0: rollout and training take turns")
         if problems:
-            raise ValueError("colocated=true needs " + "; ".join(problems))
+            raise ValueError(f"colocated=true needs {'; '.join(problems)}")
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from megatron_rlsd.config.data import DataConfig, PromptConfig, RewardConfig
 from megatron_rlsd.config.environment import EnvironmentConfig
 from megatron_rlsd.config.model import ModelConfig, ParallelConfig, TokenizerConfig
 from megatron_rlsd.config.operation import CheckpointConfig, DistributedConfig, ObservabilityConfig
+from megatron_rlsd.config.precision import fp8_parameter_problems, tp_overlap_problems
 from megatron_rlsd.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_rlsd.config.section import Section
 from megatron_rlsd.config.training import (
@@ -55,6 +56,21 @@ class Config(Section):
             self.parallel.pack_multiple,
             self.model.precision.token_multiple * self.parallel.context,
         )
+
+    @property
+    def fixed_pack_length(self) -> int | None:
+        """Tokens of every micro-batch, context-parallel ranks together; None: they differ."""
+        return self.train.max_tokens_per_microbatch if self.model.tp_comm_overlap else None
+
+    @property
+    def _longest_sequence(self) -> int:
+        """Tokens of the longest prompt, hint and response, the words around a hint left out."""
+        longest = self.prompts.max_prompt_tokens + self.rollout.max_response_tokens
+        algorithm = self.algorithm
+        hinted = algorithm.rlsd_lambda or algorithm.scores_every_response
+        if hinted and self.teacher.hint != "none":
+            longest += self.prompts.max_hint_tokens
+        return longest
 
     @model_validator(mode="before")
     @classmethod
@@ -147,6 +163,27 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @model_validator(mode="after")
+    def _check_what_layers_need(self) -> Config:
+        if problems := self.layer_problems():
+            raise ValueError("; ".join(problems))
+        return self
+
+    def layer_problems(self) -> list[str]:
+        """What the layout and the optimizer lack for the kind of layers; also asked by the planner
+        of each layout that it tries."""
+        problems: list[str] = []
+        if self.model.precision.fp8_parameters:
+            problems += fp8_parameter_problems(self.optimizer)
+        if self.model.tp_comm_overlap:
+            problems += tp_overlap_problems(
+                self.parallel,
+                self.model.precision,
+                tokens=self.train.max_tokens_per_microbatch,
+                longest=self._longest_sequence,
+            )
+        return problems
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:

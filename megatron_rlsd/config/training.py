@@ -247,7 +247,8 @@ class SFTConfig(Section):
     steps: int = Field(100, ge=0)
     batch_size: int = Field(64, ge=1)
     privileged_share: float = Field(0.0, ge=0, le=1)
-    """Share of examples under the teacher's privileged prompt, hinted as ``teacher.hint``."""
+    """Share of examples under the teacher's privileged prompt, hinted as ``teacher.hint``; a
+    conversation that says ``privileged`` decides for itself."""
     stop_at_accuracy: float | None = Field(None, gt=0, le=1)
     """End the warm start early once an evaluation (``eval.interval``) finds the first source's
     sampled pass@1 at least this high; whoever reports accuracies should report other problems."""

@@ -17,7 +17,7 @@ import torch
 from megatron_rlsd.config import Config
 from megatron_rlsd.diagnosis.check import Check, Doubt, Skip, Trouble, run_check
 from megatron_rlsd.platform.megatron_versions import SUPPORTED as MEGATRON
-from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON
+from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON, on_cpu
 
 Version = tuple[int, ...]
 SMI_SECONDS = 30.0
@@ -120,7 +120,8 @@ def check_sglang(config: Config) -> str:
         )
     code = (
         "import importlib.metadata as m, importlib.util as u, json; print(json.dumps("
-        "{'sglang': m.version('sglang'), 'torch': m.version('torch')} "
+        "{'sglang': m.version('sglang'), 'torch': m.version('torch'), "
+        "'saver': bool(u.find_spec('torch_memory_saver'))} "
         "if u.find_spec('sglang') else {}))"
     )
     try:
@@ -132,6 +133,11 @@ def check_sglang(config: Config) -> str:
         raise Trouble(f"{python} is no usable Python: {error}") from error
     if not found:
         raise Trouble(f"{python} has no package sglang")
+    if config.rollout.colocated and not found["saver"] and not on_cpu(settings):
+        raise Trouble(
+            f"{python} has no package torch_memory_saver, with which colocated servers give their "
+            "memory back (rollout.colocated)"
+        )
     return f"sglang {_expect('sglang', found['sglang'])}, torch {found['torch']}"
 
 

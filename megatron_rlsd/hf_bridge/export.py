@@ -14,6 +14,7 @@ from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
 from megatron_rlsd.hf_bridge.errors import HFBridgeError, listed
 from megatron_rlsd.hf_bridge.family import Family, HFConfig, ParameterEntry
 from megatron_rlsd.hf_bridge.parameters import local_parameters, model_dims, unwrap
+from megatron_rlsd.quantized import values
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -167,7 +168,7 @@ def _gather(
     has_experts = owner.ep_rank in (None, _place(groups.ep)[0])
     if on_stage and has_experts:
         flat = torch.cat(
-            [held[e.megatron_names].detach().reshape(-1).to(owner.dtype) for e in entries]
+            [values(held[e.megatron_names]).reshape(-1).to(owner.dtype) for e in entries]
         )
     else:
         flat = torch.empty(sum(sizes), dtype=owner.dtype, device=device)

@@ -14,6 +14,7 @@ from megatron_rlsd.hf_bridge.errors import HFCheckpointError, listed
 from megatron_rlsd.hf_bridge.family import Family, HFConfig, ParameterEntry
 from megatron_rlsd.hf_bridge.parameters import local_parameters, model_dims
 from megatron_rlsd.hf_bridge.reader import SafetensorsFolder, Weights
+from megatron_rlsd.quantized import set_values
 
 FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 COMPARED_BYTES = 16 * 2**20
@@ -47,7 +48,7 @@ def load_hf_weights(
     check_tied_aliases(folder, dims, entries, layout)
     with torch.no_grad():
         for entry, parameter in parameters:
-            parameter.copy_(_shard(folder, entry, dims, layout))
+            set_values(parameter, _shard(folder, entry, dims, layout))
 
 
 def _shard(

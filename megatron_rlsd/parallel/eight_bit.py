@@ -13,7 +13,10 @@ from megatron_rlsd.parallel.memory import layer_products
 
 COPY_BYTES = 2
 """Of each weight: Transformer Engine keeps it in 8 bits as it is and transposed, from the first
-micro-batch of an update to the last; scales are a 64th of that at most."""
+micro-batch of an update to the last; scales are a 64th of that at most. With fp8_parameters the
+first of the two is the parameter itself."""
+SAVED_BYTES = 1
+"""Of each weight that is itself in 8 bits instead of bfloat16."""
 
 
 def eight_bit_layers(
@@ -30,16 +33,40 @@ def copy_bytes(
     model: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
 ) -> int:
     """Of the 8-bit copies of the weights of ``layers`` on a rank that holds them."""
+    bytes_each = COPY_BYTES - 1 if precision.fp8_parameters else COPY_BYTES
+    return bytes_each * _weights(model, parallel, precision, layers)
+
+
+def saved_bytes(
+    model: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
+) -> int:
+    """What fp8_parameters takes off the bfloat16 parameters of ``layers`` on a rank."""
+    if not precision.fp8_parameters:
+        return 0
+    return SAVED_BYTES * _weights(model, parallel, precision, layers)
+
+
+def _weights(
+    model: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
+) -> int:
+    """Weights of the 8-bit products of ``layers`` on a rank that holds them."""
     chosen = eight_bit_layers(precision, model.num_layers, layers)
-    return COPY_BYTES * sum(layer_products(model, parallel, layer).total for layer in chosen)
+    return sum(layer_products(model, parallel, layer).total for layer in chosen)
 
 
 def check_eight_bit(
     model: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> None:
-    """Raise LayoutError that names every size of a rank's products that 8 bits do not take."""
+    """Raise LayoutError that names every size of a rank's products that 8 bits do not take, or says
+    that this model's weights cannot be stored in them."""
     if precision.fp8 == "none":
         return
+    if precision.fp8_parameters and model.moe_layers:
+        raise LayoutError(
+            "model.precision.fp8_parameters=true is not offered for mixtures of experts: how "
+            "Transformer Engine's grouped weights are loaded and gathered in 8 bits differs "
+            "between releases, and nobody has followed it through"
+        )
     multiple = precision.token_multiple
     problems = [
         f"model.precision.fp8={precision.fp8} needs multiples of {multiple}: {what} = {size}"

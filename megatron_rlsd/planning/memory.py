@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.parallel.eight_bit import copy_bytes
+from megatron_rlsd.parallel.eight_bit import copy_bytes, saved_bytes
 from megatron_rlsd.parallel.layout import ModelShape, layers_of_stage
 from megatron_rlsd.parallel.memory import rank_parameters, state_bytes
 from megatron_rlsd.planning.activations import (
@@ -23,6 +23,9 @@ from megatron_rlsd.planning.activations import (
 GIB = 2**30
 HEAD_CHUNK_BYTES = GIB
 """Of the fused head's exponentials with Triton; its torch path takes half of it."""
+USERBUFFERS = 12
+"""Transformer Engine makes so many, one for each product that communicates; those of 8-bit
+products hold half as much."""
 TEMPORARY_ADAM_BYTES = 4
 """torch's multi-tensor AdamW makes one temporary of each moment; fused kernels make none."""
 
@@ -93,12 +96,14 @@ def rank_memory(
     alive = in_flight(parallel, stage, work.micro_batches)
     scored = ActivationCounter(model, parallel, settings, work.score, kernels)
     is_last = stage == parallel.pipeline - 1
+    layers = layers_of_stage(parallel, model.num_layers, stage)
     held = {
-        "parameters": state.parameters,
+        "parameters": state.parameters - saved_bytes(model, parallel, settings.precision, layers),
         "gradients": state.gradients,
         "optimizer state": state.optimizer,
     }
-    layers = layers_of_stage(parallel, model.num_layers, stage)
+    if config.model.tp_comm_overlap:
+        held["userbuffers"] = USERBUFFERS * updated.item * updated.tokens * model.hidden_size
     if copies := copy_bytes(model, parallel, settings.precision, layers):
         held["8-bit copies of weights"] = copies
     if is_last and work.external_teacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
 from megatron_rlsd.planning.activations import Kernels
+from megatron_rlsd.planning.colocated import ServerMemory, beside_server, server_memory
 from megatron_rlsd.planning.memory import GIB, RankMemory, Workload, rank_memory
 from megatron_rlsd.planning.rates import Rates
 from megatron_rlsd.planning.time import StepTime, StepTimer
@@ -51,6 +53,8 @@ class Plan:
     timer: StepTimer
     tokens: StepTokens
     work: Workload
+    server: ServerMemory | None = None
+    """Of rollout.colocated."""
 
     @cached_property
     def time(self) -> StepTime:
@@ -75,6 +79,14 @@ class Plan:
                 f"stage {rank.stage} needs {rank.peak / GIB:.1f} GiB at its peak ({rank.fullest}), "
                 f"{(rank.peak - self.machine.usable) / GIB:.1f} GiB more than the "
                 f"{self.machine.usable / GIB:.1f} GiB of a GPU"
+            )
+        longest = self.config.prompts.max_prompt_tokens + self.config.rollout.max_response_tokens
+        if self.server is not None and self.server.cached_tokens < longest:
+            found.append(
+                f"a server's {self.server.static / GIB:.1f} GiB of each GPU (rollout.sglang.args: "
+                f"mem_fraction_static) are {self.server.weights / GIB:.1f} GiB of weights and a "
+                f"cache for {max(0, self.server.cached_tokens)} tokens; one sequence takes "
+                f"{longest}"
             )
         limit = self.machine.host_gib
         if limit is not None and self.host_bytes > limit * GIB:
@@ -104,6 +116,10 @@ def make_plan(config: Config, model: ModelShape, machine: Machine, lengths: Leng
         )
         for stage in range(parallel.pipeline)
     ]
+    server = None
+    if config.rollout.colocated:
+        server = server_memory(config, model, machine.memory_gib * GIB)
+        ranks = [beside_server(rank, server) for rank in ranks]
     timer = StepTimer(
         config,
         model,
@@ -113,15 +129,18 @@ def make_plan(config: Config, model: ModelShape, machine: Machine, lengths: Leng
         lengths=lengths,
         tokens=tokens,
     )
-    return Plan(config, machine, ranks, timer, tokens, work)
+    return Plan(config, machine, ranks, timer, tokens, work, server)
 
 
 def changed(config: Config, overrides: dict[str, Any]) -> Config | None:
     """The configuration with ``section.key`` replaced; None where its own checks refuse it."""
     raw = config.model_dump(mode="json")
     for key, value in overrides.items():
-        section, _, name = key.partition(".")
-        raw[section][name] = value
+        *sections, name = key.split(".")
+        section = raw
+        for each in sections:
+            section = section[each]
+        section[name] = value
     try:
         return Config.model_validate(raw)
     except ValidationError:
@@ -131,7 +150,7 @@ def changed(config: Config, overrides: dict[str, Any]) -> Config | None:
 def remedies(plan: Plan, model: ModelShape, lengths: Lengths) -> list[tuple[dict[str, Any], Plan]]:
     """Single changes to the configuration after which it fits, the fastest step first."""
     found = []
-    for overrides in _single_changes(plan.config):
+    for overrides in [*_single_changes(plan.config), *_smaller_servers(plan)]:
         config = changed(plan.config, overrides)
         if config is None:
             continue
@@ -165,3 +184,12 @@ def _single_changes(config: Config) -> Iterator[dict[str, Any]]:
         yield {"teacher.mode": "live"}
     if config.rollout.engine == "embedded":
         yield {"rollout.engine": "sglang"}
+
+
+def _smaller_servers(plan: Plan) -> Iterator[dict[str, Any]]:
+    """The largest share of the GPUs, in steps of 0.05, that is left to colocated servers."""
+    excess = plan.fullest.peak - plan.machine.usable
+    if plan.server is None or excess <= 0:
+        return
+    share = (plan.server.static - excess) / (plan.machine.memory_gib * GIB)
+    yield {"rollout.sglang.args.mem_fraction_static": math.floor(20 * share) / 20}

@@ -89,6 +89,11 @@ def memory_table(plan: Plan) -> list[str]:
         f"usable     {usable:.1f} GiB = {plan.machine.memory_gib:g} - "
         f"{plan.machine.reserve_gib:g} for CUDA, NCCL and the allocator"
     )
+    if (server := plan.server) is not None:
+        lines.append(
+            f"servers    on the same GPUs: {server.static / GIB:.1f} GiB of each for weights and a "
+            f"cache of {max(0, server.cached_tokens)} tokens a server, given back while training"
+        )
     if plan.host_bytes:
         parts = ", ".join(_names(rank.host for rank in plan.ranks))
         lines.append(f"host       {plan.host_bytes / GIB:.1f} GiB pinned a machine ({parts})")

@@ -52,6 +52,8 @@ def search(config: Config, model: ModelShape, machine: Machine, lengths: Lengths
                         ),
                     }
                 )
+                if candidate.layer_problems():
+                    continue
                 plan = make_plan(candidate, model, machine, lengths)
                 tried += 1
                 if not plan.problems:

@@ -103,13 +103,18 @@ class StepTimer:
         )
 
     def weight_sync(self) -> float:
-        """Write and read a folder, or send over the network, once to each server."""
+        """Write and read a folder, or send over the network, once to each server; colocated also
+        to move the optimizer's state away and back."""
         size = self._item * model_parameters(self._model, self._config)
         if self._config.rollout.engine == "embedded":
             return size / (self._rates.nvlink_gbs * GIGA)
         servers = len(self._config.rollout.sglang.urls) or self._config.rollout.sglang.num_servers
+        moved = 2 * self._state() / (self._rates.pcie_gbs * GIGA)
+        moved *= self._config.rollout.colocated
         if self._config.weight_sync.transport == "disk":
-            return (1 + servers) * size / (self._rates.disk_gbs * GIGA)
+            return (1 + servers) * size / (self._rates.disk_gbs * GIGA) + moved
+        if self._config.weight_sync.transport == "ipc":
+            return size / (self._rates.nvlink_gbs * GIGA) + moved
         return size / (self._rates.network_gbs * GIGA)
 
     def rollout(self) -> float | None:
@@ -255,11 +260,14 @@ class StepTimer:
         return (copies - 1) / copies * size / self._bandwidth(self._world)
 
     def _optimizer(self) -> float:
-        """Reads and writes all of the state once."""
+        """Reads and writes all of the state once, and gradients."""
+        return self._state() * (2 * 12 + 4 + 4) / 12 / (self._rates.hbm_gbs * GIGA)
+
+    def _state(self) -> float:
+        """Bytes of a rank's float32 masters and moments."""
         held = max(self._held(stage).total for stage in range(self._parallel.pipeline))
         copies = self._replicas * self._parallel.context
-        share = copies if self._config.optimizer.distributed else 1
-        return held * (2 * 12 + 4 + 4) / share / (self._rates.hbm_gbs * GIGA)
+        return 12 * held / (copies if self._config.optimizer.distributed else 1)
 
     def _held(self, stage: int) -> RankParameters:
         return rank_parameters(self._model, self._parallel, stage)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.config import TeacherConfig
+from megatron_rlsd.quantized import exchange, values
 
 
 class WeightSnapshot:
@@ -41,31 +42,33 @@ class WeightSnapshot:
     def refresh(self) -> None:
         """Take over the parameters' current values."""
         for name, parameter in self._parameters.items():
-            self._values[name].copy_(parameter.detach())
+            self._values[name].copy_(values(parameter))
 
     def blend(self, decay: float) -> None:
         """values <- decay * values + (1 - decay) * parameters, in the snapshot's precision."""
         for name, parameter in self._parameters.items():
             value = self._values[name]
-            value.mul_(decay).add_(parameter.detach().to(value), alpha=1 - decay)
+            value.mul_(decay).add_(values(parameter).to(value), alpha=1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the model computes with the snapshot; afterwards nothing has changed.
 
         Only the parameters' storage pointers are exchanged: optimizer buffers that the parameters
-        are views of stay as they are. The block must not run an optimizer step.
+        are views of stay as they are (parameters in 8 bits are filled in place, and filled again).
+        The block must not run an optimizer step.
         """
-        originals = {name: parameter.data for name, parameter in self._parameters.items()}
+        originals: dict[str, Tensor] = {}
         try:
             for name, parameter in self._parameters.items():
-                parameter.data = self._values[name].to(
+                value = self._values[name].to(
                     device=parameter.device, dtype=parameter.dtype, non_blocking=True
                 )
+                originals[name] = exchange(parameter, value)
             yield
         finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = originals[name]
+            for name, original in originals.items():
+                exchange(self._parameters[name], original)
 
 
 class Teacher:

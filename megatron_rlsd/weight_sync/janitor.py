@@ -19,7 +19,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def main(owner: int, prefix: str) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         # Job schedulers signal whole process trees; the owner may be killed only later.
         signal.signal(each, signal.SIG_IGN)
     while os.getppid() == owner:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
+from megatron_rlsd.lifecycle import STOP_SIGNALS, unheard_by_children
 from megatron_rlsd.weight_sync.flat import FlatBucket
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -46,7 +47,10 @@ def shared_buffer(nbytes: int) -> Tensor:
 
     The memory is free when the tensor is gone or the trainer has ended, however it ends.
     """
-    storage = torch.UntypedStorage._new_using_filename_cpu(nbytes)
+    # torch's bookkeeper starts with the first. Were it to end before us, letting go of the memory
+    # would abort this process.
+    with unheard_by_children(*STOP_SIGNALS):
+        storage = torch.UntypedStorage._new_using_filename_cpu(nbytes)
     # Never taken back: a reader that lets go after us must not be the last. It would remove its
     # name, which is gone already, and end on that.
     storage._shared_incref()

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config, parse_config
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
-from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
+from tests.actors import actor_of
 from tests.distributed.ranks import next_world
 
 
@@ -71,19 +69,14 @@ def measure_in_flight(cases: list[dict[str, Any]], out: str) -> None:
     """On every rank: the most chunk passes in flight in an update, for each case."""
     found = []
     for case in cases:
-        config = case_config(case)
-        hf_config = load_hf_config(Path(case["path"]))
-        family = family_for(hf_config)
-        shape = model_shape(family, hf_config)
-        with parallel_world(config.parallel, shape, timeout_seconds=60, seed=0) as groups:
-            actor = Actor(config, family, hf_config, groups, 1)
+        with actor_of(case_config(case), 1, seconds=60) as actor:
             flying = InFlight(actor.chunks)
             sequences = [Sequence([1, 2], [3] * (n - 1)) for n in case["lengths"]]
             tokens = sum(len(s.response_ids) for s in sequences)
             values = TokenValues(torch.ones(tokens), torch.full((tokens,), 1 / tokens))
             actor.update([sequences], values, PolicyLossConfig(), 1.0)
             found.append({"most": flying.most, "left": flying.now})
-            rank = groups.rank
+            rank = actor.groups.rank
         next_world()
     Path(out, f"{rank}.json").write_text(json.dumps(found))
 
@@ -109,15 +102,10 @@ def measure_activations(cases: list[dict[str, Any]], out: str) -> None:
     """
     found = []
     for case in cases:
-        config = case_config(case)
-        hf_config = load_hf_config(Path(case["path"]))
-        family = family_for(hf_config)
-        shape = model_shape(family, hf_config)
-        with parallel_world(config.parallel, shape, timeout_seconds=60, seed=0) as groups:
-            actor = Actor(config, family, hf_config, groups, None)
+        with actor_of(case_config(case), None, seconds=60) as actor:
             lengths = case["lengths"]
             sequences = [Sequence([1] * (n - n // 2), [2] * (n // 2 + 1)) for n in lengths]
-            _, (micro_batch,) = actor._micro_batches([sequences] * groups.dp.size())
+            _, (micro_batch,) = actor._micro_batches([sequences] * actor.groups.dp.size())
             (chunk,) = actor.chunks
             chunk.train()
             with KeptForBackward(list(chunk.parameters())) as kept:
@@ -132,6 +120,6 @@ def measure_activations(cases: list[dict[str, Any]], out: str) -> None:
             )
             found.append({"bytes": kept.bytes, "tensors": sizes})
             hidden.float().sum().backward()  # what was kept can be used
-            rank = groups.rank
+            rank = actor.groups.rank
         next_world()
     Path(out, f"{rank}.json").write_text(json.dumps(found))

@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.config import parse_config
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.learner import Learner
-from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.types import TrainBatch
+from tests.actors import actor_of
 from tests.distributed.layouts import VOCAB, save_models
 from tests.distributed.ranks import next_world, run_on_ranks
 
@@ -69,11 +66,8 @@ def run_cases(cases: list[dict[str, Any]], out: str) -> None:
                 "rollout": {"prompts_per_step": 3, "n_samples_per_prompt": 4},
             }
         )
-        hf_config = load_hf_config(case["path"])
-        family = family_for(hf_config)
-        shape = model_shape(family, hf_config)
-        with parallel_world(config.parallel, shape, timeout_seconds=60, seed=0) as groups:
-            learner = Learner(config, Actor(config, family, hf_config, groups, 4))
+        with actor_of(config, 4, seconds=60) as actor:
+            learner = Learner(config, actor)
             batch = make_batch()
             steps = []
             for step in range(2):
@@ -83,7 +77,7 @@ def run_cases(cases: list[dict[str, Any]], out: str) -> None:
                 learner.update(batch, splits, scores, LAMBDA)
                 steps.append(learner.noise.metrics())
             found.append(steps)
-            rank = groups.rank
+            rank = actor.groups.rank
         next_world()
     Path(out, f"{rank}.json").write_text(json.dumps(found))
 

@@ -10,12 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.config import Config
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
-from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
+from tests.actors import actor_of
 from tests.distributed.layouts import (
     LOSS,
     TEMPERATURE,
@@ -94,12 +92,8 @@ def train_all(names: list[str], overlaps: list[str], models: dict[str, str], out
 
 def train(config: Config, out: Path) -> None:
     """Twice: log-probabilities, then two updates of which the first is followed by another."""
-    path = Path(config.model.hf_path)
-    hf_config = load_hf_config(path)
-    family = family_for(hf_config)
-    shape = model_shape(family, hf_config)
-    with parallel_world(config.parallel, shape, timeout_seconds=300, seed=0) as groups:
-        actor = Actor(config, family, hf_config, groups, 4)
+    with actor_of(config, 4, seconds=300) as actor:
+        groups = actor.groups
         sequences, _, advantages = batch()
         parts = balanced_partition([s.num_inputs for s in sequences], groups.dp.size())
         by_rank = [[sequences[i] for i in part] for part in parts]

@@ -16,16 +16,14 @@ import pytest
 import torch
 import transformers
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.engines import routes_shape
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
-from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.rollout import EmbeddedEngine
 from megatron_rlsd.types import GenerationRequest, SamplingParams
+from tests.actors import actor_of
 from tests.distributed.layouts import Layout, layout_config, per_token, save_models
 from tests.distributed.ranks import next_world, run_on_ranks
 
@@ -115,17 +113,12 @@ def run_case(case: Case, model: str, out: Path, number: int) -> None:
             "algorithm": config.algorithm.model_copy(update={"routing_replay": "rollout"}),
         }
     )
-    hf_config = load_hf_config(Path(model))
-    family = family_for(hf_config)
-    world = parallel_world(
-        config.parallel, model_shape(family, hf_config), timeout_seconds=150, seed=0
-    )
-    with world as groups:
-        actor = Actor(config, family, hf_config, groups, total_updates=1)
+    with actor_of(config, 1, seconds=150) as actor:
+        groups = actor.groups
         engine = EmbeddedEngine(
             *(model, torch.float32, 3),
             load_weights=False,
-            routes=routes_shape(hf_config),
+            routes=routes_shape(actor.hf_config),
         )
         engine.update_weights(actor.hf_tensors(), 1)
         params = SamplingParams(24, TEMPERATURE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")

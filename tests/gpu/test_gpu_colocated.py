@@ -13,17 +13,16 @@ import transformers
 if find_spec("megatron") is None:
     pytest.skip("not installed: megatron-core", allow_module_level=True)
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import SGLangConfig, parse_config
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
-from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.rollout.sglang import SGLangEngine, giving_memory_back
 from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON
 from megatron_rlsd.types import GenerationRequest, SamplingParams
 from megatron_rlsd.weight_sync import IpcTransport, SyncSettings
+from tests.actors import actor_of
+from tests.models import save_random_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 8000,
@@ -43,12 +42,8 @@ SEQUENCES = [Sequence([3, 4, 5], [6, 7, 8, 9]), Sequence([10], [11, 12])]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qwen3")
-    if torch.cuda.is_available():
-        torch.manual_seed(0)
-        config = transformers.Qwen3Config(**SIZES)
-        transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    config = transformers.Qwen3Config(**SIZES)
+    return save_random_model(config, tmp_path_factory.mktemp("qwen3"), dtype=torch.bfloat16)
 
 
 def test_room_is_made_and_updates_stay_the_same_bit_for_bit(model: Path) -> None:
@@ -72,14 +67,10 @@ def train(model: Path, *, moves: bool) -> tuple[dict[str, torch.Tensor], int]:
             "optimizer": {"lr": 0.01, "distributed": True},
         }
     )
-    hf_config = load_hf_config(model)
-    family = family_for(hf_config)
-    shape = model_shape(family, hf_config)
     weights: dict[str, torch.Tensor] = {}
     freed = 0
-    with parallel_world(config.parallel, shape, timeout_seconds=60, seed=1) as groups:
-        actor = Actor(config, family, hf_config, groups, 3)
-        device = groups.device
+    with actor_of(config, 3, seconds=60, seed=1) as actor:
+        device = actor.groups.device
         values = TokenValues(
             advantages=torch.linspace(-1, 1, 6, device=device),
             loss_weights=torch.full((6,), 1.0, device=device),

@@ -22,6 +22,7 @@ from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.planning.activations import ActivationCounter, Pack
 from megatron_rlsd.planning.memory import Workload, rank_memory
 from tests.distributed.activations import KeptForBackward, case_config
+from tests.models import save_random_model
 
 LENGTHS = (2048, 2048, 1024)
 SIZES = {
@@ -38,12 +39,8 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    if torch.cuda.is_available():
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(**SIZES)
-        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    config = transformers.LlamaConfig(**SIZES)
+    return save_random_model(config, tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -23,6 +23,7 @@ from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.eight_bit import copy_bytes
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.parallel.layout import model_shape
+from tests.models import save_random_model
 
 LENGTHS = (96, 40, 120)
 RESPONSE = 32
@@ -40,11 +41,8 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return save_random_model(config, tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

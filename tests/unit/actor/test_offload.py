@@ -14,10 +14,8 @@ from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.start import Start
 from megatron_rlsd.config import parse_config
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
-from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
+from tests.actors import actor_of
 from tests.unit.hf_bridge.tiny_hf import save_tiny
 
 SEQUENCES = [Sequence([3, 4, 5], [6, 7, 8, 9]), Sequence([10], [11, 12])]
@@ -88,11 +86,8 @@ def an_actor(
             "optimizer": {"lr": 0.01, "distributed": distributed},
         }
     )
-    hf_config = load_hf_config(model)
-    family = family_for(hf_config)
-    shape = model_shape(family, hf_config)
-    with parallel_world(config.parallel, shape, timeout_seconds=60, seed=1) as groups:
-        yield Actor(config, family, hf_config, groups, UPDATES), Checkpointer(config, groups)
+    with actor_of(config, UPDATES, seconds=60, seed=1) as actor:
+        yield actor, Checkpointer(config, actor.groups)
 
 
 def update(actor: Actor) -> None:

@@ -81,6 +81,20 @@ def test_a_pack_without_members_is_padding_alone():
     assert (micro_batch.sequence_ids == -1).all()
 
 
+@pytest.mark.parametrize(("multiple", "longest"), [(1, 256), (6, 258)])
+def test_long_padding_is_many_short_sequences(multiple, longest):
+    """Attention over one of 5,000 tokens would cost more than that of the pack's own."""
+    shape = PackShape(sequence_multiple=multiple)
+    micro_batch = pack([Sequence([3, 4], [9])], [0], shape, pack_length=6 * 840)
+    bounds = micro_batch.packed_seq_params.cu_seqlens_q
+    assert bounds[-1] == micro_batch.tokens.shape[1] == 6 * 840
+    lengths = bounds.diff()
+    assert lengths[0] == (2 if multiple == 1 else 6)
+    assert lengths.max() == micro_batch.packed_seq_params.max_seqlen_q == longest
+    assert not (lengths % multiple).any()
+    assert micro_batch.num_padding == 6 * 840 - 2
+
+
 def test_a_one_token_prompt_and_response():
     micro_batch = pack([Sequence([3], [9])], [0])
     assert micro_batch.tokens.tolist() == [[3]]

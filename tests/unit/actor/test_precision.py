@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_rlsd.actor import model
 from megatron_rlsd.actor.precision import check_fp8, layer_kind, precision_fields
-from megatron_rlsd.config import Config, ConfigError, OptimizerConfig, PrecisionConfig, parse_config
+from megatron_rlsd.config import (
+    Config,
+    ConfigError,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    parse_config,
+)
+from megatron_rlsd.hf_bridge import family_for, load_hf_config
+from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes, saved_bytes
+from megatron_rlsd.parallel.layout import LayoutError, model_shape
+from megatron_rlsd.parallel.memory import layer_products
 from megatron_rlsd.platform import PlatformError
+from tests.unit.hf_bridge.tiny_hf import save_tiny
 
 CPU = torch.device("cpu")
 BFLOAT16 = {"dtype": "bfloat16"}
@@ -93,9 +106,77 @@ def test_megatron_takes_the_fields(fp8: str) -> None:
     recipe = {"none": None, "current": "tensorwise"}.get(fp8, fp8)
     assert (config.fp8_recipe if config.fp8 else None) == recipe
     assert config.first_last_layers_bf16 == bool(kept)
+    assert not config.fp8_param
+    if fp8 == "blockwise":
+        stored = precision.model_copy(update={"fp8_parameters": True})
+        assert precision_fields(stored, "transformer_engine", has_experts=False)["fp8_param"]
     if kept:
         assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (1, 2)
     assert precision_fields(precision, "local", has_experts=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("fp8", "message"),
+    [
+        ("none", "needs fp8=blockwise, got fp8=none: there are no 8-bit products"),
+        ("delayed", "the same masters give other weights after a resume"),
+        ("current", "its scales are no powers of two"),
+        ("mxfp8", "gathers such weights in bfloat16"),
+    ],
+)
+def test_parameters_in_8_bits_need_scales_of_blocks(fp8: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrecisionConfig(fp8=fp8, fp8_parameters=True)
+
+
+def test_parameters_in_8_bits_need_the_distributed_optimizer(
+    make_config: Callable[..., Config],
+) -> None:
+    raw = make_config().model_dump(mode="json")
+    raw["model"] |= {**BFLOAT16, "precision": {"fp8": "blockwise", "fp8_parameters": True}}
+    with pytest.raises(ConfigError, match=r"fp8_parameters=true needs optimizer.distributed=true"):
+        parse_config(raw)
+    raw["optimizer"] = {"distributed": True}
+    assert parse_config(raw).model.precision.fp8_parameters
+    raw["optimizer"] |= {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    with pytest.raises(ConfigError, match=r"does not go with optimizer.overlap_param_gather=true"):
+        parse_config(raw)
+
+
+def test_parameters_in_8_bits_need_a_release_and_powers_of_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    precision = PrecisionConfig(fp8="blockwise", fp8_parameters=True)
+    check_fp8(precision, (9, 0), "2.8.0")
+    with pytest.raises(PlatformError, match=r"transformer-engine >= 2\.8, found 2\.7\.1"):
+        check_fp8(precision, (9, 0), "2.7.1")
+    monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+    with pytest.raises(PlatformError, match="SCALES unset or 0: with scales that are no powers"):
+        check_fp8(precision, (9, 0), "2.8.0")
+
+
+def test_experts_are_not_kept_in_8_bits(tmp_path: Path) -> None:
+    save_tiny("qwen3_moe_mixed_mqa", tmp_path)
+    hf_config = load_hf_config(tmp_path)
+    shape = model_shape(family_for(hf_config), hf_config)
+    with pytest.raises(LayoutError, match="not offered for mixtures of experts"):
+        check_eight_bit(
+            shape, ParallelConfig(), PrecisionConfig(fp8="blockwise", fp8_parameters=True)
+        )
+
+
+def test_what_parameters_in_8_bits_save(make_config: Callable[..., Config]) -> None:
+    """A byte of each weight, and of its two copies the one that is now the weight."""
+    hf_config = load_hf_config(make_config().model.hf_path)
+    shape = model_shape(family_for(hf_config), hf_config)
+    one, layers = ParallelConfig(), range(shape.num_layers)
+    kept = PrecisionConfig(fp8="blockwise", last_layers_bf16=1)
+    stored = kept.model_copy(update={"fp8_parameters": True})
+    weights = 3 * layer_products(shape, one, 0).total
+    assert copy_bytes(shape, one, kept, layers) == 2 * weights
+    assert copy_bytes(shape, one, stored, layers) == weights
+    assert saved_bytes(shape, one, stored, layers) == weights
+    assert saved_bytes(shape, one, kept, layers) == 0
 
 
 @pytest.mark.parametrize(

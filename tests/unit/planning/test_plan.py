@@ -18,6 +18,8 @@ from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
 from megatron_rlsd.parallel.memory import layer_products, rank_parameters
 from megatron_rlsd.planning.activations import ActivationCounter, Pack, in_flight
+from megatron_rlsd.planning.colocated import ASLEEP_BYTES, AWAKE_BYTES
+from megatron_rlsd.planning.memory import GIB
 from megatron_rlsd.planning.plan import Machine, Plan, changed, make_plan, remedies
 from megatron_rlsd.planning.rates import Rates
 from megatron_rlsd.planning.search import overrides, search
@@ -39,6 +41,7 @@ LLAMA_70B = {
     "tie_word_embeddings": False,
     "vocab_size": 128256,
 }
+SHARE = "rollout.sglang.args.mem_fraction_static"
 LENGTHS = Lengths(prompt=500, hint=400, response=3000)
 
 
@@ -301,3 +304,59 @@ def test_8_bit_products_refuse_sizes_that_they_cannot_take(
         check_eight_bit(odd, ParallelConfig(tensor=8), precision)
     check_eight_bit(odd, ParallelConfig(tensor=8), config.model.precision)
     assert copy_bytes(odd, ParallelConfig(), config.model.precision, range(80)) == 0
+
+
+@pytest.fixture
+def colocated(config: Config) -> Config:
+    raw = config.model_dump(mode="json")
+    raw["rollout"] |= {"colocated": True}
+    raw["rollout"]["sglang"] |= {"args": {"mem_fraction_static": 0.5}}
+    raw["weight_sync"] |= {"transport": "ipc"}
+    return parse_config(raw)
+
+
+def test_colocated_servers_and_the_trainers_state_take_turns(
+    config: Config, colocated: Config, model: ModelShape
+) -> None:
+    plan, apart = plan_of(colocated, model), plan_of(config, model)
+    assert plan.problems == []
+    for rank, alone in zip(plan.ranks, apart.ranks, strict=True):
+        weights = alone.held["parameters"]
+        state = alone.held["gradients"] + alone.held["optimizer state"]
+        # Half of 80 GiB; each of 8 ranks of a server has an eighth of 141 GB of weights.
+        assert rank.at("rollout") == weights + 40 * GIB + AWAKE_BYTES
+        assert rank.at("start") == rank.at("rollout") + state
+        for moment in ("update", "score", "optimizer step"):
+            assert rank.at(moment) == alone.at(moment) + ASLEEP_BYTES
+        served = rank.at("weight sync") - ASLEEP_BYTES - (alone.at("weight sync") - state)
+        assert served == pytest.approx(70.55e9 * 2 / 8, rel=1e-4)
+        assert rank.host["optimizer state"] == alone.held["optimizer state"]
+    assert plan.server is not None
+    # Keys and values of 80 layers, 8 heads of 128, 2 bytes each, over 8 GPUs.
+    cache = 8 * 40 * GIB - 70.55e9 * 2
+    assert plan.server.cached_tokens == pytest.approx(cache / (80 * 2 * 8 * 128 * 2), rel=1e-3)
+    # 12 bytes of state for each parameter of a rank's half go to the host and come back.
+    held = max(rank_parameters(model, config.parallel, stage).total for stage in range(4))
+    copied = 141.1e9 / 300e9 + 2 * held * 12 / 2 / 25e9
+    assert plan.time.weight_sync == pytest.approx(copied, rel=0.01)
+
+
+def test_a_servers_share_can_be_too_small_and_too_large(
+    colocated: Config, model: ModelShape
+) -> None:
+    def with_share(share: float) -> Plan:
+        other = changed(colocated, {SHARE: share})
+        assert other is not None
+        return plan_of(other, model)
+
+    (problem,) = with_share(0.2).problems
+    # 8 x 16 GiB are less than the weights.
+    assert "16.0 GiB of each GPU" in problem
+    assert "a cache for 0 tokens; one sequence takes 10240" in problem
+    plan = with_share(0.75)
+    (problem,) = plan.problems
+    assert "at its peak (start)" in problem
+    smaller = [plan for change, plan in remedies(plan, model, LENGTHS) if list(change) == [SHARE]]
+    (remedy,) = smaller
+    share = remedy.config.rollout.sglang.args["mem_fraction_static"]
+    assert with_share(share + 0.05).problems
