@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# RLSD on several nodes under Slurm: SGLang servers on some of them, the trainer on the others.
+# RLSD on several nodes under Slurm: SGLang servers on some of them, the trainer on the others. On
+# one node both are on the same GPUs and take turns.
 #
 #     sbatch examples/run_rlsd_70b.sh [key=value ...]            # as a job that requeues itself
 #     bash examples/run_rlsd_70b.sh [key=value ...]              # inside an allocation (salloc)
-#     TINY=1 sbatch examples/run_rlsd_70b.sh                     # the same without any GPU
+#     TINY=1 sbatch [--nodes=1] examples/run_rlsd_70b.sh         # the same without any GPU
 #
 # docs/slurm.md explains it. Every setting below is an environment variable; key=value goes to the
 # configuration. A preemption signal makes the trainer save; the job then requeues itself, and goes
@@ -73,11 +74,13 @@ settings() {
         MODEL=${MODEL:-$REPO/models/Llama-3.3-70B-Instruct}
         GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
     fi
-    # By default a third of the nodes (or a little more) sample; on a single node both parts share it.
+    # By default a third of the nodes (or a little more) sample.
     ROLLOUT_NODES=${ROLLOUT_NODES:-$((${#nodes[@]} > 1 ? (${#nodes[@]} + 2) / 3 : 0))}
     TRAINER_NODES=${TRAINER_NODES:-$((${#nodes[@]} - ROLLOUT_NODES))}
+    COLOCATED=${COLOCATED:-$((ROLLOUT_NODES == 0 && TRAINER_NODES == 1))}
+    [[ $COLOCATED == [01] ]] || fail "COLOCATED=$COLOCATED: expected 0 or 1"
     if [[ -z ${TRAINER_TASKS_PER_NODE:-} ]]; then
-        TRAINER_TASKS_PER_NODE=$((ROLLOUT_NODES > 0 ? GPUS_PER_NODE : GPUS_PER_NODE / 2))
+        TRAINER_TASKS_PER_NODE=$((ROLLOUT_NODES || COLOCATED ? GPUS_PER_NODE : GPUS_PER_NODE / 2))
     fi
     MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 8000))}
     START_SECONDS=${START_SECONDS:-1800}
@@ -94,10 +97,11 @@ settings() {
         "NODES=$NODES  (to ask for should the layout need more than these; 0: none)" \
         "TRAINER_NODES=$TRAINER_NODES" \
         "ROLLOUT_NODES=$ROLLOUT_NODES  (0: servers share the trainer's nodes)" \
+        "COLOCATED=$COLOCATED  (1: and its GPUs; 0: they have those behind the trainer's)" \
         "GPUS_PER_NODE=$GPUS_PER_NODE" \
         "TRAINER_TASKS_PER_NODE=$TRAINER_TASKS_PER_NODE  (one for each of the trainer's GPUs)" \
         "MASTER_PORT=$MASTER_PORT" \
-        "START_SECONDS=$START_SECONDS  (until all servers serve)" \
+        "START_SECONDS=$START_SECONDS  (until all servers serve; not if colocated)" \
         "STOP_SECONDS=$STOP_SECONDS  (a part has to end once it is told)" \
         "LATE_SECONDS=$LATE_SECONDS  (before the job's time limit it does not start anew)" \
         "WAIT_SECONDS=$WAIT_SECONDS  (after the first trainer task ended, for the others)" \
@@ -114,10 +118,13 @@ check_sizes() {
         fail "TRAINER_NODES=$TRAINER_NODES and $trainer: there must be a trainer"
     ((wanted <= ${#nodes[@]})) || fail "TRAINER_NODES=$TRAINER_NODES + \
 ROLLOUT_NODES=$ROLLOUT_NODES = $wanted nodes, but the job has ${#nodes[@]}"
+    ((!COLOCATED || wanted == 1)) || fail "COLOCATED=1 needs TRAINER_NODES=1 and ROLLOUT_NODES=0, \
+not $TRAINER_NODES and $ROLLOUT_NODES: the trainer starts the servers that share its GPUs, and on \
+its first node alone"
     ((GPUS_PER_NODE > 0)) || return 0
     ((free >= 0)) || fail "$trainer is more than GPUS_PER_NODE=$GPUS_PER_NODE"
-    ((ROLLOUT_NODES > 0 || free > 0)) || fail "ROLLOUT_NODES=0 and $trainer leave the servers none \
-of the $GPUS_PER_NODE GPUs of a node; trainer and servers cannot share a GPU"
+    ((ROLLOUT_NODES > 0 || COLOCATED || free > 0)) || fail "COLOCATED=0, ROLLOUT_NODES=0 and \
+$trainer leave the servers none of the $GPUS_PER_NODE GPUs of a node"
 }
 
 # The parts of the job: each is one srun in the background, known by its step's name.
@@ -138,11 +145,12 @@ start_part() { # start_part NAME NODELIST TASKS_PER_NODE COMMAND...; logs are NA
     # Slurm tells all parts at once when a job has to end, and servers must outlive the trainer's
     # last step: each part hears of it from this script alone, in its turn.
     # Steps overlap: where parts share a node, each sees all of it and takes GPUs by number.
+    # Unbound: the first task's rewards, and colocated servers, may use all of the node's cores.
     # shellcheck disable=SC2016
     srun --job-name="$name" --nodelist="$list" --nodes="${#names[@]}" \
         --ntasks=$((${#names[@]} * tasks)) --ntasks-per-node="$tasks" \
-        --cpus-per-task=$((cpus > 0 ? cpus : 1)) --distribution=block --overlap --export=ALL \
-        --disable-status --kill-on-bad-exit=0 --wait="$WAIT_SECONDS" --chdir="$REPO" \
+        --cpus-per-task=$((cpus > 0 ? cpus : 1)) --cpu-bind=none --distribution=block --overlap \
+        --export=ALL --disable-status --kill-on-bad-exit=0 --wait="$WAIT_SECONDS" --chdir="$REPO" \
         --output="$LOG_DIR/${name}_%t.log" "${gpus[@]}" "${container[@]}" \
         bash -c 'trap "" TERM USR1
             export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
@@ -345,7 +353,7 @@ main() {
     check_sizes
     trainer_nodes=("${nodes[@]:0:TRAINER_NODES}")
     rollout_nodes=("${nodes[@]:TRAINER_NODES:ROLLOUT_NODES}")
-    if ((ROLLOUT_NODES == 0)); then
+    if ((ROLLOUT_NODES == 0 && !COLOCATED)); then
         rollout_nodes=("${trainer_nodes[@]}")
         server_arguments=("rollout.sglang.first_gpu=$TRAINER_TASKS_PER_NODE")
     fi
@@ -359,10 +367,14 @@ main() {
     [[ $TINY != 1 ]] || make_tiny_model
     arguments=("$CONFIG" "run_dir=$RUN_DIR" "model.hf_path=$MODEL" "${arguments[@]}")
     [[ -z $SGLANG_PYTHON ]] || arguments+=("rollout.sglang.python=$SGLANG_PYTHON")
+    arguments+=("rollout.colocated=$COLOCATED")
 
     check_layout
-    start_servers
-    wait_for_servers
+    # Only who has started a server knows what memory it has given back: colocated, the trainer.
+    if ((!COLOCATED)); then
+        start_servers
+        wait_for_servers
+    fi
     start_trainer
     wait_for_trainer
     end_everything

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_rlsd.observability import read_metrics
 from tests.conftest import ROOT
@@ -156,10 +157,16 @@ def test_two_trainer_tasks_and_a_server_on_the_other_node_train(finished: Job) -
     assert not (finished.run_dir / "servers/n2/urls").exists()
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_a_preempted_job_saves_requeues_itself_and_goes_on_where_it_was(
-    finished: Job, cluster: Cluster, tmp_path: Path
+    nodes: int, finished: Job, cluster: Cluster, tmp_path: Path
 ) -> None:
-    job = Job(cluster, tmp_path / "job").submit(MODEL=str(finished.run_dir / "model"))
+    """On one node it is colocated, and samples and learns what it does on two."""
+    job = Job(cluster, tmp_path / "job").submit(
+        f"weight_sync.transport={'ipc' if nodes == 1 else 'disk'}",
+        options=(f"--nodes={nodes}",),
+        MODEL=str(finished.run_dir / "model"),
+    )
     job.wait_until(lambda: bool(job.steps()), JOB_SECONDS, "a step is done")
     cluster.run("scancel", "--batch", "--signal=TERM", str(job.number))
     job.wait_until(
@@ -175,6 +182,10 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on_where_it_was(
     job.ends("COMPLETED")
 
     assert f"resuming at step {done} from" in job.task_log("trainer_0", start=1)
+    rollout = yaml.safe_load((job.run_dir / "config.yaml").read_text())["rollout"]
+    assert rollout["colocated"] == (nodes == 1)
+    # Colocated servers are the trainer's own.
+    assert bool(rollout["sglang"]["urls"]) == (job.run_dir / "servers").is_dir() == (nodes == 2)
     lines = job.steps()
     assert [line["step"] for line in lines] == list(range(STEPS))
     for step, (line, other) in enumerate(zip(lines, finished.steps(), strict=True)):
@@ -197,6 +208,7 @@ def test_a_server_that_dies_comes_back_once_and_then_ends_the_job_with_the_reaso
         "rollout.sglang.max_restarts=1",
         "train.steps=1000",
         MODEL=str(finished.run_dir / "model"),
+        COLOCATED="0",
         STOP_SECONDS="15",
     )
     try:
@@ -243,7 +255,11 @@ def kill_server(cluster: Cluster) -> int:
         ),
         (
             {"ROLLOUT_NODES": "0", "GPUS_PER_NODE": "8", "TRAINER_TASKS_PER_NODE": "8"},
-            "leave the servers none of the 8 GPUs of a node; trainer and servers cannot share a",
+            "COLOCATED=0, ROLLOUT_NODES=0 and TRAINER_TASKS_PER_NODE=8 leave the servers none of",
+        ),
+        (
+            {"ROLLOUT_NODES": "0", "COLOCATED": "1"},
+            "COLOCATED=1 needs TRAINER_NODES=1 and ROLLOUT_NODES=0, not 2 and 0",
         ),
         # As far as it can be tried without pyxis, whose option this is.
         ({"CONTAINER_IMAGE": "x.sqsh"}, "unrecognized option '--container-image=x.sqsh'"),

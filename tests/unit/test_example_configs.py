@@ -12,6 +12,9 @@ from megatron_rlsd.hf_bridge import family_for
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import check_layout, model_shape
 from megatron_rlsd.parallel.memory import state_bytes
+from megatron_rlsd.planning.memory import GIB
+from megatron_rlsd.planning.plan import Machine, make_plan
+from megatron_rlsd.planning.work import Lengths
 from tests.conftest import ROOT
 from tests.unit.hf_bridge.real_configs import LLAMA_31_70B, QWEN3_8B, QWEN3_30B_A3B
 
@@ -28,7 +31,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
             "num_attention_heads": 32,
             "num_hidden_layers": 32,
         },
-        4,
+        8,
     ),
     "qwen3_32b": (
         QWEN3_8B
@@ -83,9 +86,20 @@ def test_a_config_for_a_large_model_fits_its_nodes(name: str) -> None:
     assert int(stated[1]) == round(fullest)
     assert fullest < 50
 
+    plan = make_plan(config, shape, Machine(gpus=world_size), Lengths.default(config))
+    assert plan.problems == []
+    if config.rollout.colocated:
+        assert world_size == GPUS_PER_NODE
+        stated = re.search(
+            r"with (\d+) GiB, (\d+) of them .*; (\d+) GiB in an update", path.read_text()
+        )
+        assert stated is not None
+        (rank,) = plan.ranks
+        told = [rank.at("start"), 0.5 * 80 * GIB, rank.at("update")]
+        assert list(map(int, stated.groups())) == [round(size / GIB) for size in told]
+
     servers = config.rollout.sglang
-    gpus = GPUS_PER_NODE - (world_size if world_size < GPUS_PER_NODE else 0)
-    assert servers.num_servers * servers.tensor_parallel == gpus
+    assert servers.num_servers * servers.tensor_parallel == GPUS_PER_NODE
 
 
 def test_the_tiny_config_for_slurm_is_valid() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -12,13 +11,13 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from megatron_rlsd.config import load_config
 from tests.conftest import ROOT
+from tests.scripts import load_script
 from tests.unit.planning.test_plan import LLAMA_70B
 
 PAGE = ROOT / "docs" / "zero_to_70b.md"
@@ -36,15 +35,6 @@ class Parsed(Exception):
     """The program took its arguments; nothing more of it is run."""
 
 
-def program(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def check_tool(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[argparse.Namespace] = []
 
@@ -59,7 +49,7 @@ def check_tool(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         original = getattr(argparse.ArgumentParser, name)
         monkeypatch.setattr(argparse.ArgumentParser, name, stop_after(original))
     with pytest.raises(Parsed):
-        program(path).main(words)
+        load_script(path).main(words)
     if config := getattr(taken[0], "config", None):
         load_config(ROOT / config, taken[0].overrides)
 
@@ -137,6 +127,6 @@ def test_the_plan_shows_what_the_page_says(
     (command,) = (c for c in commands() if "plan_run" in c and "--search" not in c)
     words = [str(ROOT / w) if w.startswith("examples/") else w for w in shlex.split(command)[2:]]
     monkeypatch.chdir(tmp_path)
-    assert program("tools/plan_run.py").main(words) == 0
+    assert load_script("tools/plan_run.py").main(words) == 0
     (said,) = re.findall(r"`(FITS, .*?)`", PAGE.read_text())
     assert said in capsys.readouterr().out

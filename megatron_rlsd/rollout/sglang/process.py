@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.config import SGLangConfig
+from megatron_rlsd.lifecycle import unheard_by_children
 from megatron_rlsd.rollout.engine import EngineError
 
 HERE = Path(__file__).parent
@@ -38,15 +39,18 @@ class ServerProcess:
             shown = _without_key(command)
             print(time.strftime("==== %F %T"), " ".join(shown), file=output, flush=True)
             self._start = output.tell()
-            self._guard = subprocess.Popen(
-                # Isolated and without site-packages: it starts at once and stays small.
-                [sys.executable, "-I", "-S", str(HERE / "guard.py"), str(os.getpid()), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                start_new_session=True,
-            )
+            # Isolated and without site-packages: it starts at once and stays small.
+            guard = [sys.executable, "-I", "-S", str(HERE / "guard.py"), str(os.getpid())]
+            # The trainer needs its servers to the end of the step at which a warning stops it.
+            with unheard_by_children(signal.SIGUSR1):
+                self._guard = subprocess.Popen(
+                    [*guard, *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=dict(env),
+                    start_new_session=True,
+                )
 
     @property
     def group(self) -> int:
@@ -147,8 +151,12 @@ def giving_memory_back(config: SGLangConfig) -> SGLangConfig:
 
     On a CPU they answer to both and free nothing: SGLang's memory saver is for GPUs.
     """
-    saver = {} if on_cpu(config) else {"enable_memory_saver": True}
-    return config.model_copy(update={"args": {**saver, **config.args}})
+    if on_cpu(config):
+        return config
+    args = {"enable_memory_saver": True, **config.args}
+    # Their trainer loads its model meanwhile, on one GPU sooner than on another.
+    env = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false", **config.env}
+    return config.model_copy(update={"args": args, "env": env})
 
 
 def on_cpu(config: SGLangConfig) -> bool:

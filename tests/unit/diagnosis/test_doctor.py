@@ -146,6 +146,19 @@ def environment_without_sglang(model: Path, raw: Raw) -> None:
     raw["distributed"] = {"timeout_seconds": 3600}
 
 
+@fault("sglang environment", "has no package torch_memory_saver")
+def environment_that_gives_no_memory_back(model: Path, raw: Raw) -> None:
+    packages, python = model / "packages", model / "python"
+    (packages / "sglang").mkdir(parents=True)
+    (packages / "sglang-0.5.23.dist-info").mkdir()
+    (packages / "sglang-0.5.23.dist-info/METADATA").write_text("Name: sglang\nVersion: 0.5.23\n")
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    servers = {"python": str(python), "device": "cuda"}
+    raw["rollout"] |= {"engine": "sglang", "colocated": True, "sglang": servers}
+    raw["distributed"] = {"timeout_seconds": 3600}
+
+
 @fault("servers", "http://127.0.0.1:")
 def server_that_is_down(model: Path, raw: Raw) -> None:
     with socket.socket() as free:

@@ -38,6 +38,13 @@ def path(tiny_model: Path, tmp_path: Path) -> Path:
             2,
             "num_servers=5 x tensor_parallel=1 = 5 GPUs, but a node has 4",
         ),
+        # Colocated servers are on the GPUs of the trainer's tasks.
+        (["--tasks", "1", "--gpus-per-node", "1", "rollout.colocated=1"], 0, ""),
+        (
+            ["--tasks", "1", "rollout.colocated=1", "weight_sync.transport=broadcast"],
+            2,
+            "rollout.colocated=true needs weight_sync.transport=ipc or disk",
+        ),
         (["--tasks", "1", "rollout.sglang.urls=[http://a:1]"], 2, "starts its own servers"),
         (["--tasks", "1", "rollout.engine=embedded"], 2, "only sglang has servers"),
         (
