@@ -162,7 +162,7 @@ class Episodes:
                     each.fail(reply.reason)
                 elif reply.text != opening:
                     each.fail("reset: it began otherwise than another episode of this problem")
-                each.problem = _opened(each.problem, opening)
+                each.problem = with_opening(each.problem, opening)
                 each.answers = [opening]
                 try:
                     each.prompt_ids = self._prompts.student(each.problem)
@@ -227,7 +227,7 @@ def episode_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
     }
 
 
-def _opened(problem: Problem, opening: str) -> Problem:
+def with_opening(problem: Problem, opening: str) -> Problem:
     """The problem with the environment's first words as the last paragraph of its question."""
     if not opening:
         return problem

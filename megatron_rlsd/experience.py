@@ -8,7 +8,13 @@ from typing import Any, Protocol
 
 from megatron_rlsd.algorithms import evidence_span, has_signal, response_advantages
 from megatron_rlsd.config import Config
-from megatron_rlsd.data import ProblemSource, PromptBuilder, PromptTooLong, Tokenizer
+from megatron_rlsd.data import (
+    ProblemSource,
+    PromptBuilder,
+    PromptTooLong,
+    Tokenizer,
+    refuse_demonstration,
+)
 from megatron_rlsd.episodes import Episodes, episode_metrics
 from megatron_rlsd.observability.leakage import leakage_metrics
 from megatron_rlsd.rollout.engine import RolloutEngine
@@ -230,7 +236,7 @@ class Experience:
         for _ in range(100):
             for problem in self._source.next(count - len(problems)):
                 try:
-                    self._prompts.student(problem)
+                    self._prompts.student(refuse_demonstration(problem))
                 except PromptTooLong:
                     counts["prompts_too_long"] += 1
                 else:

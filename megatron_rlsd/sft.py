@@ -2,6 +2,9 @@
 
     torchrun --nproc-per-node N -m megatron_rlsd.sft CONFIG.yaml [key=value ...]
 
+The target is ``prompts.sft_response``, or where the data line holds a conversation all turns of the
+assistant in it, as tokens of the same trajectory that an environment makes of them.
+
 The loss is the token mean of -log p(target) over each global batch. It goes through the same
 operator as the policy loss: with advantage 1 and ratio 1 the two have the same gradient.
 """
@@ -17,7 +20,14 @@ from megatron_rlsd.actor.actor import Actor, TokenValues, UpdateResult
 from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config
-from megatron_rlsd.data import DataError, ProblemSource, PromptBuilder, PromptTooLong, build_sources
+from megatron_rlsd.data import (
+    Conversations,
+    DataError,
+    ProblemSource,
+    PromptBuilder,
+    PromptTooLong,
+    build_sources,
+)
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.run import assemble, main
 
@@ -28,6 +38,7 @@ def train(config: Config) -> None:
     with assemble(config, total_updates=steps, total_steps=steps, program="sft") as run:
         # Every rank draws the same examples; each keeps its data-parallel share.
         source = build_sources(config.data.train, config.train.seed)
+        conversations = Conversations(config, run.tokenizer)
         start = run.continuity.resume(run.actor, {}, source)
         run.publish_weights(version=start)
         if config.eval.at_start and start == 0:
@@ -35,7 +46,7 @@ def train(config: Config) -> None:
         done, evaluated = start, -1
         while done < steps:
             with run.phase("data", done):
-                batch = draw_examples(config, source, run.prompts, done)
+                batch = draw_examples(config, source, run.prompts, conversations, done)
             with run.phase("update", done):
                 result = supervised_update(run.actor, batch)
             run.log.step(done, sft_metrics(result))
@@ -60,25 +71,31 @@ def reached(results: dict[str, float], accuracy: float | None) -> bool:
 
 
 def draw_examples(
-    config: Config, source: ProblemSource, prompts: PromptBuilder, step: int
+    config: Config,
+    source: ProblemSource,
+    prompts: PromptBuilder,
+    conversations: Conversations,
+    step: int,
 ) -> list[Sequence]:
-    """``sft.batch_size`` examples; which of them are privileged is fixed by (seed, step)."""
+    """``sft.batch_size`` examples; which of them are privileged is fixed by (seed, step).
+
+    Raises DataError for a problem without the reference solution that the target uses, for a
+    conversation that no episode could hold (``Conversations.target``), and where no prompt fits.
+    """
     chooser = random.Random(f"sft/{config.train.seed}/{step}")
     examples: list[Sequence] = []
     for problem in source.next(config.sft.batch_size):
-        if problem.reference_solution is None and "{reference_solution}" in (
-            config.prompts.sft_response
-        ):
-            raise DataError(
-                f"problem {problem.id} has no reference_solution, which prompts.sft_response "
-                "asks for"
-            )
         privileged = chooser.random() < config.sft.privileged_share
+        if problem.privileged is not None:
+            privileged = problem.privileged
         try:
             prompt = prompts.teacher(problem) if privileged else prompts.student(problem)
         except PromptTooLong:
             continue
-        examples.append(Sequence(prompt, prompts.sft_target(problem)))
+        if problem.demonstration:
+            examples.append(Sequence(prompt, *conversations.target(problem)))
+        else:
+            examples.append(Sequence(prompt, prompts.sft_target(problem)))
     if not examples:
         raise DataError(
             f"all {config.sft.batch_size} examples of SFT step {step} have prompts longer than "
@@ -91,8 +108,8 @@ def supervised_update(actor: Actor, examples: list[Sequence]) -> UpdateResult:
     """One optimizer step on the token mean of -log p over the examples of all ranks."""
     parts = balanced_partition([e.num_inputs for e in examples], actor.groups.dp.size())
     by_rank = [[examples[i] for i in part] for part in parts]
-    targets = sum(len(e.response_ids) for e in examples)
-    mine = sum(len(e.response_ids) for e in by_rank[actor.groups.dp.rank()])
+    targets = sum(e.num_targets for e in examples)
+    mine = sum(e.num_targets for e in by_rank[actor.groups.dp.rank()])
     device = actor.groups.device
     values = TokenValues(
         advantages=torch.ones(mine, device=device),

@@ -32,6 +32,12 @@ class Problem:
     """Free JSON data of the source (a reasoning-gym scorer reads its entry from here)."""
     source: str = ""
     """Name of the source, used to group evaluation results."""
+    demonstration: tuple[dict[str, str], ...] = ()
+    """Messages after the question for the supervised warm start to imitate: turns of the assistant,
+    and between two of them what answered the first. Empty for a problem to be solved."""
+    privileged: bool | None = None
+    """Is the demonstration of somebody who knew the hint, to be imitated under the privileged
+    prompt? None: ``sft.privileged_share`` decides."""
 
 
 @dataclass(frozen=True)

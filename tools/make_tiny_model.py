@@ -1,6 +1,6 @@
 """Make a small random Qwen3 model with a sentencepiece tokenizer trained on a config's own text.
 
-    python tools/make_tiny_model.py CONFIG.yaml OUT_DIR [--hidden-size 256 --layers 6 ...]
+    python tools/make_tiny_model.py CONFIG.yaml OUT_DIR [key=value ...] [--hidden-size 256 ...]
 
 The tokenizer learns from the prompts and supervised targets of the config's first training
 source. OUT_DIR is a HF folder (config.json, safetensors, tokenizer) that
@@ -27,7 +27,7 @@ def training_texts(config: Config, count: int) -> list[str]:
     texts: list[str] = []
     for problem in build_sources(config.data.train[:1], seed=0).next(count):
         texts += [text for text in fixed if text]
-        texts += [message["content"] for message in problem.messages]
+        texts += [m["content"] for m in (*problem.messages, *problem.demonstration)]
         texts.append(
             prompts.sft_response.format(
                 reference_solution=problem.reference_solution or "", answer=problem.answer
@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    config = load_config(args.config)
+    config = load_config(args.config, args.overrides)
     tokenizer = train_sentencepiece(
         training_texts(config, args.problems), args.out, args.vocab_size, phrase_pieces=True
     )

@@ -1,6 +1,7 @@
 """Problem sources, tokenizers, and the prompts of student and teacher."""
 
 from megatron_rlsd.data.chat_turns import ChatTurns
+from megatron_rlsd.data.conversations import Conversations
 from megatron_rlsd.data.errors import DataError, PromptTooLong, TokenizerError
 from megatron_rlsd.data.prompts import PromptBuilder
 from megatron_rlsd.data.sentencepiece_tokenizer import (
@@ -15,12 +16,14 @@ from megatron_rlsd.data.sources import (
     build_sources,
     evaluation_problems,
     open_table,
+    refuse_demonstration,
 )
 from megatron_rlsd.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "ChatTurns",
+    "Conversations",
     "DataError",
     "MixedSource",
     "ProblemSource",
@@ -34,5 +37,6 @@ __all__ = [
     "evaluation_problems",
     "load_tokenizer",
     "open_table",
+    "refuse_demonstration",
     "train_sentencepiece",
 ]

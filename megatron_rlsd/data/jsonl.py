@@ -1,7 +1,10 @@
 """Problems from a JSONL file: one object a line.
 
-    prompt              str; or messages, a list of {"role", "content"} that ends with the user's
-    answer              str or number
+    prompt              str; or messages, a list of {"role", "content"} that ends with the user's,
+                        or with the assistant's: a conversation to imitate (megatron_rlsd.sft)
+    answer              str or number; optional for a conversation
+    privileged          true or false, optional, of a conversation: imitate it under the privileged
+                        prompt? Default: sft.privileged_share decides
     reference_solution  str, optional
     metadata            object, optional
     id                  str, optional; default FILE:LINE
@@ -22,7 +25,7 @@ from megatron_rlsd.config import JsonlSource
 from megatron_rlsd.data.errors import DataError
 from megatron_rlsd.types import Problem
 
-FIELDS = ("prompt", "messages", "answer", "reference_solution", "metadata", "id")
+FIELDS = ("prompt", "messages", "answer", "reference_solution", "metadata", "id", "privileged")
 ROLES = ("system", "user", "assistant")
 SHOWN_SKIPS = 5
 
@@ -113,10 +116,13 @@ class JsonlProblems:
         metadata = record.get("metadata")
         if metadata is not None and not isinstance(metadata, dict):
             raise _Malformed(f"metadata must be an object, got {_shown(metadata)}")
+        messages, demonstration = _messages(record)
         return Problem(
             id=_optional_text(record, "id") or f"{self._path.name}:{line_number}",
-            messages=_messages(record),
-            answer=_answer(record),
+            messages=messages,
+            demonstration=demonstration,
+            privileged=_privileged(record, bool(demonstration)),
+            answer="" if demonstration and "answer" not in record else _answer(record),
             reference_solution=_optional_text(record, "reference_solution"),
             metadata=metadata or {},
             source=self.name,
@@ -137,32 +143,75 @@ def _parse(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _messages(record: dict[str, Any]) -> tuple[dict[str, str], ...]:
+Messages = tuple[dict[str, str], ...]
+
+
+def _messages(record: dict[str, Any]) -> tuple[Messages, Messages]:
+    """The question's messages, and those of a conversation that follow it."""
     if ("prompt" in record) == ("messages" in record):
         raise _Malformed("expected either prompt or messages, got both or neither")
     if "prompt" in record:
         prompt = record["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
             raise _Malformed(f"prompt must be text that is not empty, got {_shown(prompt)}")
-        return ({"role": "user", "content": prompt},)
+        return ({"role": "user", "content": prompt},), ()
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
         raise _Malformed(f"messages must be a list that is not empty, got {_shown(messages)}")
-    for message in messages:
+    last = messages[-1]
+    imitated = isinstance(last, dict) and last.get("role") == "assistant"
+    roles = (*ROLES, "tool") if imitated else ROLES
+    for number, message in enumerate(messages, start=1):
         if (
             not isinstance(message, dict)
             or message.keys() != {"role", "content"}
-            or message["role"] not in ROLES
+            or message["role"] not in roles
             or not isinstance(message["content"], str)
         ):
             raise _Malformed(
-                'each message must be {"role": one of ' + ", ".join(ROLES) + ', "content": text}, '
-                f"got {_shown(message)}"
+                f'message {number}: each message must be {{"role": one of {", ".join(roles)}, '
+                f'"content": text}}, a call of a tool being text like any other; got '
+                f"{_shown(message)}"
             )
-    last = messages[-1]
+    if imitated:
+        return _conversation(messages)
     if last["role"] != "user" or not last["content"].strip():
-        raise _Malformed(f"the last message must be the user's and not empty, got {_shown(last)}")
-    return tuple(messages)
+        raise _Malformed(
+            "the last message must be the user's and not empty, or the assistant's in a "
+            f"conversation to imitate, got {_shown(last)}"
+        )
+    return tuple(messages), ()
+
+
+def _conversation(messages: list[dict[str, str]]) -> tuple[Messages, Messages]:
+    """Question and what follows: turns of the assistant with exactly one message between two."""
+    roles = [message["role"] for message in messages]
+    first = roles.index("assistant")
+    if first == 0 or roles[first - 1] != "user" or "tool" in roles[:first]:
+        raise _Malformed(
+            f"message {first + 1} (assistant): what comes before the assistant's first turn must "
+            f"end with the user's question and have no tool's message, got {roles[:first]}"
+        )
+    if not messages[first - 1]["content"].strip():
+        raise _Malformed(f"message {first} (user): the question is empty")
+    for number, message in enumerate(messages[first:], start=first + 1):
+        role, before = message["role"], roles[number - 2]
+        own = role == "assistant"
+        if own and not message["content"].strip():
+            raise _Malformed(f"message {number} (assistant): the turn is empty")
+        if own and before == "assistant":
+            raise _Malformed(
+                f"message {number} (assistant): a second turn of the assistant in a row; make them "
+                "one, or put between them what answered the first"
+            )
+        if role == "system":
+            raise _Malformed(f"message {number} (system): expected before the assistant's turns")
+        if not own and before != "assistant":
+            raise _Malformed(
+                f"message {number} ({role}): a second message in a row that is not the "
+                "assistant's; exactly one stands between two of its turns"
+            )
+    return tuple(messages[:first]), tuple(messages[first:])
 
 
 def _answer(record: dict[str, Any]) -> str:
@@ -175,6 +224,17 @@ def _answer(record: dict[str, Any]) -> str:
     if isinstance(answer, str) and answer.strip():
         return answer
     raise _Malformed(f"answer must be a finite number or text, got {_shown(answer)}")
+
+
+def _privileged(record: dict[str, Any], imitated: bool) -> bool | None:
+    value = record.get("privileged")
+    if value and not (record.get("reference_solution") or record.get("answer")):
+        raise _Malformed("privileged needs reference_solution or answer, which is the hint")
+    if value is None or (imitated and isinstance(value, bool)):
+        return value
+    raise _Malformed(
+        f"privileged must be true or false, and stand beside a conversation, got {_shown(value)}"
+    )
 
 
 def _optional_text(record: dict[str, Any], field: str) -> str | None:

@@ -143,9 +143,22 @@ def build_sources(sources: Sequence[Source], seed: int) -> MixedSource:
 
 
 def evaluation_problems(source: Source, n: int) -> list[Problem]:
-    """The first ``n`` problems of a source in its own order, or all it has if they are fewer."""
+    """The first ``n`` problems of a source in its own order, or all it has if they are fewer.
+
+    Raises DataError as ``open_table`` does, and where one of them is a conversation to imitate.
+    """
     table = open_table(source)
-    return [table[index] for index in range(min(n, len(table)))]
+    return [refuse_demonstration(table[index]) for index in range(min(n, len(table)))]
+
+
+def refuse_demonstration(problem: Problem) -> Problem:
+    """The same problem, one to be solved; DataError where it is a conversation to imitate."""
+    if problem.demonstration:
+        raise DataError(
+            f"problem {problem.id} ends with the assistant's turn: a conversation to imitate, for "
+            "data.train of megatron_rlsd.sft only; a problem's messages end with the user's"
+        )
+    return problem
 
 
 def open_table(source: Source) -> ProblemTable:

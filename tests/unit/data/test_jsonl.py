@@ -29,6 +29,28 @@ def _text(line: object) -> str:
     return line if isinstance(line, str) else json.dumps(line)
 
 
+def talk(*messages: str) -> dict[str, object]:
+    """A line whose messages are ``role`` or ``role:content``."""
+    pairs = [message.partition(":") for message in messages]
+    return {
+        "messages": [
+            {"role": role, "content": content if colon else "x"} for role, colon, content in pairs
+        ]
+    }
+
+
+def test_a_conversation_is_a_question_and_what_follows(tmp_path: Path) -> None:
+    line = talk("system:s", "user:q", "assistant:a", "tool:", "assistant:b", "user:c", "assistant")
+    plain, marked = open_lines(tmp_path, line, {**line, "privileged": True, "answer": 5})
+    messages = line["messages"]
+    assert isinstance(messages, list)
+    for problem in (plain, marked):
+        assert list(problem.messages) == messages[:2]
+        assert list(problem.demonstration) == messages[2:]
+    assert (plain.answer, plain.privileged) == ("", None)
+    assert (marked.answer, marked.privileged) == ("5", True)
+
+
 def test_all_fields_arrive(tmp_path: Path) -> None:
     messages = [
         {"role": "system", "content": "s"},
@@ -86,10 +108,24 @@ def test_answers_become_text(tmp_path: Path, answer: object, text: str) -> None:
         ({"messages": "hi", "answer": 1}, "messages must be a list"),
         ({"messages": [{"role": "user"}], "answer": 1}, "each message must be"),
         ({"messages": [{"role": "robot", "content": "x"}], "answer": 1}, "each message must be"),
+        ({**GOOD, "privileged": True}, "privileged must be true or false, and stand beside a conv"),
+        (talk("user", "system"), "the last message must be the user's"),
+        (talk("user", "tool", "user"), "message 2: each message must be"),
+        (talk("assistant"), r"message 1 \(assistant\): what comes before the assistant's first"),
+        (talk("system", "assistant"), r"message 2 \(assistant\): what comes before"),
+        (talk("tool", "user", "assistant"), r"message 3 \(assistant\): what comes before"),
+        (talk("user:", "assistant"), r"message 1 \(user\): the question is empty"),
+        (talk("user", "assistant: ", "user", "assistant"), r"message 2 .*the turn is empty"),
+        (talk("user", "assistant", "assistant"), r"message 3 .*a second turn of the assistant"),
+        (talk("user", "assistant", "tool", "tool", "assistant"), r"message 4 \(tool\): a second"),
         (
-            {"messages": [{"role": "assistant", "content": "x"}], "answer": 1},
-            "the last message must be the user's",
+            talk("user", "assistant", "system", "assistant"),
+            r"message 3 \(system\): expected",
         ),
+        (talk("user", "robot", "assistant"), "message 2: each message must be.*tool"),
+        ({**talk("user", "assistant"), "answer": ""}, "answer must be"),
+        ({**talk("user", "assistant"), "privileged": 0}, "privileged must be true or false"),
+        ({**talk("user", "assistant"), "privileged": True}, "privileged needs reference_solution"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: object, expected: str) -> None:
