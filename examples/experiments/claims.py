@@ -5,6 +5,9 @@
     python -m examples.experiments.claims report   # tables and figures (claims_report.py)
     python -m examples.experiments.claims time     # seconds a step of each arm, as ratios to GRPO's
 
+    python -m examples.experiments.claims warm --tasks modular_chain_marked
+    python -m examples.experiments.claims train --tasks modular_chain_marked --arms grpo sdpo
+
 Seed s starts from warm start s mod 2 and has its own questions and samples; within a seed all arms
 start from the same weights and see the same questions, so that differences are paired. What was
 found is in docs/results.md.
@@ -186,7 +189,7 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", default=[], help="key=value for every run")
     args = parser.parse_args()
     if args.command == "report":
-        claims_report.write(ROOT, args.tasks, args.seeds)
+        claims_report.write(ROOT, list(TASKS), args.seeds)
         return
     if args.command == "time":
         for task in args.tasks:

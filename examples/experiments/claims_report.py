@@ -137,7 +137,7 @@ def write(root: Path, tasks: list[str], seeds: list[int]) -> None:
         for task, arms in results.items()
     }
     (out / "claims.json").write_text(json.dumps(raw) + "\n")
-    text = "\n".join(table(results[task], task) for task in tasks if results[task])
+    text = "\n".join(table(results[task], task) for task in results)
     text += comparisons(results)
     (out / "claims.md").write_text(text)
     print(text)
@@ -250,9 +250,10 @@ def figure(
     file: str,
 ) -> None:
     """One panel a task: mean over seeds with its 95% band, smoothed over SMOOTHING steps."""
-    drawing = Figure(figsize=(5 * len(results), 3.4))
-    axes = drawing.subplots(1, len(results), squeeze=False)
-    for axis, (task, arms) in zip(axes[0], results.items(), strict=True):
+    drawn = {task: arms for task, arms in results.items() if any(map(wanted, arms))}
+    drawing = Figure(figsize=(5 * len(drawn), 3.4))
+    axes = drawing.subplots(1, len(drawn), squeeze=False)
+    for axis, (task, arms) in zip(axes[0], drawn.items(), strict=True):
         for arm, by_seed in arms.items():
             curves = [_smooth(r.curves[name]) for r in by_seed.values() if name in r.curves]
             if not wanted(arm) or arm.endswith(SHORTER) or not curves:
