@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forked from a server that has imported this, and nothing else, once for all tests.
+multiprocessing.set_forkserver_preload(["megatron_rlsd.sft", "megatron_rlsd.train"])
+
 
 def run_on_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, seconds: float, worlds: int = 1
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    seconds: float,
+    worlds: int = 1,
+    start_method: Literal["forkserver", "spawn"] = "forkserver",
 ) -> None:
     """Call ``function(*args)`` on every rank with torchrun's variables set; raise if one fails.
 
-    The processes are fresh (spawned), so the function must be importable; it returns results by
-    writing files. It may start ``worlds`` process groups one after the other, with a call of
+    The processes are fresh, so the function must be importable; it returns results by writing
+    files. With "spawn" they have imported nothing before it. It may start ``worlds`` process groups one after the other, with a call of
     ``next_world`` in between. After ``seconds`` all ranks are killed and TimeoutError names those
     that still ran.
     """
@@ -28,10 +37,10 @@ def run_on_ranks(
     ]
     context = mp.start_processes(
         _rank_main,
-        args=(world_size, [store.port for store in stores], function, args),
+        args=(world_size, [store.port for store in stores], dict(os.environ), function, args),
         nprocs=world_size,
         join=False,
-        start_method="spawn",
+        start_method=start_method,
     )
     deadline = time.monotonic() + seconds
     try:
@@ -52,10 +61,14 @@ def _rank_main(
     rank: int,
     world_size: int,
     ports: list[int],
+    environment: dict[str, str],
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    # The server's may be that of an earlier test.
+    os.environ.clear()
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

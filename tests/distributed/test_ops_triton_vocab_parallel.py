@@ -19,7 +19,8 @@ V_LOCAL = {2: 28, 3: 24}
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_published_cases_hold_over_ranks(ranks):
     pytest.importorskip("triton")
-    run_on_ranks(_check_ranks, ranks, seconds=300)
+    # Triton asks whether it is to interpret when it is imported.
+    run_on_ranks(_check_ranks, ranks, seconds=300, start_method="spawn")
 
 
 def _check_ranks() -> None:
