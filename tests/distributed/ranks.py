@@ -27,9 +27,9 @@ def run_on_ranks(
     """Call ``function(*args)`` on every rank with torchrun's variables set; raise if one fails.
 
     The processes are fresh, so the function must be importable; it returns results by writing
-    files. With "spawn" they have imported nothing before it. It may start ``worlds`` process groups one after the other, with a call of
-    ``next_world`` in between. After ``seconds`` all ranks are killed and TimeoutError names those
-    that still ran.
+    files. With "spawn" they have imported nothing before it. It may start ``worlds`` process groups
+    one after the other, with a call of ``next_world`` in between. After ``seconds`` all ranks are
+    killed and TimeoutError names those that still ran.
     """
     # As torchrun does it: the parent keeps the stores, so no rank has to find a free port.
     stores = [

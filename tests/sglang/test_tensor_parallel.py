@@ -110,10 +110,11 @@ def colocated(
     raw["distributed"] = {"timeout_seconds": 600}
     config = parse_config(raw)
     events: list[str] = []
-    asked = SGLangClient.call
+    asked, urls = SGLangClient.call, set[str]()
 
     async def noted(self: SGLangClient, method: str, path: str, body: Any = None, **limit: Any):
-        if path in CALLS:
+        # Servers of other tests are still there, and are looked at now and then.
+        if path in CALLS and self.url in urls:
             tags = (body or {}).get("tags", [])
             events.append(" ".join([CALLS[path], *tags]))
         return await asked(self, method, path, body, **limit)
@@ -121,7 +122,9 @@ def colocated(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SGLangClient, "call", noted)
         with assemble(config, total_updates=STEPS, total_steps=STEPS) as run:
-            yield Colocated(run, folder / "model", events)
+            colocated = Colocated(run, folder / "model", events)
+            urls.update(server.url for server in colocated.engine.fleet.servers)
+            yield colocated
 
 
 def test_a_colocated_server_sleeps_while_the_trainer_trains(colocated: Colocated) -> None:
