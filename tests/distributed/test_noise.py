@@ -88,7 +88,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def measure(cases: list[dict[str, Any]], world: int, out: Path) -> list[list[dict[str, float]]]:
-    run_on_ranks(run_cases, world, cases, str(out), seconds=120, worlds=len(cases) + 1)
+    run_on_ranks(
+        *(run_cases, world, cases, str(out)),
+        seconds=120,
+        worlds=len(cases) + 1,
+        start_method="spawn",  # so that ranks print where this test looks
+    )
     results = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
     assert all(result == results[0] for result in results), "ranks disagree"
     return results[0]
