@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forked from a server that has imported this, and nothing else, once for all tests.
+StartMethod = Literal["forkserver", "spawn"]
+# Ranks are forked from a server that has imported this, and nothing else, once for all tests. With
+# GPUs they are not: Transformer Engine may start CUDA when imported, which bears no fork.
 multiprocessing.set_forkserver_preload(["megatron_rlsd.sft", "megatron_rlsd.train"])
+DEFAULT: StartMethod = "spawn" if torch.cuda.is_available() else "forkserver"
 
 
 def run_on_ranks(
@@ -22,7 +25,7 @@ def run_on_ranks(
     *args: Any,
     seconds: float,
     worlds: int = 1,
-    start_method: Literal["forkserver", "spawn"] = "forkserver",
+    start_method: StartMethod = DEFAULT,
 ) -> None:
     """Call ``function(*args)`` on every rank with torchrun's variables set; raise if one fails.
 
