@@ -13,7 +13,12 @@ import sys
 from pathlib import Path
 
 from megatron_rlsd.config import Config, ConfigError, load_config
-from megatron_rlsd.hf_bridge import HFBridgeError, family_for, load_hf_config
+from megatron_rlsd.hf_bridge import (
+    HFBridgeError,
+    HFCheckpointError,
+    family_for,
+    load_hf_config,
+)
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
 from megatron_rlsd.planning.memory import GIB
 from megatron_rlsd.planning.plan import Machine, Plan, make_plan, remedies
@@ -60,6 +65,11 @@ def main(argv: list[str]) -> int:
         hf_config = load_hf_config(config.model.hf_path)
         model = model_shape(family_for(hf_config), hf_config)
         rates = Rates().with_given(args.rate)
+    except HFCheckpointError as error:
+        print(
+            f"error: {error}; a plan reads the config.json in it, and no weights", file=sys.stderr
+        )
+        return 2
     except (ConfigError, HFBridgeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

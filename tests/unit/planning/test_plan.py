@@ -265,6 +265,14 @@ def test_the_tool_refuses_what_cannot_fit(folder: Path) -> None:
     assert "parallel.tensr: unknown key" in done.stderr
 
 
+def test_the_tool_says_what_of_the_model_it_needs(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    done = run_tool(folder)
+    assert done.returncode == 2
+    assert f"{folder / 'config.json'} is missing" in done.stderr
+    assert "a plan reads the config.json in it, and no weights" in done.stderr
+
+
 def with_fp8(config: Config, **precision: Any) -> Config:
     raw = config.model_dump(mode="json")
     raw["model"]["precision"] = {"fp8": "current", **precision}
