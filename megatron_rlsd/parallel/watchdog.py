@@ -55,7 +55,8 @@ class Watchdog:
         self._stall_seconds = stall_seconds
         self._beat = Beat()
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._left = threading.Event()
+        self._closed = threading.Event()
         self._deadline: float | None = None
         self._main = threading.main_thread().ident or 0
         self._heard: dict[int, tuple[Beat, float]] = {}
@@ -74,21 +75,20 @@ class Watchdog:
         )
         self._tell()
         dist.barrier(control)
-        self._threads = [
-            threading.Thread(target=target, name="watchdog", daemon=True)
-            for target in (self._watch, self._judge)
-        ]
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._judge_thread = threading.Thread(target=self._judge, name="judge", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self._world > 1:
             self._answered = time.monotonic()
-            for thread in self._threads:
-                thread.start()
+            self._watcher.start()
+            self._judge_thread.start()
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *trace: object) -> None:
         if self._world == 1:
             return
+        self._left.set()
         if error is None:
             self._beat.ended = "finished"
         else:
@@ -98,8 +98,11 @@ class Watchdog:
             self._deadline = time.monotonic() + TEARDOWN_SECONDS
         with suppress(RuntimeError):  # the store may be gone already
             self._tell()
+        # The end of the interpreter aborts the process (SIGABRT in place of the exit code) if it
+        # meets a thread in the store's C++ code.
+        self._watcher.join(TEARDOWN_SECONDS)
         if error is None:
-            self._stop.set()
+            self._closed.set()
         elif call is not None:
             report, lost = self.report(error)
             print(report, file=sys.stderr, flush=True)
@@ -148,7 +151,7 @@ class Watchdog:
 
     def _judge(self) -> None:
         """Needs no store, which may not answer: a stopped rank 0 keeps its connections open."""
-        while not self._stop.wait(BEAT_SECONDS):
+        while not self._closed.wait(BEAT_SECONDS):
             now = time.monotonic()
             if self._deadline is not None:
                 if not dist.is_initialized():
@@ -165,12 +168,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         watched = [rank for rank in range(self._world) if (rank == 0) != (self._rank == 0)]
-        while not self._stop.wait(BEAT_SECONDS):
+        while not self._left.wait(BEAT_SECONDS):
             try:
                 self._look_at_main_thread()
                 self._tell()
-                if self._deadline is not None:
-                    continue
+                if self._left.is_set():
+                    return
                 if self._store.check(["verdict"]):
                     self._end_process(self._store.get("verdict").decode())
                 self._listen(watched)
