@@ -59,6 +59,8 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(device, dtype), "rows": [], "skipped": {}}
     runs = prepare(device, dtype, args.only, results["skipped"])
     largest = max(shapes)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = args.out / (args.name or f"fused_head_{device.type}")
     for shape in shapes:
         for shard in args.shards:
             for active in args.active:
@@ -68,10 +70,9 @@ def main() -> None:
                     case = {"N": N, "D": D, "V": V // shard, "shard": shard, "active": active}
                     print(f"# {case}", flush=True)
                     results["rows"] += measure(case, runs, device, dtype, args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = args.out / (args.name or f"fused_head_{device.type}")
-    results["machine"]["load_after"] = os.getloadavg()
-    name.with_suffix(".json").write_text(json.dumps(results, indent=1))
+                    # After every case, so that a run cut short leaves what it had.
+                    results["machine"]["load_after"] = os.getloadavg()
+                    name.with_suffix(".json").write_text(json.dumps(results, indent=1))
     text = markdown(results)
     name.with_suffix(".md").write_text(text)
     print(text)

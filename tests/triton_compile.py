@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -19,6 +23,7 @@ from megatron_rlsd.ops import triton_launch
 from megatron_rlsd.ops.triton_kernels import exp_to_gradient_kernel, product_kernel
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+CUOBJDUMP = str(Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump")
 MANY = 4096
 """Rows, of the size class of long chunks."""
 CASES = [
@@ -52,6 +57,7 @@ def compile_kernel(
     ptx = compiled.asm["ptx"]
     return {
         "shared_bytes": compiled.metadata.shared,
+        **registers_and_stack(compiled.asm["cubin"]),
         "warpgroup_products": len(re.findall(r"wgmma\.mma_async", ptx)),
         "warp_products": len(re.findall(r"mma\.sync", ptx)),
         "bulk_copies": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
@@ -59,6 +65,18 @@ def compile_kernel(
         "narrow_accesses": len(re.findall(r"(?:ld|st)\.global[\w.:]*\.b16", ptx)),
         "wide_accesses": len(re.findall(r"(?:ld|st)\.global[\w.:]*v4\.b32", ptx)),
     }
+
+
+def registers_and_stack(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of stack: registers that the compiler had to spill."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+).*?STACK:(\d+)", usage).groups()
+    return {"registers": int(registers), "stack_bytes": int(stack)}
 
 
 def compile_products(
@@ -77,7 +95,7 @@ def compile_products(
 
         types = {
             "hidden": matrix(c, d),
-            "weight": matrix(v, d),
+            "weight": matrix(sizes["TILE_V"], d),
             "exp_out": matrix(c, v) if keeps_exp else None,
             "target_ids": "*i32",
             "partials": "*fp32",

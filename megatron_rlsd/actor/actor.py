@@ -127,7 +127,9 @@ class Actor:
         kind = layer_kind(config.model.precision, groups.device)
         self._config = transformer_config(config.model, config.parallel, family, hf_config, kind)
         start_userbuffers(config, shape, kind, groups)
-        self.chunks: list[HeadGPTModel] = build_model(self._config, family, hf_config, groups, kind)
+        self.chunks: list[HeadGPTModel] = build_model(
+            self._config, family, hf_config, groups, kind, trains=total_updates is not None
+        )
         if config.algorithm.routing_replay == "rollout":
             for chunk in self.chunks:
                 chunk.routing = RoutingReplay(chunk, self._config, groups.tp)

@@ -161,6 +161,7 @@ def _engine_layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleS
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
+        use_te_activation_func=config.use_te_activation_func,
     )
 
 

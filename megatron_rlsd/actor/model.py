@@ -132,14 +132,41 @@ def transformer_config(
         # interleaved stages; over NCCL those are overlapped, and others batched, as usual.
         batch_p2p_comm=torch.cuda.is_available() and not interleaved,
         overlap_p2p_comm=torch.cuda.is_available() and interleaved,
-        # The fused variants are CUDA kernels of apex or Transformer Engine.
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        **fusion_fields(kind, latent=latent, has_experts=bool(fields.get("num_moe_experts"))),
     )
+
+
+def fusion_fields(kind: LayerKind, *, latent: bool, has_experts: bool) -> dict[str, Any]:
+    """Which of Megatron's fused variants run; all of them are CUDA kernels of Transformer Engine.
+
+    Unfused, Megatron rotates the sequences of a pack one by one, in about ten kernels each, and
+    SwiGLU keeps two more activations. Latent attention's rotation has a fused form for YaRN alone.
+    """
+    engine = kind == "transformer_engine"
+    return {
+        # Weight gradients: see ``add_weight_gradients_in_place``.
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": engine and not latent,
+        "use_te_activation_func": engine and not has_experts,
+        "bias_activation_fusion": engine and has_experts,
+        "moe_grouped_gemm": engine and has_experts,
+        "moe_permute_fusion": engine and has_experts,
+        "moe_router_fusion": engine and has_experts,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def add_weight_gradients_in_place(chunk: HeadGPTModel) -> None:
+    """Let Transformer Engine's layers add weight gradients to Megatron's float32 ones themselves.
+
+    It is what ``gradient_accumulation_fusion`` does, which Megatron admits only where apex is
+    installed, for the sake of an output layer that never runs here: the head takes its weight.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _leave_unset(weight: Tensor) -> Tensor:
@@ -152,8 +179,13 @@ def build_model(
     hf_config: dict[str, Any],
     groups: ParallelGroups,
     kind: LayerKind = "local",
+    *,
+    trains: bool = False,
 ) -> list[HeadGPTModel]:
-    """This rank's model chunks (one, unless pipeline stages are interleaved), weights unset."""
+    """This rank's model chunks (one, unless pipeline stages are interleaved), weights unset.
+
+    ``trains``: Megatron's data-parallel wrapper will give the parameters float32 gradients.
+    """
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     chunks = []
     for number in range(num_chunks):
@@ -168,6 +200,8 @@ def build_model(
             **family.model_fields(hf_config)
             | {"vocab_size": padded_vocab_size(hf_config["vocab_size"], config)},
         )
+        if kind == "transformer_engine" and trains:
+            add_weight_gradients_in_place(chunk)
         chunks.append(chunk.to(groups.device))
     return chunks
 

@@ -84,11 +84,10 @@ def precision_fields(
     """Fields of Megatron's TransformerConfig."""
     if kind == "local":
         return {}
-    fields: dict[str, Any] = {"moe_grouped_gemm": has_experts}
     if precision.fp8 == "none":
-        return fields
+        return {}
     kept = precision.first_layers_bf16 + precision.last_layers_bf16
-    return fields | {
+    return {
         "fp8": precision.fp8_format,
         "fp8_recipe": "tensorwise" if precision.fp8 == "current" else precision.fp8,
         "fp8_amax_history_len": precision.fp8_amax_history,

@@ -274,7 +274,8 @@ def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tens
     # On the CPU the factor is known without waiting; 1, the common case, then costs no copy.
     if gradient.device.type == "cpu" and factor.item() == 1:
         return gradient.to(dtype)
-    return (gradient * factor).to(dtype)
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor, out=scaled)  # without a temporary in the wider dtype
 
 
 def head_inputs(

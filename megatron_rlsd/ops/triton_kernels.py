@@ -42,6 +42,7 @@ def product_kernel(
     softcap,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    TILE_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_C: tl.constexpr,
     PROGRAMS_PER_SM: tl.constexpr,  # read by the launch grid alone
@@ -52,14 +53,15 @@ def product_kernel(
 ):
     """z = softcap tanh(hidden weight^T / softcap) scale, and its softmax sums by vocabulary block.
 
-    A persistent grid: each program takes every num_programs-th tile of the [C, V] logits. Tiles
-    run down GROUP_C row blocks before they move to the next vocabulary block, so that the tiles in
-    work at one time share both their rows and their vocabulary rows in the L2 cache.
+    A persistent grid: each program takes every num_programs-th tile [BLOCK_C, TILE_V] of the [C, V]
+    logits, TILE_V being one vocabulary block or two. Tiles run down GROUP_C row blocks before they
+    move to the next vocabulary tile, so that the tiles in work at one time share both their rows
+    and their vocabulary rows in the L2 cache.
 
     Args:
         hidden: [C, D], weight: [V, D], exp_out: [C, V] in rows of exp_stride, or None where E is
             not wanted. All of one float dtype. With DESCRIPTORS tensor descriptors of blocks
-            [BLOCK_C, BLOCK_D], [BLOCK_V, BLOCK_D] and [BLOCK_C, BLOCK_V], else pointers.
+            [BLOCK_C, BLOCK_D], [TILE_V, BLOCK_D] and [BLOCK_C, BLOCK_V], else pointers.
         target_ids: [C] int32 counted from this rank's first row; -1 where another rank holds it.
         partials: [B, K, C] float32, of each block what ``collectives.merge_partials`` takes: m_b,
             sum exp(z - m_b), the target's logit (0 in other blocks) and with entropy (K = 4)
@@ -69,24 +71,24 @@ def product_kernel(
         softcap: None: no cap.
     """
     row_blocks = tl.cdiv(C, BLOCK_C)
-    vocab_blocks = tl.cdiv(V, BLOCK_V)
-    tiles = row_blocks * vocab_blocks
+    vocab_tiles = tl.cdiv(V, TILE_V)
+    tiles = row_blocks * vocab_tiles
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTORS):
-        first_row_block = tile // (GROUP_C * vocab_blocks) * GROUP_C
+        first_row_block = tile // (GROUP_C * vocab_tiles) * GROUP_C
         group_rows = tl.minimum(row_blocks - first_row_block, GROUP_C)
-        tile_in_group = tile - first_row_block * vocab_blocks
+        tile_in_group = tile - first_row_block * vocab_tiles
         row_block = first_row_block + tile_in_group % group_rows
-        vocab_block = tile_in_group // group_rows
+        vocab_tile = tile_in_group // group_rows
         rows = row_block * BLOCK_C + tl.arange(0, BLOCK_C)
-        ids = vocab_block * BLOCK_V + tl.arange(0, BLOCK_V)
 
-        z = tl.zeros((BLOCK_C, BLOCK_V), dtype=tl.float32)
+        z = tl.zeros((BLOCK_C, TILE_V), dtype=tl.float32)
         for d in tl.range(0, D, BLOCK_D):
             if DESCRIPTORS:
                 hidden_tile = hidden.load([row_block * BLOCK_C, d])
-                weight_tile = weight.load([vocab_block * BLOCK_V, d])
+                weight_tile = weight.load([vocab_tile * TILE_V, d])
             else:
                 # Rows beyond the end are read as the last one, and left out below.
+                ids = vocab_tile * TILE_V + tl.arange(0, TILE_V)
                 h_rows = tl.minimum(rows, C - 1).to(tl.int64)[:, None] * hidden_stride
                 w_rows = tl.minimum(ids, V - 1).to(tl.int64)[:, None] * weight_stride
                 columns = d + tl.arange(0, BLOCK_D)[None, :]
@@ -97,31 +99,75 @@ def product_kernel(
                 hidden_tile, weight_tile = hidden_tile.to(tl.float32), weight_tile.to(tl.float32)
             z = tl.dot(hidden_tile, weight_tile.T, z, input_precision=INPUT_PRECISION)
 
-        if softcap is not None:
-            z = softcap * _tanh(z / softcap)
-        z = tl.where(ids[None, :] < V, z * scale, -float("inf"))
-        m = tl.maximum(tl.max(z, axis=1), NO_LOGIT)
-        shifted = z - m[:, None]
-        exp = tl.exp(shifted)
-        row_inside = rows < C
-        target = tl.load(target_ids + rows, mask=row_inside, other=-1)
-        target_logit = tl.sum(tl.where(ids[None, :] == target[:, None], z, 0.0), axis=1)
-        sums = partials + vocab_block.to(tl.int64) * (4 if WITH_ENTROPY else 3) * C + rows
-        tl.store(sums, m, mask=row_inside)
-        tl.store(sums + C, tl.sum(exp, axis=1), mask=row_inside)
-        tl.store(sums + 2 * C, target_logit, mask=row_inside)
-        if WITH_ENTROPY:
-            # A logit of -inf adds nothing; as a product it would be 0 * -inf.
-            moment = tl.sum(tl.where(exp > 0, exp * shifted, 0.0), axis=1)
-            tl.store(sums + 3 * C, moment, mask=row_inside)
-        if exp_out is not None:
-            if DESCRIPTORS:
-                exp_out.store([row_block * BLOCK_C, vocab_block * BLOCK_V], exp.to(exp_out.dtype))
-            else:
-                at = rows.to(tl.int64)[:, None] * exp_stride + ids[None, :]
-                # The row's padding is written too: a multiple of 16 lets the stores be wide.
-                inside = row_inside[:, None] & (ids[None, :] < exp_stride)
-                tl.store(exp_out + at, exp.to(exp_out.dtype.element_ty), mask=inside)
+        if TILE_V == BLOCK_V:
+            _leave_sums(
+                z, exp_out, target_ids, partials, C, V, exp_stride, scale, softcap,
+                row_block, vocab_tile, BLOCK_C, BLOCK_V, DESCRIPTORS, WITH_ENTROPY,
+            )  # fmt: skip
+        else:
+            # Half of the accumulator at a time, whose other half waits in registers.
+            tl.static_assert(TILE_V == 2 * BLOCK_V)
+            halves = tl.permute(tl.reshape(z, (BLOCK_C, 2, BLOCK_V)), (0, 2, 1))
+            first, second = tl.split(halves)
+            _leave_sums(
+                first, exp_out, target_ids, partials, C, V, exp_stride, scale, softcap,
+                row_block, 2 * vocab_tile, BLOCK_C, BLOCK_V, DESCRIPTORS, WITH_ENTROPY,
+            )  # fmt: skip
+            _leave_sums(
+                second, exp_out, target_ids, partials, C, V, exp_stride, scale, softcap,
+                row_block, 2 * vocab_tile + 1, BLOCK_C, BLOCK_V, DESCRIPTORS, WITH_ENTROPY,
+            )  # fmt: skip
+
+
+@triton.jit
+def _leave_sums(
+    z,
+    exp_out,
+    target_ids,
+    partials,
+    C,
+    V,
+    exp_stride,
+    scale,
+    softcap,
+    row_block,
+    vocab_block,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+):
+    """Products h . w [BLOCK_C, BLOCK_V] of one vocabulary block -> its partials and its part of E.
+
+    A vocabulary block from V on leaves nothing.
+    """
+    rows = row_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    ids = vocab_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    if softcap is not None:
+        z = softcap * _tanh(z / softcap)
+    z = tl.where(ids[None, :] < V, z * scale, -float("inf"))
+    m = tl.maximum(tl.max(z, axis=1), NO_LOGIT)
+    shifted = z - m[:, None]
+    exp = tl.exp(shifted)
+    row_inside = rows < tl.where(vocab_block * BLOCK_V < V, C, 0)
+    target = tl.load(target_ids + rows, mask=row_inside, other=-1)
+    target_logit = tl.sum(tl.where(ids[None, :] == target[:, None], z, 0.0), axis=1)
+    sums = partials + vocab_block.to(tl.int64) * (4 if WITH_ENTROPY else 3) * C + rows
+    tl.store(sums, m, mask=row_inside)
+    tl.store(sums + C, tl.sum(exp, axis=1), mask=row_inside)
+    tl.store(sums + 2 * C, target_logit, mask=row_inside)
+    if WITH_ENTROPY:
+        # A logit of -inf adds nothing; as a product it would be 0 * -inf.
+        moment = tl.sum(tl.where(exp > 0, exp * shifted, 0.0), axis=1)
+        tl.store(sums + 3 * C, moment, mask=row_inside)
+    if exp_out is not None:
+        if DESCRIPTORS:
+            exp_out.store([row_block * BLOCK_C, vocab_block * BLOCK_V], exp.to(exp_out.dtype))
+        else:
+            at = rows.to(tl.int64)[:, None] * exp_stride + ids[None, :]
+            # The row's padding is written too: a multiple of 16 lets the stores be wide.
+            inside = row_inside[:, None] & (ids[None, :] < exp_stride)
+            tl.store(exp_out + at, exp.to(exp_out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

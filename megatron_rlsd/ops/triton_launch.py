@@ -69,7 +69,7 @@ def launch_product(
     programs = _processors(hidden_CD.device)
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
-        tiles = triton.cdiv(C, meta["BLOCK_C"]) * vocab_blocks(V)
+        tiles = triton.cdiv(C, meta["BLOCK_C"]) * triton.cdiv(V, meta["TILE_V"])
         return (min(tiles, programs * meta["PROGRAMS_PER_SM"]),)
 
     with torch.cuda.device_of(hidden_CD):
@@ -163,35 +163,46 @@ def candidates(
 ) -> list[triton.Config]:
     """Tile sizes worth timing. Shared memory: 227 KiB a block on 9.0, 163 on 8.0, 99 on 8.6, 8.9.
 
-    A stage takes (BLOCK_C + BLOCK_V) * BLOCK_D numbers; E's tile takes BLOCK_C * BLOCK_V more.
+    A stage takes (BLOCK_C + TILE_V) * BLOCK_D numbers; E's tile takes BLOCK_C * BLOCK_V more. Two
+    vocabulary blocks a tile let Hopper's products be 256 wide, which halves what they read of
+    shared memory, and their accumulators leave registers for no spill.
     """
-    # BLOCK_C, BLOCK_D, num_warps, num_stages, PROGRAMS_PER_SM
+    # BLOCK_C, vocabulary blocks a tile, BLOCK_D, num_warps, num_stages, PROGRAMS_PER_SM, and the
+    # rows of a group: about as many as the vocabulary rows in work beside them.
     if INTERPRETED:
-        sizes = [(16, 16, 1, 1, 1)]
+        sizes = [(16, 2 if size_class <= 64 else 1, 16, 1, 1, 1, 32)]
     elif dtype == torch.float32:
-        sizes = [(64, 16, 8, 3, 4), (64, 32, 8, 2, 4)]
+        sizes = [(64, 1, 16, 8, 3, 4, 2048), (64, 1, 32, 8, 2, 4, 2048)]
     elif size_class <= 64:
-        sizes = [(64, 64, 4, 4, 2), (64, 64, 4, 3, 2)]
+        sizes = [(64, 1, 64, 4, 4, 2, 2048), (64, 1, 64, 4, 3, 2, 2048)]
     elif descriptors:
-        sizes = [(128, 64, 8, 4, 1), (256, 64, 8, 4 if sums_only else 3, 1), (128, 64, 4, 3, 2)]
+        sizes = [
+            (128, 2, 64, 8, 4, 1, 2048),
+            (128, 2, 64, 8, 3, 1, 1024),
+            (256, 1, 64, 8, 4 if sums_only else 3, 1, 2048),
+        ]
     elif capability >= HOPPER:
-        sizes = [(128, 64, 8, 3, 2), (256, 64, 8, 3, 1)]
+        sizes = [(128, 1, 64, 8, 3, 2, 2048), (256, 1, 64, 8, 3, 1, 2048)]
     else:
-        sizes = [(128, 32, 8, 4, 2), (128, 64, 8, 3, 1), (128, 32, 8, 3, 2)]
+        sizes = [
+            (128, 1, 32, 8, 4, 2, 2048),
+            (128, 1, 64, 8, 3, 1, 2048),
+            (128, 1, 32, 8, 3, 2, 2048),
+        ]
     return [
         triton.Config(
             {
                 "BLOCK_C": block_c,
+                "TILE_V": blocks * VOCAB_BLOCK,
                 "BLOCK_D": block_d,
-                # About 2,000 rows a group: as many as the vocabulary rows in work beside them.
-                "GROUP_C": 2 if INTERPRETED else 2048 // block_c,
+                "GROUP_C": group_rows // block_c,
                 "PROGRAMS_PER_SM": programs,
             },
             num_warps=warps,
             num_stages=stages,
             pre_hook=_set_block_shapes if descriptors else None,
         )
-        for block_c, block_d, warps, stages, programs in sizes
+        for block_c, blocks, block_d, warps, stages, programs, group_rows in sizes
     ]
 
 
@@ -199,7 +210,7 @@ def _set_block_shapes(arguments: dict[str, Any]) -> None:
     """Descriptors carry the tile size, which is only known once a candidate is chosen."""
     block_c, block_d = arguments["BLOCK_C"], arguments["BLOCK_D"]
     arguments["hidden"].block_shape = [block_c, block_d]
-    arguments["weight"].block_shape = [arguments["BLOCK_V"], block_d]
+    arguments["weight"].block_shape = [arguments["TILE_V"], block_d]
     if arguments["exp_out"] is not None:
         arguments["exp_out"].block_shape = [block_c, arguments["BLOCK_V"]]
 

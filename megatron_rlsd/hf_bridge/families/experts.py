@@ -14,9 +14,6 @@ FIXED = {
     # The reward is the only objective; a balancing loss would pull the policy elsewhere.
     "moe_router_load_balancing_type": "none",
     "moe_aux_loss_coeff": 0.0,
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_router_fusion": False,
 }
 
 TRAINING_ONLY_KEYS = frozenset({"output_router_logits", "router_aux_loss_coef"})

@@ -143,7 +143,11 @@ def everything(model: str, out: str) -> None:
         plain_masters = masters(actor)
     teach_megatron()
     build: Any = actor_module.build_model
-    actor_module.build_model = lambda *args: quantize_layers(build(*args), 1)  # type: ignore
+
+    def build_quantized(*args: Any, **settings: Any) -> Any:
+        return quantize_layers(build(*args, **settings), 1)
+
+    actor_module.build_model = build_quantized
     next_world()
     folder = Path(out) / "checkpoints" / "step_00000001"
     with actor_of(config, 4, seconds=60, seed=1) as actor:
