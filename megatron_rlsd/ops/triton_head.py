@@ -214,11 +214,12 @@ class _Chunk:
             scale=scale,
             softcap=self.inputs.softcap,
         )
-        if d_hidden_CD is not None and gain_1 is None and d_hidden_CD.dtype == self.dtype:
-            torch.mm(d_logits_CV, self.weight_VD, out=d_hidden_CD)
-        elif d_hidden_CD is not None:
-            product_CD = _float32_product(d_logits_CV, self.weight_VD)
-            d_hidden_CD.copy_(product_CD if gain_1 is None else product_CD.div_(gain_1))
+        if d_hidden_CD is not None:
+            if gain_1 is None and d_hidden_CD.is_cuda and d_hidden_CD.dtype == self.dtype:
+                torch.mm(d_logits_CV, self.weight_VD, out=d_hidden_CD)
+            else:
+                product_CD = _float32_product(d_logits_CV, self.weight_VD)
+                d_hidden_CD.copy_(product_CD if gain_1 is None else product_CD.div_(gain_1))
         if d_weight_VD is not None and gain_1 is None:
             _add_product(d_weight_VD, d_logits_CV.T, self._hidden_CD)
         elif d_weight_VD is not None and gain_1 is not None:
