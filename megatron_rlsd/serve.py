@@ -23,12 +23,12 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_rlsd.config import Config, ConfigError, SGLangConfig, load_config
-from megatron_rlsd.lifecycle import EXIT_USER_ERROR
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import recording
 from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.rollout.sglang.process import free_port, on_cpu
 from megatron_rlsd.rollout.sglang.server import State
+from megatron_rlsd.runtime.lifecycle import EXIT_USER_ERROR
 
 POLL_SECONDS = 0.5
 WILDCARDS = ("0.0.0.0", "::")

@@ -19,7 +19,7 @@ from megatron_rlsd.run import assemble, main
 def train(config: Config) -> None:
     """Run ``train.steps`` steps; see megatron_rlsd/config for every setting."""
     steps = config.train.steps
-    with assemble(config, total_updates=total_updates(config), total_steps=steps) as run:
+    with assemble(config, total_updates=config.total_updates, total_steps=steps) as run:
         learner = Learner(config, run.actor)
         start = run.continuity.resume(run.actor, learner.snapshots(), run.rollouts)
         run.publish_weights(version=start)
@@ -65,13 +65,6 @@ def train(config: Config) -> None:
                 run.evaluate(steps)
             run.export_hf("final")
         run.log.summary()
-
-
-def total_updates(config: Config) -> int:
-    """Optimizer steps of the whole run, over which the learning rate is scheduled."""
-    trajectories = config.rollout.prompts_per_step * config.rollout.n_samples_per_prompt
-    updates = trajectories // (config.train.global_batch_size or trajectories)
-    return config.train.steps * updates * config.train.epochs_per_rollout
 
 
 if __name__ == "__main__":

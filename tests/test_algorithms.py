@@ -22,8 +22,8 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.data import load_tokenizer
 from megatron_rlsd.experience import ExperienceError
 from megatron_rlsd.observability import read_metrics
-from megatron_rlsd.recording import read_step
-from megatron_rlsd.replay import choose_base, replay
+from megatron_rlsd.recovery.recording import read_step
+from megatron_rlsd.recovery.replay import choose_base, replay
 from megatron_rlsd.types import TrainBatch
 from tests.algorithm_runs import NAMES, small_config
 from tests.models import save_random_model

@@ -16,8 +16,8 @@ from megatron_rlsd import sft, train
 from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.data import DataError, load_tokenizer
 from megatron_rlsd.observability import read_metrics
-from megatron_rlsd.recording import read_step
-from megatron_rlsd.replay import replay
+from megatron_rlsd.recovery.recording import read_step
+from megatron_rlsd.recovery.replay import replay
 from megatron_rlsd.types import TrainBatch
 from tests.environment_runs import CONFIGS, NAMES, conversations_config, digits_config
 

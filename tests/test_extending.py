@@ -20,7 +20,7 @@ from megatron_rlsd.hf_bridge import FAMILIES, SafetensorsFolder
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.ops import PolicyLossConfig, policy_loss
 from megatron_rlsd.plugins import FILE_MODULE
-from megatron_rlsd.recording import read_step
+from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rewards.registry import REWARDS
 from megatron_rlsd.types import Generation, Group, Problem, RewardInput, RewardResult, Trajectory

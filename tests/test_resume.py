@@ -19,11 +19,11 @@ from megatron_rlsd import rollout_only, sft, train
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.checkpoint.manifest import whole_checkpoints
 from megatron_rlsd.config import Config
-from megatron_rlsd.lifecycle import Preempted
 from megatron_rlsd.observability import read_metrics
-from megatron_rlsd.recording import BadStepsError, read_step
+from megatron_rlsd.recovery.recording import BadStepsError, read_step
 from megatron_rlsd.rewards import RewardError
 from megatron_rlsd.run import assemble
+from megatron_rlsd.runtime.lifecycle import Preempted
 from tools import replay_step
 
 STEPS = 8

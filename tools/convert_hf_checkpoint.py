@@ -36,12 +36,12 @@ from megatron_rlsd.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_rlsd.conversion.compare import compare, open_checkpoint
+from megatron_rlsd.conversion.convert import Progress as ProgressCallback
+from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
+from megatron_rlsd.conversion.describe import check_hashes, describe, hashes
+from megatron_rlsd.conversion.megatron_weights import MegatronWeights
 from megatron_rlsd.hf_bridge import HFBridgeError, Weights, load_hf_config
-from megatron_rlsd.hf_bridge.compare import compare, open_checkpoint
-from megatron_rlsd.hf_bridge.convert import Progress as ProgressCallback
-from megatron_rlsd.hf_bridge.convert import Sizes, to_hf, to_megatron
-from megatron_rlsd.hf_bridge.describe import check_hashes, describe, hashes
-from megatron_rlsd.hf_bridge.megatron_weights import MegatronWeights
 from megatron_rlsd.plugins import PluginError, load_plugins
 
 DTYPES = ("float32", "bfloat16", "float16")

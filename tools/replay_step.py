@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from megatron_rlsd.config import load_config
-from megatron_rlsd.replay import replay
+from megatron_rlsd.recovery.replay import replay
 from megatron_rlsd.run import USER_ERRORS
 
 COMPARED = ("train/loss", "train/grad_norm")

@@ -22,7 +22,7 @@ from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.data import build_sources
 from megatron_rlsd.environments.calculator import Calculator
 from megatron_rlsd.environments.guessing_game import GuessingGame
-from megatron_rlsd.episodes import with_opening
+from megatron_rlsd.experience.episodes import with_opening
 from megatron_rlsd.types import Problem
 
 Player = Generator[str, str, None]

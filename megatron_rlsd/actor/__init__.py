@@ -1,5 +1,5 @@
 """The Megatron-Core actor: model, packing, forward and backward passes, optimizer."""
 
-from megatron_rlsd.platform import enable_megatron
+from megatron_rlsd.runtime.machine import enable_megatron
 
 enable_megatron()

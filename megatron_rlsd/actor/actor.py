@@ -28,12 +28,7 @@ from megatron_rlsd.actor.masters import (
     remake_parameters,
     set_masters,
 )
-from megatron_rlsd.actor.model import (
-    Head,
-    HeadGPTModel,
-    build_model,
-    transformer_config,
-)
+from megatron_rlsd.actor.model import Head, HeadGPTModel, build_model, transformer_config
 from megatron_rlsd.actor.offload import HostOffload
 from megatron_rlsd.actor.optimizer import (
     build_optimizer,
@@ -41,23 +36,14 @@ from megatron_rlsd.actor.optimizer import (
     named_parameters,
     wrap_data_parallel,
 )
-from megatron_rlsd.actor.outcome import (
-    OptimizerStep,
-    UpdateResult,
-    all_finite,
-    reduce_outcome,
-)
-from megatron_rlsd.actor.packing import (
-    MicroBatch,
-    Sequence,
-    build_micro_batch,
-    response_offsets,
-)
+from megatron_rlsd.actor.outcome import OptimizerStep, UpdateResult, all_finite, reduce_outcome
+from megatron_rlsd.actor.packing import MicroBatch, Sequence, build_micro_batch, response_offsets
 from megatron_rlsd.actor.precision import layer_kind
 from megatron_rlsd.actor.routing_replay import RoutingReplay
 from megatron_rlsd.actor.userbuffers import start_userbuffers
 from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import Family, ShardLayout, export_hf_tensors, load_hf_weights
+from megatron_rlsd.hf_bridge.quantized import is_quantized, set_values
 from megatron_rlsd.ops import (
     DivergenceConfig,
     PolicyLossConfig,
@@ -69,7 +55,6 @@ from megatron_rlsd.ops import (
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.parallel.layout import model_shape
-from megatron_rlsd.quantized import is_quantized, set_values
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_rlsd.platform import PlatformError
-from megatron_rlsd.quantized import is_quantized, stored, unrounded
+from megatron_rlsd.hf_bridge.quantized import is_quantized, stored, unrounded
+from megatron_rlsd.runtime.machine import PlatformError
 
 Exact = Mapping[Tensor, Tensor]
 """8-bit parameter -> all of its values before they were rounded, on any device."""

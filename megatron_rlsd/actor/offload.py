@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rlsd.quantized import is_quantized
+from megatron_rlsd.hf_bridge.quantized import is_quantized
 
 
 class HostOffload:

@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlsd.actor.model import HeadGPTModel
 from megatron_rlsd.config import OptimizerConfig
+from megatron_rlsd.hf_bridge.quantized import is_quantized
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.quantized import is_quantized
 
 
 def wrap_data_parallel(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_rlsd.config import PrecisionConfig
-from megatron_rlsd.platform import PlatformError
+from megatron_rlsd.runtime.machine import PlatformError
 
 LayerKind = Literal["local", "transformer_engine"]
 CAPABILITY = {"delayed": (8, 9), "current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}

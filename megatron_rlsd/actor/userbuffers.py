@@ -18,7 +18,7 @@ from megatron_rlsd.actor.precision import LayerKind
 from megatron_rlsd.config import Config, ModelConfig, PrecisionConfig
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape
-from megatron_rlsd.platform import PlatformError
+from megatron_rlsd.runtime.machine import PlatformError
 
 ENGINE_VERSION = (2, 8)
 """The first release whose userbuffers serve 8-bit and bfloat16 layers of one model."""

@@ -1,5 +1,5 @@
 """Checkpoints of the whole training state: saved atomically, loaded at any layout."""
 
-from megatron_rlsd.platform import enable_megatron
+from megatron_rlsd.runtime.machine import enable_megatron
 
 enable_megatron()

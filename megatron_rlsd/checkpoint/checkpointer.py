@@ -33,11 +33,11 @@ from megatron_rlsd.checkpoint.sharding import (
 from megatron_rlsd.checkpoint.start import STATE_NAME, Start, checkpoints_of
 from megatron_rlsd.checkpoint.storage import PendingSave, load_into, start_save
 from megatron_rlsd.config import Config
-from megatron_rlsd.durable import fresh_partial, partial_of, put_in_place, remove
-from megatron_rlsd.hf_bridge.megatron_weights import HF_FILES
+from megatron_rlsd.conversion.megatron_weights import HF_FILES
+from megatron_rlsd.hf_bridge.quantized import is_quantized, values
 from megatron_rlsd.hf_bridge.writer import copy_companions
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.quantized import is_quantized, values
+from megatron_rlsd.runtime.durable import fresh_partial, partial_of, put_in_place, remove
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import megatron_rlsd
-from megatron_rlsd.durable import sync
+from megatron_rlsd.runtime.durable import sync
 
 MANIFEST_NAME = "checkpoint.json"
 FORMAT = 1

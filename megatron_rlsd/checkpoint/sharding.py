@@ -23,8 +23,8 @@ from torch import Tensor
 
 from megatron_rlsd.actor.model import HeadGPTModel
 from megatron_rlsd.checkpoint.optimizer_state import OptimizerShard
+from megatron_rlsd.hf_bridge.quantized import is_quantized, values
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.quantized import is_quantized, values
 
 
 @dataclass(frozen=True)

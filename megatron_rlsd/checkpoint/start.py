@@ -18,8 +18,8 @@ from megatron_rlsd.checkpoint.manifest import (
 )
 from megatron_rlsd.checkpoint.settings import check_model, check_settings
 from megatron_rlsd.config import Config
-from megatron_rlsd.durable import clean_up
 from megatron_rlsd.parallel.exchange import broadcast_bytes
+from megatron_rlsd.runtime.durable import clean_up
 
 STATE_NAME = "state.json"
 Program = Literal["train", "sft", "rollout_only"]

@@ -50,6 +50,13 @@ class Config(Section):
     distributed: DistributedConfig = DistributedConfig()
 
     @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run, over which the learning rate is scheduled."""
+        trajectories = self.rollout.prompts_per_step * self.rollout.n_samples_per_prompt
+        updates = trajectories // (self.train.global_batch_size or trajectories)
+        return self.train.steps * updates * self.train.epochs_per_rollout
+
+    @property
     def pack_multiple(self) -> int:
         """Each micro-batch, context-parallel ranks together, is padded to a multiple of this."""
         return math.lcm(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_rlsd.diagnosis.check import Trouble
-from megatron_rlsd.platform import collectives_backend
+from megatron_rlsd.runtime.machine import collectives_backend
 
 SECONDS = 90.0
 """From the start of the processes to their last answer."""

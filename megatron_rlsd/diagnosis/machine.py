@@ -13,7 +13,7 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.diagnosis.check import Doubt, Trouble
 from megatron_rlsd.parallel.layout import ModelShape
 from megatron_rlsd.parallel.memory import rank_parameters
-from megatron_rlsd.platform import device
+from megatron_rlsd.runtime.machine import device
 
 GIB = 2**30
 SIZE = 512

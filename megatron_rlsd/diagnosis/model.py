@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.conversion.describe import describe
+from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
 from megatron_rlsd.data import Tokenizer, load_tokenizer
 from megatron_rlsd.diagnosis.check import Skip, Trouble
 from megatron_rlsd.hf_bridge import Family, SafetensorsFolder, load_hf_config
-from megatron_rlsd.hf_bridge.describe import describe
-from megatron_rlsd.hf_bridge.tokenizer_fit import check_token_ids
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
 from megatron_rlsd.parallel.memory import rank_parameters

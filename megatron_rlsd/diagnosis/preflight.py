@@ -16,9 +16,9 @@ from pathlib import Path
 
 from megatron_rlsd.config import Config, ConfigError, load_config
 from megatron_rlsd.hf_bridge import HFBridgeError, family_for, load_hf_config
-from megatron_rlsd.lifecycle import EXIT_USER_ERROR
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout, model_shape
+from megatron_rlsd.runtime.lifecycle import EXIT_USER_ERROR
 
 EXIT_TOO_FEW = 3
 

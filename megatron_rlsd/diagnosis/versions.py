@@ -16,8 +16,8 @@ import torch
 
 from megatron_rlsd.config import Config
 from megatron_rlsd.diagnosis.check import Check, Doubt, Skip, Trouble, run_check
-from megatron_rlsd.platform.megatron_versions import SUPPORTED as MEGATRON
 from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON, on_cpu
+from megatron_rlsd.runtime.megatron_versions import SUPPORTED as MEGATRON
 
 Version = tuple[int, ...]
 SMI_SECONDS = 30.0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from megatron_rlsd.environments.protocol import Environment, EpisodeError
-from megatron_rlsd.registry import Registered, Registry
+from megatron_rlsd.plugins import Registered, Registry
 
 EnvironmentClass = Callable[..., Environment]
 Class = TypeVar("Class", bound=EnvironmentClass)

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_rlsd.environments.protocol import Environment, Observation
 from megatron_rlsd.environments.registry import ENVIRONMENTS, EnvironmentClass
-from megatron_rlsd.registry import Reference
+from megatron_rlsd.plugins import Reference
 from megatron_rlsd.workers import Calls, Progress, problem_of, serve
 
 

@@ -14,7 +14,7 @@ from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
 from megatron_rlsd.hf_bridge.errors import HFBridgeError, listed
 from megatron_rlsd.hf_bridge.family import Family, HFConfig, ParameterEntry
 from megatron_rlsd.hf_bridge.parameters import local_parameters, model_dims, unwrap
-from megatron_rlsd.quantized import values
+from megatron_rlsd.hf_bridge.quantized import values
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -13,8 +13,8 @@ from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
 from megatron_rlsd.hf_bridge.errors import HFCheckpointError, listed
 from megatron_rlsd.hf_bridge.family import Family, HFConfig, ParameterEntry
 from megatron_rlsd.hf_bridge.parameters import local_parameters, model_dims
+from megatron_rlsd.hf_bridge.quantized import set_values
 from megatron_rlsd.hf_bridge.reader import SafetensorsFolder, Weights
-from megatron_rlsd.quantized import set_values
 
 FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 COMPARED_BYTES = 16 * 2**20

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_rlsd.durable import partial_of, put_in_place, sync_tree
 from megatron_rlsd.hf_bridge.errors import HFBridgeError
+from megatron_rlsd.runtime.durable import partial_of, put_in_place, sync_tree
 
 
 class PartialFolder:

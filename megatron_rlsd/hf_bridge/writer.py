@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rlsd.durable import atomic_folder
 from megatron_rlsd.hf_bridge.errors import HFCheckpointError
 from megatron_rlsd.hf_bridge.partial import check_replaceable
 from megatron_rlsd.hf_bridge.reader import INDEX_NAME, SINGLE_NAME, load_hf_config
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_name, write_safetensors
+from megatron_rlsd.runtime.durable import atomic_folder
 
 COPIED_FILES = (
     "tokenizer*",

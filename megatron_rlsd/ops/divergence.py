@@ -8,8 +8,6 @@ R ranks of tp_group, k of the top-k.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,7 +16,12 @@ from torch import Tensor
 from megatron_rlsd.ops import checks
 from megatron_rlsd.ops.backends import BackendName, BackendUnavailable
 from megatron_rlsd.ops.collectives import gather_rows, sum_and_scatter_rows, sum_over_ranks
-from megatron_rlsd.ops.divergence_rows import logits_of, row_divergence, top_k_only
+from megatron_rlsd.ops.divergence_rows import (
+    DivergenceConfig,
+    logits_of,
+    row_divergence,
+    top_k_only,
+)
 from megatron_rlsd.ops.head import VocabShard
 from megatron_rlsd.ops.interface import AttachGradients
 from megatron_rlsd.ops.torch_products import add_product
@@ -29,27 +32,6 @@ MATRICES = 6
 """[C, V] matrices at once, at most: jsd with its mixture."""
 VOCAB_BLOCK = 4096
 """Vocabulary rows that are converted at once where the weight has 16 bits."""
-
-
-@dataclass(frozen=True)
-class DivergenceConfig:
-    """Which divergence. Raises ValueError that names a setting outside its range."""
-
-    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
-    """sum q log(q / p), sum p log(p / q), or b KL(q | m) + (1 - b) KL(p | m) with m = b q + (1 - b)
-    p, where p is the student's and q the teacher's distribution."""
-    jsd_beta: float = 0.5
-    """b, in (0, 1)."""
-    top_k: int | None = None
-    """Only the teacher's k likeliest tokens count, both distributions renormalised over them."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("forward_kl", "reverse_kl", "jsd"):
-            raise ValueError(f"kind must be forward_kl, reverse_kl or jsd, got {self.kind!r}")
-        if not 0 < self.jsd_beta < 1:
-            raise ValueError(f"jsd_beta must be in (0, 1), got {self.jsd_beta}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be None or at least 1, got {self.top_k}")
 
 
 def divergence_loss(

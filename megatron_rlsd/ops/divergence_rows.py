@@ -15,7 +15,8 @@ Shapes: C rows, V vocabulary rows of this rank that are no padding, R ranks.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,13 +25,31 @@ from megatron_rlsd.ops.collectives import gather_partials, sum_over_ranks
 from megatron_rlsd.ops.head import VocabShard
 from megatron_rlsd.ops.torch_products import product
 
-if TYPE_CHECKING:
-    from megatron_rlsd.ops.divergence import DivergenceConfig
-
 LOG_OF_ZERO = -1e3
 """Stands for log 0: its exp is 0, and 0 times it is 0."""
 NO_LOGIT = -1e30
 """Largest logit of a shard without any: exp of it is 0, and 0 times it is no NaN."""
+
+
+@dataclass(frozen=True)
+class DivergenceConfig:
+    """Which divergence. Raises ValueError that names a setting outside its range."""
+
+    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
+    """sum q log(q / p), sum p log(p / q), or b KL(q | m) + (1 - b) KL(p | m) with m = b q + (1 - b)
+    p, where p is the student's and q the teacher's distribution."""
+    jsd_beta: float = 0.5
+    """b, in (0, 1)."""
+    top_k: int | None = None
+    """Only the teacher's k likeliest tokens count, both distributions renormalised over them."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("forward_kl", "reverse_kl", "jsd"):
+            raise ValueError(f"kind must be forward_kl, reverse_kl or jsd, got {self.kind!r}")
+        if not 0 < self.jsd_beta < 1:
+            raise ValueError(f"jsd_beta must be in (0, 1), got {self.jsd_beta}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be None or at least 1, got {self.top_k}")
 
 
 def logits_of(scaled_hidden: Tensor, shard: VocabShard, block: int) -> Tensor:

@@ -1,5 +1,5 @@
 """Process groups, layout checks, and what ranks exchange outside the model's own collectives."""
 
-from megatron_rlsd.platform import enable_megatron
+from megatron_rlsd.runtime.machine import enable_megatron
 
 enable_megatron()

@@ -15,9 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_rlsd import platform
 from megatron_rlsd.config import ParallelConfig
 from megatron_rlsd.parallel.layout import ModelShape, check_layout
+from megatron_rlsd.runtime import machine
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def parallel_world(
     if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size:
         # One machine: gloo need not resolve the host's name, which laptops often cannot.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    device = platform.device()
+    device = machine.device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
     alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(platform.collectives_backend(), timeout=timeout, **alone)
+    dist.init_process_group(machine.collectives_backend(), timeout=timeout, **alone)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_rlsd.config import ParallelConfig
 from megatron_rlsd.hf_bridge import Family
 from megatron_rlsd.hf_bridge.dims import LatentAttention
-from megatron_rlsd.platform.megatron_versions import expert_tensor_problem
+from megatron_rlsd.runtime.megatron_versions import expert_tensor_problem
 
 
 class LayoutError(ValueError):

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from megatron_rlsd.registry import Registered, Registry
+from megatron_rlsd.plugins import Registered, Registry
 from megatron_rlsd.rewards.errors import RewardError
 
 RewardFunction = Callable[..., float]

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rlsd.registry import Reference
+from megatron_rlsd.plugins import Reference
 from megatron_rlsd.rewards.errors import RewardError
 from megatron_rlsd.types import RewardInput, RewardResult
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron_rlsd.registry import Reference
+from megatron_rlsd.plugins import Reference
 from megatron_rlsd.rewards.errors import TimeLimitExceeded
 from megatron_rlsd.rewards.registry import REWARDS, RewardFunction
 from megatron_rlsd.types import RewardInput

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
 import torch
 
 from megatron_rlsd.types import Generation, GenerationRequest
+
+Result = TypeVar("Result")
 
 
 class EngineError(RuntimeError):
@@ -37,3 +39,14 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release the weights and whatever else the engine holds; it serves no request after."""
+
+
+class TrainerEngine(Protocol):
+    """A RolloutEngine whose rank 0 generates while the others wait or help."""
+
+    @property
+    def weight_version(self) -> int: ...
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]: ...
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
+    def run_on_rank_zero(self, work: Callable[[], Result]) -> Result | None: ...
+    def close(self) -> None: ...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.config import TeacherConfig
-from megatron_rlsd.quantized import exchange, values
+from megatron_rlsd.hf_bridge.quantized import exchange, values
 
 
 class WeightSnapshot:

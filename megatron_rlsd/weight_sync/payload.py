@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from megatron_rlsd.lifecycle import STOP_SIGNALS, unheard_by_children
+from megatron_rlsd.runtime.lifecycle import STOP_SIGNALS, unheard_by_children
 from megatron_rlsd.weight_sync.flat import FlatBucket
 
 SHARED_MEMORY = Path("/dev/shm")

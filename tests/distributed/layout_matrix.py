@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rlsd.platform.megatron_versions import check_megatron_version
+from megatron_rlsd.runtime.megatron_versions import check_megatron_version
 from tests.distributed.layouts import Layout
 
 

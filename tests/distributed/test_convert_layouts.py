@@ -17,6 +17,8 @@ from megatron_rlsd.actor.model import build_model, transformer_config
 from megatron_rlsd.checkpoint.sharding import model_pieces, model_tensors
 from megatron_rlsd.checkpoint.storage import start_save
 from megatron_rlsd.config import ModelConfig, ParallelConfig
+from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
+from megatron_rlsd.conversion.torch_dist import TorchDistFolder
 from megatron_rlsd.hf_bridge import (
     SafetensorsFolder,
     ShardLayout,
@@ -28,8 +30,6 @@ from megatron_rlsd.hf_bridge import (
     load_hf_weights,
     tensor_hash,
 )
-from megatron_rlsd.hf_bridge.convert import Sizes, to_hf, to_megatron
-from megatron_rlsd.hf_bridge.torch_dist import TorchDistFolder
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
 from megatron_rlsd.parallel.layout import model_shape
 from tests.distributed.ranks import next_world, run_on_ranks

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_rlsd.platform import enable_megatron
+from megatron_rlsd.runtime.machine import enable_megatron
 from tests.distributed.ranks import run_on_ranks
 
 enable_megatron()

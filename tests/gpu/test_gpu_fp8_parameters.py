@@ -34,10 +34,10 @@ from megatron_rlsd.config import (
     TeacherConfig,
     parse_config,
 )
+from megatron_rlsd.hf_bridge.quantized import is_quantized, values
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.eight_bit import saved_bytes
 from megatron_rlsd.parallel.layout import model_shape
-from megatron_rlsd.quantized import is_quantized, values
 from megatron_rlsd.teacher import Teacher
 from tests.actors import actor_of
 

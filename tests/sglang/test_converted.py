@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
 from megatron_rlsd.hf_bridge import load_hf_config
-from megatron_rlsd.hf_bridge.convert import Sizes, to_hf, to_megatron
 from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.types import GenerationRequest, SamplingParams
 from tests.sglang.conftest import Reference

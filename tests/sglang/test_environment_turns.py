@@ -10,7 +10,7 @@ import torch
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, build_sources, load_tokenizer
 from megatron_rlsd.environments import EnvironmentPool
-from megatron_rlsd.episodes import Episodes
+from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.types import SamplingParams
 from tests.environment_runs import DIGITS

@@ -16,12 +16,12 @@ import torch
 import transformers
 
 from megatron_rlsd.config import parse_config
-from megatron_rlsd.engines import routes_shape
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.learner import Learner
 from megatron_rlsd.rollout.embedded import EmbeddedEngine
 from megatron_rlsd.rollout.sglang import SGLangClient, SGLangEngine
 from megatron_rlsd.run import Run, assemble
+from megatron_rlsd.run.engines import routes_shape
 from megatron_rlsd.types import GenerationRequest, SamplingParams
 from megatron_rlsd.weight_sync import (
     BroadcastTransport,

@@ -1,85 +1,75 @@
-"""Dependencies point one way; this reads every import statement of the package."""
+"""Imports point one way. pyproject.toml has the rules (import-linter); this has what it cannot say.
+
+The last test prints the rooms of the package and the arrows between them (pytest -s).
+"""
 
 from __future__ import annotations
 
-import ast
+import tomllib
+from collections import defaultdict
 from pathlib import Path
 
+import grimp
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
 import megatron_rlsd
+from tests.conftest import ROOT
 
-PACKAGE = Path(megatron_rlsd.__file__).parent
-
-
-def imports_of(part: str) -> set[str]:
-    """Every module name imported anywhere in a module or subpackage of ours."""
-    path = PACKAGE / part
-    files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
-    names: set[str] = set()
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{file}: imports are absolute"
-                names.add(node.module or "")
-    return names
+PACKAGE = "megatron_rlsd"
+PROGRAMS = {"train", "sft", "serve", "rollout_only"}
 
 
-def parts() -> list[str]:
-    found = [p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
-    return sorted(name for name in found if name != "__init__")
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph(PACKAGE, include_external_packages=True, cache_dir=None)
 
 
-def ours(part: str) -> set[str]:
-    """Subpackages of ours that a part imports, itself left out."""
-    names = (n.split(".") for n in imports_of(part))
-    return {n[1] for n in names if n[0] == "megatron_rlsd" and len(n) > 1} - {part}
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
 
 
-def external(part: str) -> set[str]:
-    return {name.split(".")[0] for name in imports_of(part)}
+def layers() -> list[str]:
+    """The rooms, top to bottom; those of one line know nothing of each other."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (contract,) = (each for each in contracts["contracts"] if each["type"] == "layers")
+    return contract["layers"]
 
 
-def test_types_and_config_import_nothing_of_ours():
-    assert ours("types") == ours("plugins") == set()
-    # Names in a configuration may be of its plug-ins.
-    assert ours("config") == {"plugins"}
+def test_every_contract_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert status == EXIT_STATUS_SUCCESS, capfd.readouterr().out
 
 
-def test_ops_knows_tensors_only():
-    assert ours("ops") == set()
+def test_the_root_holds_types_and_programs_only() -> None:
+    modules = {path.stem for path in Path(megatron_rlsd.__file__).parent.glob("*.py")}
+    assert modules == {"__init__", "types"} | PROGRAMS
 
 
-def test_algorithms_and_rewards_know_neither_megatron_nor_engines():
-    for part in ("algorithms", "rewards"):
-        assert not external(part) & {"megatron", "sglang", "transformers"}
-    assert ours("algorithms") <= {"types", "config"}
-    assert ours("rewards") <= {"types", "config", "registry", "workers"}
+def test_the_step_is_shown_in_under_150_lines() -> None:
+    assert len((ROOT / PACKAGE / "train.py").read_text().splitlines()) < 150
 
 
-def test_environments_know_rewards_and_no_more():
-    assert not external("environments") & {"megatron", "sglang", "transformers", "torch"}
-    assert ours("environments") <= {"types", "config", "registry", "workers", "rewards"}
+def test_every_room_that_imports_megatron_prepares_the_machine_first(
+    graph: grimp.ImportGraph,
+) -> None:
+    users = {room(module) for module in graph.find_modules_that_directly_import("megatron")}
+    assert {"actor", "parallel"} <= users
+    for user in users:
+        assert "enable_megatron()" in (ROOT / PACKAGE / user / "__init__.py").read_text(), user
 
 
-def test_look_up_and_workers_do_not_know_what_they_serve():
-    assert ours("registry") == {"plugins"}
-    assert ours("workers") == {"types"}
-
-
-def test_megatron_and_sglang_are_imported_where_they_belong():
-    users = {part for part in parts() if "megatron" in external(part)}
-    assert {"actor", "parallel"} <= users <= {"actor", "parallel", "checkpoint", "hf_bridge"}
-    for library in ("sglang", "httpx2"):
-        assert {part for part in parts() if library in external(part)} <= {"rollout"}
-
-
-def test_every_package_that_imports_megatron_prepares_the_platform_first():
-    for part in parts():
-        if "megatron" in external(part):
-            assert "enable_megatron()" in (PACKAGE / part / "__init__.py").read_text(), part
-
-
-def test_the_package_does_not_import_its_tools():
-    for part in parts():
-        assert not external(part) & {"tools", "examples", "tests", "benchmarks"}
+def test_the_rooms_and_their_arrows(graph: grimp.ImportGraph) -> None:
+    arrows: dict[str, set[str]] = defaultdict(set)
+    ours = {module for module in graph.modules if module.startswith(f"{PACKAGE}.")}
+    for module in ours:
+        found = graph.find_modules_directly_imported_by(module) & ours
+        arrows[room(module)] |= {room(each) for each in found} - {room(module)}
+    listed = [name for layer in layers() for name in layer.split(" | ")]
+    assert set(arrows) == set(listed), "every room stands in the layers of pyproject.toml"
+    print(f"\n{len(arrows)} rooms, {sum(map(len, arrows.values()))} arrows, all downwards")
+    for layer in layers():
+        print(layer)
+        for name in layer.split(" | "):
+            to = sorted(arrows[name], key=listed.index)
+            print(f"    {name} -> {', '.join(to) or 'nothing'}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_rlsd.hf_bridge.convert import Sizes, to_hf, to_megatron
+from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"

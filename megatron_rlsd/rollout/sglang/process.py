@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.config import SGLangConfig
-from megatron_rlsd.lifecycle import unheard_by_children
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.runtime.lifecycle import unheard_by_children
 
 HERE = Path(__file__).parent
 PROJECT_PYTHON = Path(__file__).parents[3] / ".venv-sglang" / "bin" / "python"

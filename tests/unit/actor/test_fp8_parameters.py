@@ -26,8 +26,8 @@ from megatron_rlsd.checkpoint.optimizer_state import optimizer_shards
 from megatron_rlsd.checkpoint.settings import check_settings
 from megatron_rlsd.checkpoint.start import Start
 from megatron_rlsd.config import Config, TeacherConfig, parse_config
+from megatron_rlsd.hf_bridge.quantized import exchange, is_quantized, set_values, values
 from megatron_rlsd.ops import PolicyLossConfig
-from megatron_rlsd.quantized import exchange, is_quantized, set_values, values
 from megatron_rlsd.teacher import Teacher
 from tests.actors import actor_of
 from tests.distributed.ranks import next_world, run_on_ranks

@@ -16,7 +16,7 @@ from megatron_rlsd.checkpoint.start import Start
 from megatron_rlsd.config import parse_config
 from megatron_rlsd.ops import PolicyLossConfig
 from tests.actors import actor_of
-from tests.unit.hf_bridge.tiny_hf import save_tiny
+from tests.unit.tiny_hf import save_tiny
 
 SEQUENCES = [Sequence([3, 4, 5], [6, 7, 8, 9]), Sequence([10], [11, 12])]
 UPDATES = 3

@@ -23,8 +23,8 @@ from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes, saved_bytes
 from megatron_rlsd.parallel.layout import LayoutError, model_shape
 from megatron_rlsd.parallel.memory import layer_products
-from megatron_rlsd.platform import PlatformError
-from tests.unit.hf_bridge.tiny_hf import MODELS, save_tiny
+from megatron_rlsd.runtime.machine import PlatformError
+from tests.unit.tiny_hf import MODELS, save_tiny
 
 CPU = torch.device("cpu")
 BFLOAT16 = {"dtype": "bfloat16"}

@@ -28,11 +28,11 @@ from megatron_rlsd.config import Config, ConfigError, PrecisionConfig, parse_con
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.layout import LayoutError, model_shape
-from megatron_rlsd.platform import PlatformError
+from megatron_rlsd.runtime.machine import PlatformError
 from tests.actors import actor_of
 from tests.distributed.ranks import next_world, run_on_ranks
 from tests.models import save_random_model
-from tests.unit.hf_bridge.tiny_hf import save_tiny
+from tests.unit.tiny_hf import save_tiny
 
 SPLIT = {"tensor": 2, "sequence": True}
 LENGTH = 40

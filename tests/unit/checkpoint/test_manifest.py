@@ -13,7 +13,7 @@ from megatron_rlsd.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_rlsd.durable import atomic_folder, clean_up, remove
+from megatron_rlsd.runtime.durable import atomic_folder, clean_up, remove
 
 
 def checkpoint(folder, step, content=b"0123456789"):

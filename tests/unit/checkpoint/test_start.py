@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlsd.checkpoint.manifest import (
-    CheckpointError,
-    Manifest,
-    write_manifest,
-)
+from megatron_rlsd.checkpoint.manifest import CheckpointError, Manifest, write_manifest
 from megatron_rlsd.checkpoint.start import STATE_NAME, choose_start
-from megatron_rlsd.durable import atomic_folder
 from megatron_rlsd.hf_bridge import load_hf_config
+from megatron_rlsd.runtime.durable import atomic_folder
 
 
 def save(config, folder: Path, step: int, *, kind="training", program="train", **hf):

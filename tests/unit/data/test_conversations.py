@@ -22,7 +22,7 @@ from megatron_rlsd.data import (
 )
 from megatron_rlsd.data.jsonl import JsonlProblems
 from megatron_rlsd.environments import EnvironmentPool
-from megatron_rlsd.episodes import Episodes
+from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.types import Generation, GenerationRequest, Problem, SamplingParams
 from tests.environment_runs import CONFIGS, NAMES
 from tests.unit.data.test_chat_turns import THINKING

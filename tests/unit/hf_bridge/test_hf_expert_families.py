@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_hf
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from megatron_rlsd.hf_bridge import (
     tensor_hash,
 )
 from megatron_rlsd.hf_bridge.parameters import local_parameters
+from tests.unit import tiny_hf
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 

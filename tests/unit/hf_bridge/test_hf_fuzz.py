@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_rlsd.conversion.convert import Sizes, to_megatron
+from megatron_rlsd.conversion.describe import check_hashes, hashes
 from megatron_rlsd.hf_bridge import HFBridgeError, SafetensorsFolder, family_for
-from megatron_rlsd.hf_bridge.convert import Sizes, to_megatron
-from megatron_rlsd.hf_bridge.describe import check_hashes, hashes
 
 CASES = 500
 INDEX = "model.safetensors.index.json"

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_rlsd.config import ConfigError, ParallelConfig, parse_config
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout, layers_of_stage
-from megatron_rlsd.platform import megatron_versions
+from megatron_rlsd.runtime import megatron_versions
 
 SHAPE = ModelShape(
     num_layers=6,

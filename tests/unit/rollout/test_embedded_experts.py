@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rlsd.engines import routes_shape
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.rollout.embedded import EmbeddedEngine
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.run.engines import routes_shape
 from megatron_rlsd.types import GenerationRequest, SamplingParams
-from tests.unit.hf_bridge.tiny_hf import save_tiny
+from tests.unit.tiny_hf import save_tiny
 
 # Enough to leave and join a batch of two rows; two requests share a prompt.
 REQUESTS = [

@@ -1,0 +1,1 @@
+"""The offline converter between Hugging Face folders and Megatron checkpoints."""

@@ -1,0 +1,236 @@
+"""Trajectories of several turns: the model and an environment take turns; runs on rank 0.
+
+Token in, token out. A trajectory after its prompt is
+
+    [turn 1] [answer] [turn 2] [answer] ... [last turn]
+
+The engine gets everything so far as the prompt of the next turn, and what it returns is appended as
+it is. Only an environment's answers are made into tokens (``data.ChatTurns``).
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from megatron_rlsd.config import Config
+from megatron_rlsd.data import ChatTurns, PromptBuilder, PromptTooLong, Tokenizer
+from megatron_rlsd.environments import Call, EnvironmentPool, Failure, Observation
+from megatron_rlsd.experience.seeds import sample_seed
+from megatron_rlsd.rollout.engine import RolloutEngine
+from megatron_rlsd.types import (
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    Problem,
+    SamplingParams,
+    Trajectory,
+)
+
+
+@dataclass
+class Episode:
+    """One trajectory on its way. The four lists of tokens are [T], aligned."""
+
+    number: int
+    """Among those that are played together."""
+    problem: Problem
+    """With the environment's opening in its question, once that is known."""
+    label: str
+    sample: int
+    prompt_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    routed_experts: Tensor | None = None
+    """The last turn's, whose prompt was everything before it."""
+    turns: list[str] = field(default_factory=list)
+    """The model's, decoded."""
+    answers: list[str] = field(default_factory=list)
+    """The opening, and what was answered to each turn."""
+    reward: float = 0.0
+    error: str = ""
+    turn_reason: FinishReason = "stop"
+    """How the last turn ended."""
+    finish_reason: FinishReason | None = None
+    """None: the episode goes on."""
+
+    def add_turn(self, generation: Generation, text: str) -> None:
+        count = len(generation.token_ids)
+        self.token_ids += generation.token_ids
+        self.log_probs += generation.log_probs
+        self.mask += [1] * count
+        self.versions += generation.token_versions or [generation.weight_version] * count
+        self.turns.append(text)
+        self.turn_reason = generation.finish_reason
+        self.routed_experts = generation.routed_experts
+
+    def add_answer(self, ids: list[int]) -> None:
+        self.token_ids += ids
+        self.log_probs += [0.0] * len(ids)
+        self.mask += [0] * len(ids)
+        self.versions += self.versions[-1:] * len(ids)
+
+    def fail(self, reason: str) -> None:
+        self.error, self.reward, self.finish_reason = reason, 0.0, "abort"
+
+    def generation(self, weight_version: int) -> Generation:
+        """What became of it; ``weight_version`` where the model never spoke."""
+        assert self.finish_reason is not None
+        first = self.versions[0] if self.versions else weight_version
+        return Generation(
+            token_ids=self.token_ids,
+            log_probs=self.log_probs,
+            finish_reason=self.finish_reason,
+            weight_version=first,
+            token_versions=self.versions if set(self.versions) - {first} else [],
+            routed_experts=self.routed_experts,
+            response_mask=self.mask if 0 in self.mask else [],
+        )
+
+    def transcript(self, role: str) -> tuple[dict[str, str], ...]:
+        """The messages after the prompt, the answers under ``role``."""
+        messages = []
+        for number, turn in enumerate(self.turns, start=1):
+            messages.append({"role": "assistant", "content": turn})
+            if number < len(self.turns):
+                messages.append({"role": role, "content": self.answers[number]})
+        return tuple(messages)
+
+
+class Episodes:
+    """Plays many episodes at once: each turn of all that go on is one batch for the engine."""
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: PromptBuilder,
+        tokenizer: Tokenizer,
+        engine: RolloutEngine,
+        pool: EnvironmentPool,
+    ) -> None:
+        """Raises TokenizerError where the chat template cannot show ``environment.role``."""
+        self._seed, self._config = config.train.seed, config.environment
+        self._prompts, self._tokenizer = prompts, tokenizer
+        self._engine, self._pool = engine, pool
+        self._between = ChatTurns(tokenizer, config.environment.role).between
+
+    def play(
+        self, problems: list[Problem], n: int, params: SamplingParams, label: str
+    ) -> list[Trajectory]:
+        """``n`` trajectories of each problem, in order; ``label`` and the seed fix the samples.
+
+        ``params.max_new_tokens`` bounds all tokens after the prompt. An episode that reaches it, or
+        ``environment.max_turns``, ends with the finish_reason ``length``; one that the environment
+        ends with that of its last turn; one whose environment fails with ``abort``.
+
+        Raises EpisodeError (see EnvironmentPool.answer) and EngineError.
+        """
+        episodes = [
+            Episode(index * n + sample, problem, f"{label}/{index}", sample)
+            for index, problem in enumerate(problems)
+            for sample in range(n)
+        ]
+        self._pool.begin(len(episodes))
+        self._open(episodes, n)
+        while going := [e for e in episodes if e.finish_reason is None]:
+            requests = [self._request(each, params) for each in going]
+            for each, generation in zip(going, self._engine.generate(requests), strict=True):
+                each.add_turn(generation, self._tokenizer.decode(generation.token_ids))
+                if generation.finish_reason == "abort" or (
+                    generation.finish_reason == "length"
+                    and len(each.token_ids) >= params.max_new_tokens
+                ):
+                    each.finish_reason = generation.finish_reason
+            judged = [e for e in going if e.finish_reason is None]
+            for each, reply in zip(judged, self._ask(judged), strict=True):
+                self._take_answer(each, reply, params.max_new_tokens)
+        return [self._trajectory(each) for each in episodes]
+
+    def _open(self, episodes: list[Episode], n: int) -> None:
+        """Every episode's first observation and prompt; those of one problem are the same."""
+        replies = self._ask(episodes)
+        for start in range(0, len(episodes), n):
+            group = range(start, start + n)
+            texts = [r.text for r in replies[start : start + n] if isinstance(r, Observation)]
+            opening = texts[0] if texts else ""
+            for each, reply in ((episodes[i], replies[i]) for i in group):
+                if isinstance(reply, Failure):
+                    each.fail(reply.reason)
+                elif reply.text != opening:
+                    each.fail("reset: it began otherwise than another episode of this problem")
+                each.problem = with_opening(each.problem, opening)
+                each.answers = [opening]
+                try:
+                    each.prompt_ids = self._prompts.student(each.problem)
+                except PromptTooLong as error:
+                    each.fail(f"reset: {error}")
+
+    def _request(self, episode: Episode, params: SamplingParams) -> GenerationRequest:
+        left = params.max_new_tokens - len(episode.token_ids)
+        count = min(left, self._config.max_turn_tokens or left)
+        # The first turn's seed is that of a run without an environment.
+        turn = (len(episode.turns),) if episode.turns else ()
+        return GenerationRequest(
+            episode.prompt_ids + episode.token_ids,
+            replace(params, max_new_tokens=count),
+            sample_seed(self._seed, episode.label, episode.sample, *turn),
+        )
+
+    def _ask(self, episodes: list[Episode]) -> list[Observation | Failure]:
+        return self._pool.answer([Call(e.number, e.problem, e.turns, e.answers) for e in episodes])
+
+    def _take_answer(self, episode: Episode, reply: Observation | Failure, max_tokens: int) -> None:
+        if isinstance(reply, Failure):
+            episode.fail(reply.reason)
+            return
+        episode.reward += reply.reward
+        episode.answers.append(reply.text)
+        if reply.done:
+            episode.finish_reason = episode.turn_reason
+            return
+        ids = self._between(episode.token_ids, reply.text)
+        # An answer that leaves no room for another turn would be read by nobody.
+        last = len(episode.turns) == self._config.max_turns
+        if last or len(episode.token_ids) + len(ids) >= max_tokens:
+            episode.finish_reason = "length"
+        else:
+            episode.add_answer(ids)
+
+    def _trajectory(self, episode: Episode) -> Trajectory:
+        return Trajectory(
+            episode.problem,
+            episode.prompt_ids,
+            teacher_prompt_ids=[],
+            generation=episode.generation(self._engine.weight_version),
+            response_text=self._tokenizer.decode(episode.token_ids),
+            transcript=episode.transcript(self._config.role),
+            environment_reward=episode.reward,
+            environment_error=episode.error,
+        )
+
+
+def episode_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Turns of the model, tokens of the environment, and how often the environment failed."""
+    turns = [sum(m["role"] == "assistant" for m in t.transcript) for t in trajectories]
+    foreign = [len(t.generation.token_ids) - t.generation.num_own_tokens for t in trajectories]
+    return {
+        "rollout/turns_mean": statistics.fmean(turns),
+        "rollout/turns_max": max(turns),
+        "rollout/environment_tokens_mean": statistics.fmean(foreign),
+        "rollout/environment_error_share": statistics.fmean(
+            bool(t.environment_error) for t in trajectories
+        ),
+    }
+
+
+def with_opening(problem: Problem, opening: str) -> Problem:
+    """The problem with the environment's first words as the last paragraph of its question."""
+    if not opening:
+        return problem
+    *earlier, question = problem.messages
+    content = f"{question['content']}\n\n{opening}"
+    return replace(problem, messages=(*earlier, {**question, "content": content}))

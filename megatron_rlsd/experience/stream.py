@@ -1,0 +1,230 @@
+"""Rollouts that go on while training does: step k learns from what earlier weights began.
+
+Questions are let in by a budget: while version v is the newest, at most (v + 1 + max_staleness)
+batches have been let in since the start, so that a group is used by the time it is max_staleness
+versions old. One that is late all the same is dropped, and its question is asked again.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import statistics
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from megatron_rlsd.algorithms import has_signal
+from megatron_rlsd.config import Config
+from megatron_rlsd.experience.experience import Experience, ExperienceError
+from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.types import Generation, GenerationRequest, Group, Problem, Trajectory
+
+CLOSE_SECONDS = 60.0
+"""For the thread that takes in the answers to end; a reward in work ends by its own limit."""
+
+
+class Submits(Protocol):
+    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]: ...
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    number: int
+    problem: Problem
+    requests: list[GenerationRequest]
+
+
+class RolloutStream:
+    """Takes Experience's place where ``rollout.asynchronous.max_staleness`` > 0; on rank 0.
+
+    A thread hands out requests, takes in responses, and scores them. ``published`` tells it which
+    weights the servers have; nothing is asked before the first call. ``span`` notes (name, step,
+    start in ns of time.time_ns, duration in ns, lane) for the trace.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        experience: Experience,
+        engine: Submits,
+        span: Callable[[str, int, int, int, int], None] = lambda *_: None,
+    ) -> None:
+        self._config, self._experience, self._engine, self._span = config, experience, engine, span
+        self._batch = config.rollout.prompts_per_step
+        self._staleness = config.rollout.asynchronous.max_staleness
+        self._changed = threading.Condition()
+        self._answered: queue.SimpleQueue[tuple[_Ticket, Future[list[Generation]]] | None]
+        self._answered = queue.SimpleQueue()
+        self._waiting: deque[Problem] = deque()
+        """Questions to be asked (again) before new ones are drawn."""
+        self._under_way: dict[int, _Ticket] = {}
+        self._ready: dict[int, Group] = {}
+        self._counts: Counter[str] = Counter()
+        self._first = self._version = -1
+        self._let_in = self._replaced = self._filtered_in_row = 0
+        self._began: dict[int, int] = {}
+        self._ended: Counter[int] = Counter()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="rollout-stream", daemon=True)
+
+    def published(self, version: int) -> None:
+        """The servers sample with the weights after ``version`` steps from now on."""
+        with self._changed:
+            if self._first < 0:
+                self._first = version
+                self._thread.start()
+            self._version = version
+        self._answered.put(None)
+
+    def collect(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        """As ``Experience.collect``: the groups that were let in first among those that are ready.
+
+        Waits, at most ``rollout.sglang.generate_timeout_seconds``. Raises what ended the thread.
+        """
+        limit = self._config.rollout.sglang.generate_timeout_seconds
+        waited_from = time.monotonic()
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                self._drop_stale(step)
+                if len(self._ready) >= self._batch:
+                    break
+                left = waited_from + limit - time.monotonic()
+                if left <= 0:
+                    raise EngineError(
+                        f"step {step} has {len(self._ready)} of {self._batch} groups after "
+                        f"rollout.sglang.generate_timeout_seconds={limit:g}; "
+                        f"{len(self._under_way)} are under way"
+                    )
+                self._changed.wait(left)
+            chosen = [self._ready.pop(number) for number in sorted(self._ready)[: self._batch]]
+            metrics = {f"rollout/{name}": float(n) for name, n in self._counts.items()}
+            metrics["rollout/groups_under_way"] = len(self._under_way) + len(self._ready)
+            self._counts.clear()
+        metrics["rollout/wait_seconds"] = time.monotonic() - waited_from
+        for name in ("stale_groups", "filtered_groups"):
+            metrics.setdefault(f"rollout/{name}", 0.0)
+        trajectories = [t for group in chosen for t in group.trajectories]
+        return chosen, self._experience.finish(chosen) | metrics | _staleness(trajectories, step)
+
+    def state(self) -> dict[str, Any]:
+        """JSON data: the data position, and the questions that were let in but not used.
+
+        Their responses are not kept: on resuming they are asked again.
+        """
+        with self._changed:
+            unused = {n: t.problem for n, t in self._under_way.items()}
+            unused |= {number: group.problem for number, group in self._ready.items()}
+            problems = [unused[number] for number in sorted(unused)] + list(self._waiting)
+            return self._experience.state() | {"in_flight_rollouts": [asdict(p) for p in problems]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken, by a stream or by an Experience."""
+        with self._changed:
+            self._experience.load_state(state | {"in_flight_rollouts": []})
+            for content in state["in_flight_rollouts"]:
+                messages = tuple(content["messages"])
+                self._waiting.append(Problem(**{**content, "messages": messages}))
+
+    def close(self) -> None:
+        """Ask no more; what is under way is left to the engine's close."""
+        self._closed = True
+        self._answered.put(None)
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                self._let_questions_in()
+                answered = self._answered.get()
+                if answered is not None and not self._closed:
+                    ticket, future = answered
+                    self._take_in(
+                        ticket,
+                        self._experience.group(ticket.problem, ticket.requests, future.result()),
+                    )
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _let_questions_in(self) -> None:
+        with self._changed:
+            left = self._config.train.steps - self._first
+            batches = min(left, self._version - self._first + 1 + self._staleness)
+            new: list[_Ticket] = []
+            while self._let_in < batches * self._batch + self._replaced:
+                if self._waiting:
+                    problem = self._waiting.popleft()
+                else:
+                    problem = self._experience.draw(self._counts)
+                label = f"{self._first}/stream/{self._let_in}"
+                ticket = _Ticket(self._let_in, problem, self._experience.requests(problem, label))
+                self._under_way[self._let_in] = ticket
+                self._began.setdefault(self._let_in // self._batch, time.time_ns())
+                self._let_in += 1
+                new.append(ticket)
+        for ticket in new:
+            future = self._engine.submit(ticket.requests)
+            future.add_done_callback(functools.partial(self._answer, ticket))
+
+    def _answer(self, ticket: _Ticket, future: Future[list[Generation]]) -> None:
+        self._answered.put((ticket, future))
+
+    def _take_in(self, ticket: _Ticket, group: Group) -> None:
+        with self._changed:
+            del self._under_way[ticket.number]
+            self._counts["groups"] += 1
+            most = self._config.algorithm.max_refills * self._batch
+            unwanted = self._config.algorithm.group_filter and not has_signal(group.rewards)
+            if unwanted and self._filtered_in_row < most:
+                self._counts["filtered_groups"] += 1
+                self._filtered_in_row += 1
+                self._replaced += 1
+            else:
+                if not unwanted:
+                    self._filtered_in_row = 0
+                self._ready[ticket.number] = group
+            batch = ticket.number // self._batch
+            self._ended[batch] += 1
+            if self._ended[batch] == self._batch:
+                began = self._began.pop(batch)
+                lane = 1 + batch % (self._staleness + 1)
+                self._span("rollouts", self._first + batch, began, time.time_ns() - began, lane)
+            self._changed.notify_all()
+
+    def _drop_stale(self, step: int) -> None:
+        for number, group in list(self._ready.items()):
+            oldest = min(t.generation.weight_version for t in group.trajectories)
+            if oldest < step - self._staleness:
+                del self._ready[number]
+                self._counts["stale_groups"] += 1
+                self._replaced += 1
+                self._waiting.append(group.problem)
+                self._answered.put(None)
+
+
+def _staleness(trajectories: list[Trajectory], step: int) -> dict[str, float]:
+    """How many versions before the one that learns from it each token was sampled."""
+    lags = []
+    for each in trajectories:
+        generation = each.generation
+        whole = [generation.weight_version] * len(generation.token_ids)
+        lags += [step - version for version in generation.token_versions or whole]
+    if not lags:
+        raise ExperienceError(f"none of the responses of step {step} has a token")
+    return {
+        "rollout/staleness_mean": statistics.fmean(lags),
+        "rollout/staleness_max": float(max(lags)),
+        "rollout/interrupted_share": statistics.fmean(
+            bool(t.generation.token_versions) for t in trajectories
+        ),
+    }

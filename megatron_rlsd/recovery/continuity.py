@@ -1,0 +1,150 @@
+"""What lets a run be stopped at any moment and go on: checkpoints, signals, bad steps, watchdog."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
+from megatron_rlsd.checkpoint.start import Program, Start, agree_on_start
+from megatron_rlsd.config import Config
+from megatron_rlsd.learner import Scores
+from megatron_rlsd.observability.metrics_file import move_aside
+from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.recovery.recording import BAD_STEPS, RECORDED_STEPS, BadStepsError, StepRecorder
+from megatron_rlsd.recovery.watchdog import Watchdog
+from megatron_rlsd.runtime.lifecycle import Preempted, StopSignals
+from megatron_rlsd.types import TrainBatch
+
+
+class Position(Protocol):
+    """Where a stream of data stands (ProblemSource, Experience), as JSON data."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Continuity:
+    """One rank's part; every method is collective."""
+
+    def __init__(
+        self,
+        config: Config,
+        groups: ParallelGroups,
+        start: Start,
+        watchdog: Watchdog,
+        signals: StopSignals,
+        program: Program,
+    ) -> None:
+        self.start = start
+        self.checkpoints = Checkpointer(config, groups)
+        self.watchdog = watchdog
+        self._config, self._groups, self._signals = config, groups, signals
+        self._program = program
+        self._recorder = StepRecorder(config, groups)
+        self._state: TrainingState | None = None
+        self._position: Position | None = None
+
+    def resume(
+        self,
+        actor: Actor,
+        snapshots: Mapping[str, Mapping[str, Tensor]],
+        position: Position | None,
+    ) -> int:
+        """Set everything to where the run starts; returns the first step to run.
+
+        ``position`` is given at least on rank 0, and set wherever it is given.
+        """
+        self._position = position
+        self._state = TrainingState(actor, snapshots, self._host_state)
+        content = self.checkpoints.load(self._state, self.start)
+        if content:
+            self._recorder.consecutive_bad = content["consecutive_bad_steps"]
+            if position is not None:
+                position.load_state(content["position"])
+        return self.start.step
+
+    def load_weights(self, actor: Actor) -> None:
+        """The weights alone of the checkpoint to start from, if there is one."""
+        if self.start.folder is not None:
+            self.checkpoints.load_weights(actor, Path(self.start.folder))
+
+    def record(
+        self,
+        step: int,
+        batch: TrainBatch,
+        scores: Scores,
+        rlsd_lambda: float,
+        metrics: dict[str, float],
+    ) -> None:
+        """Keep the step's batch if it went wrong or is wanted.
+
+        Raises BadStepsError after ``train.max_bad_steps`` bad ones in a row; their weights, which
+        none of them changed, are then in run_dir/bad_steps/checkpoint.
+        """
+        path = self._recorder.after_update(step, batch, scores, rlsd_lambda, metrics)
+        bad = self._recorder.consecutive_bad
+        if not bad:
+            return
+        if self._groups.rank == 0:
+            print(f"step {step}: skipped, its loss or gradient is no finite number; see {path}")
+        if bad >= self._config.train.max_bad_steps:
+            assert self._state is not None
+            weights = Path(self._config.run_dir) / BAD_STEPS / "checkpoint"
+            self.checkpoints.save(self._state, step + 1, weights)
+            self.checkpoints.finish()
+            raise BadStepsError(
+                f"{bad} steps in a row had a loss or gradient that is no finite number "
+                f"(train.max_bad_steps); the last batch is {path}, the weights are {weights}"
+            )
+
+    def end_of_step(self, done: int, *, last: bool) -> None:
+        """After ``done`` steps: save if a checkpoint is due, the run is over, or a signal came.
+
+        Raises Preempted on all ranks once everything is saved, if any rank got a signal.
+        """
+        assert self._state is not None
+        flags = torch.tensor([self._signals.received, int(not self.checkpoints.written)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._groups.control)
+        stop, writing = flags.tolist()
+        if not writing:
+            self.checkpoints.finish()
+        at_end = last and self._config.checkpoint.interval > 0
+        if stop or at_end or self.checkpoints.due(done):
+            self.checkpoints.save(self._state, done)
+        if stop or last:
+            self.checkpoints.finish()
+        if stop:
+            raise Preempted(stop, done)
+
+    def _host_state(self) -> dict[str, Any]:
+        return {
+            "program": self._program,
+            "position": self._position.state() if self._position else None,
+            "consecutive_bad_steps": self._recorder.consecutive_bad,
+        }
+
+
+@contextmanager
+def continuity(
+    config: Config, hf_config: dict[str, Any], groups: ParallelGroups, program: Program
+) -> Iterator[Continuity]:
+    """Agree on where to start, and watch over the ranks until the block ends."""
+    start = agree_on_start(config, hf_config, groups.control, program)
+    if groups.rank == 0:
+        for note in start.notes:
+            print(note, flush=True)
+        if not start.continues:
+            move_aside([Path(config.run_dir) / name for name in (BAD_STEPS, RECORDED_STEPS)])
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(groups.control, config.distributed.stall_seconds))
+        signals = stack.enter_context(StopSignals())
+        yield Continuity(config, groups, start, watchdog, signals, program)

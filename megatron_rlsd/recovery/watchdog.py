@@ -1,0 +1,253 @@
+"""Who is waited for: every rank tells what it does, and none waits long for one that is gone.
+
+A thread of each rank writes a heartbeat to the processes' store: phase, step, and the collective
+its main thread was last seen in. A rank whose heartbeats end has died or was stopped. Rank 0
+watches all ranks and the others watch rank 0; whoever is found missing ends the run on every rank,
+with a message that names it. A rank whose collective fails asks the same heartbeats who has gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch.distributed as dist
+
+from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, LostRankError
+
+BEAT_SECONDS = 1.0
+GONE_BEATS = 3.5
+"""Heartbeats missed by a rank that another one, whose collective failed, calls gone."""
+TEARDOWN_SECONDS = 30.0
+"""Bound on closing the process groups after a failure."""
+
+
+@dataclass
+class Beat:
+    """What one rank last told."""
+
+    number: int = 0
+    phase: str = "starting"
+    step: int = -1
+    collective: str = "none yet"
+    """The last torch.distributed call its main thread was seen in, and the line that called it."""
+    ended: str = ""
+    """``finished``, or the error with which the rank ended."""
+
+    def __str__(self) -> str:
+        step = f" of step {self.step}" if self.step >= 0 else ""
+        return f"phase {self.phase!r}{step}, last collective {self.collective}"
+
+
+class Watchdog:
+    """One rank's part. Building it is collective; a world of one does nothing."""
+
+    def __init__(self, control: dist.ProcessGroup, stall_seconds: float) -> None:
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._stall_seconds = stall_seconds
+        self._beat = Beat()
+        self._lock = threading.Lock()
+        self._left = threading.Event()
+        self._closed = threading.Event()
+        self._deadline: float | None = None
+        self._main = threading.main_thread().ident or 0
+        self._heard: dict[int, tuple[Beat, float]] = {}
+        if self._world == 1:
+            return
+        # A connection of its own: a wait of the main thread would block a shared one.
+        self._store = dist.PrefixStore(
+            f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+            dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=max(5.0, stall_seconds)),
+                wait_for_workers=False,
+            ),
+        )
+        self._tell()
+        dist.barrier(control)
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._judge_thread = threading.Thread(target=self._judge, name="judge", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._world > 1:
+            self._answered = time.monotonic()
+            self._watcher.start()
+            self._judge_thread.start()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, *trace: object) -> None:
+        if self._world == 1:
+            return
+        self._left.set()
+        if error is None:
+            self._beat.ended = "finished"
+        else:
+            call = _failed_collective(error)
+            self._beat.collective = call or self._beat.collective
+            self._beat.ended = f"{type(error).__name__}: {error!s:.300}"
+            self._deadline = time.monotonic() + TEARDOWN_SECONDS
+        with suppress(RuntimeError):  # the store may be gone already
+            self._tell()
+        # The end of the interpreter aborts the process (SIGABRT in place of the exit code) if it
+        # meets a thread in the store's C++ code.
+        self._watcher.join(TEARDOWN_SECONDS)
+        if error is None:
+            self._closed.set()
+        elif call is not None:
+            report, lost = self.report(error)
+            print(report, file=sys.stderr, flush=True)
+            if lost:
+                raise LostRankError(report) from error
+
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """What this rank is doing, for the others to name."""
+        before = (self._beat.phase, self._beat.step)
+        self._beat.phase, self._beat.step = name, step
+        yield
+        # After an error the phase stays: it is where the rank failed.
+        self._beat.phase, self._beat.step = before
+
+    def report(self, error: BaseException) -> tuple[str, bool]:
+        """Why a collective failed here: which ranks ended or fell silent, and where.
+
+        Also: did one fall silent, rather than end with an error of its own?
+        """
+        lines = [f"rank {self._rank} failed in {self._beat}: {error!s:.200}"]
+        others = [rank for rank in range(self._world) if rank != self._rank]
+        gone, ended = [], []
+        started = time.monotonic()
+        while time.monotonic() < started + GONE_BEATS * BEAT_SECONDS:
+            try:
+                self._listen(others)
+            except RuntimeError:
+                # Nobody else can be asked for.
+                others, gone = [], [f"  rank 0 is gone, and its store with it{self._known(0)}"]
+                break
+            time.sleep(BEAT_SECONDS / 4)
+        now = time.monotonic()
+        for rank in others:
+            beat, heard = self._heard[rank]
+            if beat.ended and beat.ended != "finished":
+                ended.append(f"  rank {rank} ended in {beat}, with {beat.ended}")
+            elif now - heard > (GONE_BEATS - 1) * BEAT_SECONDS:
+                gone.append(f"  rank {rank} is gone{self._known(rank)}")
+        found = gone + ended or ["  every other rank still answers"]
+        return "\n".join(lines + found), bool(gone)
+
+    def _known(self, rank: int) -> str:
+        known = self._heard.get(rank)
+        return f": last heard of in {known[0]}" if known else ""
+
+    def _judge(self) -> None:
+        """Needs no store, which may not answer: a stopped rank 0 keeps its connections open."""
+        while not self._closed.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            if self._deadline is not None:
+                if not dist.is_initialized():
+                    return
+                if now > self._deadline:
+                    self._end_process("the process groups did not close after a failure")
+            elif now - self._answered > self._stall_seconds:
+                beat, heard = self._heard.get(0, (Beat(), self._answered))
+                self._end_process(
+                    f"the store of rank 0 has not answered for {now - self._answered:.0f} s "
+                    f"(distributed.stall_seconds={self._stall_seconds:g}); rank 0 was last heard "
+                    f"of {now - heard:.0f} s ago in {beat}"
+                )
+
+    def _watch(self) -> None:
+        watched = [rank for rank in range(self._world) if (rank == 0) != (self._rank == 0)]
+        while not self._left.wait(BEAT_SECONDS):
+            try:
+                self._look_at_main_thread()
+                self._tell()
+                if self._left.is_set():
+                    return
+                if self._store.check(["verdict"]):
+                    self._end_process(self._store.get("verdict").decode())
+                self._listen(watched)
+                self._answered = time.monotonic()
+                for rank in watched:
+                    beat, heard = self._heard[rank]
+                    silent = time.monotonic() - heard
+                    if beat.ended != "finished" and silent > self._stall_seconds:
+                        message = (
+                            f"rank {rank} has been silent for {silent:.0f} s "
+                            f"(distributed.stall_seconds={self._stall_seconds:g}): {beat}"
+                        )
+                        self._store.set("verdict", message)
+                        self._end_process(message)
+            except RuntimeError:
+                continue  # the store does not answer; _judge counts how long
+
+    def _tell(self) -> None:
+        with self._lock:
+            self._beat.number += 1
+            self._store.set(str(self._rank), json.dumps(asdict(self._beat)))
+
+    def _listen(self, ranks: list[int]) -> None:
+        """Note each rank's last beat and when it was first heard (on this rank's clock)."""
+        answers = self._store.multi_get([str(rank) for rank in ranks])
+        for rank, answer in zip(ranks, answers, strict=True):
+            beat = Beat(**json.loads(answer))
+            known = self._heard.get(rank)
+            if known is None or known[0].number != beat.number:
+                self._heard[rank] = (beat, time.monotonic())
+
+    def _look_at_main_thread(self) -> None:
+        frame = sys._current_frames().get(self._main)
+        if call := _collective_of(frame):
+            self._beat.collective = call
+
+    def _end_process(self, message: str) -> None:
+        where = str(self._beat)
+        print(
+            f"rank {self._rank} ends, in {where}: {message}; exit code {EXIT_LOST_RANK}",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        os._exit(EXIT_LOST_RANK)
+
+
+def _collective_of(frame: FrameType | None) -> str | None:
+    """The torch.distributed function that a stack is in, and the line outside that called it."""
+    stack = []
+    while frame is not None:
+        stack.append((frame, frame.f_lineno))
+        frame = frame.f_back
+    return _innermost_call(stack[::-1])
+
+
+def _failed_collective(error: BaseException) -> str | None:
+    """The torch.distributed call that an error came from; None if it came from elsewhere."""
+    stack = []
+    trace = error.__traceback__
+    while trace is not None:
+        stack.append((trace.tb_frame, trace.tb_lineno))
+        trace = trace.tb_next
+    return _innermost_call(stack)
+
+
+def _innermost_call(stack: list[tuple[FrameType, int]]) -> str | None:
+    """``stack`` is ordered from the outermost frame."""
+    caller, call = "", None
+    for frame, line in stack:
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if not module.startswith("torch"):
+            caller, call = f"{module}:{line}", None
+        elif call is None and module.startswith("torch.distributed"):
+            # Its public functions come wrapped for logging.
+            call = None if name.startswith(("_", "wrapper")) else f"{name} (called in {caller})"
+    return call

@@ -1,0 +1,114 @@
+"""Assembles a run from its configuration: builds every part and closes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.checkpoint.start import Program
+from megatron_rlsd.config import Config, dump_config
+from megatron_rlsd.data import (
+    PromptBuilder,
+    TokenizerError,
+    build_sources,
+    evaluation_problems,
+    load_tokenizer,
+)
+from megatron_rlsd.environments import EnvironmentPool
+from megatron_rlsd.experience import Experience, RolloutStream
+from megatron_rlsd.experience.episodes import Episodes
+from megatron_rlsd.hf_bridge import family_for, load_hf_config
+from megatron_rlsd.observability import MetricsLogger
+from megatron_rlsd.parallel.exchange import gather_bytes
+from megatron_rlsd.parallel.groups import parallel_world
+from megatron_rlsd.parallel.layout import model_shape
+from megatron_rlsd.recovery.continuity import continuity
+from megatron_rlsd.rewards import RewardPool
+from megatron_rlsd.rollout.served import ServedEngine
+from megatron_rlsd.run.engines import rollout_engine
+from megatron_rlsd.run.run import Run
+
+
+@contextmanager
+def assemble(
+    config: Config, *, total_updates: int | None, total_steps: int, program: Program = "train"
+) -> Iterator[Run]:
+    """Build every part on every rank; rank 0 also gets the data, the rewards and the logger.
+
+    ``total_updates`` None: the actor gets no optimizer.
+    """
+    hf_path = Path(config.model.hf_path)
+    hf_config = load_hf_config(hf_path)
+    family = family_for(hf_config)
+    with ExitStack() as stack:
+        groups = stack.enter_context(
+            parallel_world(
+                config.parallel,
+                model_shape(family, hf_config),
+                timeout_seconds=config.distributed.timeout_seconds,
+                seed=config.train.seed,
+            )
+        )
+        kept = stack.enter_context(continuity(config, hf_config, groups, program))
+        tokenizer = load_tokenizer(config.tokenizer, hf_path)
+        if tokenizer.vocab_size > hf_config["vocab_size"]:
+            raise TokenizerError(
+                f"the tokenizer has {tokenizer.vocab_size} ids but the model in {hf_path} embeds "
+                f"{hf_config['vocab_size']}"
+            )
+        prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
+        run_dir = Path(config.run_dir)
+        if groups.rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            dump_config(config, run_dir / "config.yaml")
+        log = stack.enter_context(
+            MetricsLogger(
+                run_dir,
+                config.observability,
+                total_steps,
+                resume_step=kept.start.step if kept.start.continues else None,
+                enabled=groups.rank == 0,
+                rank=groups.rank,
+                gather=partial(gather_bytes, group=groups.control),
+                settings=config.model_dump(mode="json"),
+            )
+        )
+        engine, publisher = stack.enter_context(rollout_engine(config, groups, hf_config, prompts))
+        rewards, environments, experience, eval_problems = None, None, None, {}
+        rollouts: Experience | RolloutStream | None = None
+        if groups.rank == 0:
+            # Its workers import their libraries while the model is built.
+            rewards = stack.enter_context(RewardPool(config.reward))
+            source = build_sources(config.data.train, config.train.seed)
+            for note in source.notes():
+                print(note, flush=True)
+            episodes = None
+            if config.environment.name is not None:
+                environments = stack.enter_context(EnvironmentPool(config.environment))
+                episodes = Episodes(config, prompts, tokenizer, engine, environments)
+            experience = Experience(config, source, prompts, tokenizer, engine, rewards, episodes)
+            rollouts = experience
+            if config.rollout.asynchronous.max_staleness and program == "train":
+                assert isinstance(engine, ServedEngine)
+                rollouts = stream = RolloutStream(config, experience, engine, log.span)
+                stack.callback(stream.close)
+            for number, each in enumerate(config.data.eval):
+                problems = evaluation_problems(each, config.eval.num_problems)
+                name = problems[0].source
+                eval_problems[name if name not in eval_problems else f"{name}.{number}"] = problems
+        actor = Actor(config, family, hf_config, groups, total_updates)
+        if rewards is not None:
+            rewards.wait_until_ready()
+        if environments is not None:
+            environments.wait_until_ready()
+        yield Run(
+            *(config, groups, tokenizer, prompts, actor, log, engine),
+            experience=experience,
+            rollouts=rollouts,
+            eval_problems=eval_problems,
+            continuity=kept,
+            publisher=publisher,
+        )

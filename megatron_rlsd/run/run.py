@@ -1,0 +1,128 @@
+"""A run: one rank's parts, and what the training loops do with several of them at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.config import Config
+from megatron_rlsd.data import PromptBuilder, Tokenizer
+from megatron_rlsd.experience import Experience, RolloutStream, train_batch, trained
+from megatron_rlsd.experience.evaluation import evaluate
+from megatron_rlsd.hf_bridge import save_hf_folder
+from megatron_rlsd.learner.credit import CreditCollector, attach_credit
+from megatron_rlsd.observability import MetricsLogger
+from megatron_rlsd.parallel.exchange import (
+    broadcast_bytes,
+    gather_bytes,
+    pack_train_batch,
+    unpack_train_batch,
+)
+from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.recovery.continuity import Continuity
+from megatron_rlsd.rollout.engine import TrainerEngine
+from megatron_rlsd.rollout.served import ServedEngine
+from megatron_rlsd.types import Group, Problem, TrainBatch
+from megatron_rlsd.weight_sync import Publisher
+
+
+@dataclass
+class Run:
+    """One rank's parts. ``experience``, ``rollouts`` and ``eval_problems``: on rank 0 only."""
+
+    config: Config
+    groups: ParallelGroups
+    tokenizer: Tokenizer
+    prompts: PromptBuilder
+    actor: Actor
+    log: MetricsLogger
+    engine: TrainerEngine
+    experience: Experience | None
+    rollouts: Experience | RolloutStream | None
+    """Where training batches come from."""
+    eval_problems: dict[str, list[Problem]]
+    continuity: Continuity
+    publisher: Publisher
+
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """A part of a step: timed, and known to the other ranks' watchdogs."""
+        with self.continuity.watchdog.phase(name, step), self.log.phase(name):
+            yield
+
+    def rollout(self, step: int) -> tuple[list[Group], TrainBatch, dict[str, float]]:
+        """Sampled and rewarded: groups and metrics on rank 0, the batch on every rank."""
+
+        def work() -> tuple[list[Group], dict[str, float]]:
+            assert self.rollouts is not None
+            return self.rollouts.collect(step)
+
+        groups, metrics = self.engine.run_on_rank_zero(work) or ([], {})
+        if self.config.rollout.colocated and self.actor.trains:
+            assert isinstance(self.engine, ServedEngine)
+            self.engine.sleep()
+            self.actor.take_room()
+        payload = pack_train_batch(train_batch(groups)) if self.groups.rank == 0 else None
+        batch = unpack_train_batch(broadcast_bytes(payload, self.groups.control))
+        return groups, batch, metrics
+
+    def publish_weights(self, version: int) -> dict[str, float]:
+        """Hand the actor's current weights to the rollout engine; metrics on rank 0.
+
+        Colocated servers wake for it; they sleep again after the next rollout.
+        """
+        if self.config.rollout.colocated:
+            self.actor.make_room()
+        metrics = self.publisher.publish(self.actor, version)
+        if isinstance(self.rollouts, RolloutStream):
+            self.rollouts.published(version)
+        return metrics
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate the published weights on the held-out problems, after ``step`` steps.
+
+        The results are the same on every rank; empty without evaluation sources.
+        """
+        if not self.config.data.eval:
+            return {}
+
+        def work() -> bytes:
+            assert self.experience is not None
+            results = evaluate(self.experience, self.eval_problems, self.config.eval)
+            self.log.evaluation(step, results)
+            return json.dumps(results).encode()
+
+        with self.phase("evaluation", step):
+            payload = self.engine.run_on_rank_zero(work)
+            return json.loads(broadcast_bytes(payload, self.groups.control))
+
+    def log_samples(self, step: int, groups: list[Group], credit: CreditCollector) -> None:
+        """Dump the step's first groups with what the update made of each token."""
+        if self.config.observability.samples_per_step:
+            payloads = gather_bytes(credit.pack(), self.groups.control)
+            if payloads is not None:
+                attach_credit(trained(groups), payloads)
+            self.log.samples(step, groups, self.tokenizer.decode)
+
+    def exported(self, name: str) -> bool:
+        """Was run_dir/hf/``name`` written before this run was resumed? The same on all ranks."""
+        found = (
+            self.continuity.start.continues
+            and (Path(self.config.run_dir) / "hf" / name / "config.json").is_file()
+        )
+        return broadcast_bytes(b"1" if found else b"", self.groups.control) == b"1"
+
+    def export_hf(self, name: str) -> Path:
+        """Write the current weights as a HF folder run_dir/hf/``name``."""
+        out = Path(self.config.run_dir) / "hf" / name
+        save_hf_folder(
+            self.actor.hf_tensors(),
+            out,
+            Path(self.config.model.hf_path),
+            is_writer=self.groups.rank == 0,
+        )
+        return out

@@ -1,0 +1,37 @@
+"""Where the program runs: CUDA with NCCL, or a machine without CUDA over gloo.
+
+Every package of ours that imports megatron calls ``enable_megatron()`` first. On a CUDA machine
+that checks the version and does nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megatron_rlsd.runtime import cpu
+from megatron_rlsd.runtime.megatron_versions import PlatformError, check_megatron_version
+
+__all__ = ["PlatformError", "collectives_backend", "device", "enable_megatron"]
+
+
+def enable_megatron() -> None:
+    """Make ``import megatron.core`` work on this machine; call before the first such import.
+
+    Raises PlatformError when Megatron-Core is missing or outside the supported range.
+    """
+    check_megatron_version()
+    if not torch.cuda.is_available():
+        cpu.install()
+
+
+def device() -> torch.device:
+    """This process's device: the GPU of its LOCAL_RANK, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def collectives_backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"

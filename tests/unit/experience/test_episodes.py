@@ -1,0 +1,240 @@
+"""Trajectories of several turns, with a real model, a real tokenizer and real workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rlsd.config import Config
+from megatron_rlsd.data import PromptBuilder, build_sources, load_tokenizer
+from megatron_rlsd.environments import EnvironmentPool
+from megatron_rlsd.experience import Experience, train_batch
+from megatron_rlsd.experience.episodes import Episodes
+from megatron_rlsd.observability.samples import sample_row
+from megatron_rlsd.parallel.exchange import pack_train_batch, unpack_train_batch
+from megatron_rlsd.rewards import RewardPool
+from megatron_rlsd.rollout.embedded import EmbeddedEngine
+from megatron_rlsd.types import Generation, GenerationRequest, Trajectory
+from tests.environment_runs import DIGITS, ENDING
+
+FAILING = """
+class Fails:
+    def reset(self, problem):
+        self.left = 1
+        if int(problem.answer) % 3 == 0: raise RuntimeError("will not begin")
+
+    def step(self, response):
+        if self.left == 0: raise RuntimeError("had enough")
+        self.left -= 1
+        return "go on"
+
+class Ends:
+    def reset(self, problem): pass
+
+    def step(self, response):
+        from megatron_rlsd.environments import Observation
+        return Observation(done=True, reward=2.0)
+"""
+
+
+class RecordingEngine:
+    """A real engine that also keeps what it was asked and what it gave."""
+
+    def __init__(self, model: Path) -> None:
+        self.engine = EmbeddedEngine(model, torch.float32, 64)
+        self.weight_version = 0
+        self.batches: list[list[tuple[GenerationRequest, Generation]]] = []
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        found = [replace(g, token_ids=list(g.token_ids)) for g in self.engine.generate(requests)]
+        self.batches.append(list(zip(requests, map(replace, found), strict=True)))
+        return found
+
+
+Play = Callable[..., Any]
+
+
+@pytest.fixture
+def play(make_config: Callable[..., Config], tiny_model: Path, tmp_path: Path) -> Play:
+    (tmp_path / "digits.py").write_text(DIGITS)
+    (tmp_path / "failing.py").write_text(FAILING)
+
+    @contextmanager
+    def build(environment: dict | None = None, **sections: Any) -> Iterator:
+        settings = {"workers": 1, "max_turns": 3, "max_turn_tokens": 8, "max_error_share": 1}
+        sections["rollout"] = {"max_response_tokens": 160, **sections.get("rollout", {})}
+        if environment is not None:
+            name = f"{tmp_path}/{environment.pop('name')}"
+            sections["environment"] = {**settings, "name": name, **environment}
+            functions = [{"name": "environment"}, {"name": "format", "params": {"pattern": "x"}}]
+            sections.setdefault("reward", {"functions": functions})
+        config = make_config(**sections)
+        tokenizer = load_tokenizer(config.tokenizer, tiny_model)
+        prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
+        engine = RecordingEngine(tiny_model)
+        source = build_sources(config.data.train, 0)
+        with RewardPool(config.reward) as rewards:
+            if environment is None:
+                yield Experience(config, source, prompts, tokenizer, engine, rewards), engine
+                return
+            with EnvironmentPool(config.environment) as pool:
+                episodes = Episodes(config, prompts, tokenizer, engine, pool)
+                yield (
+                    Experience(config, source, prompts, tokenizer, engine, rewards, episodes),
+                    engine,
+                )
+
+    return build
+
+
+def turns_of(trajectory: Trajectory) -> list[tuple[int, list[int]]]:
+    """(mask, token ids) of each piece of the trajectory after its prompt."""
+    generation = trajectory.generation
+    pieces: list[tuple[int, list[int]]] = []
+    mask = generation.response_mask or [1] * len(generation.token_ids)
+    for token, own in zip(generation.token_ids, mask, strict=True):
+        if not pieces or pieces[-1][0] != own:
+            pieces.append((own, []))
+        pieces[-1][1].append(token)
+    return pieces
+
+
+def test_a_trajectory_is_what_the_engine_returned_with_the_answers_between(play, tiny_model):
+    with play({"name": "digits.py:Digits", "role": "tool"}) as (experience, engine):
+        groups, metrics = experience.collect(0)
+    trajectories = [t for g in groups for t in g.trajectories]
+    tokenizer = experience._tokenizer
+    assert len(trajectories) == 12
+    assert {len(t.transcript) for t in trajectories} >= {1, 5}
+    # All episodes that go on are asked together, in their order.
+    assert [len(b) for b in engine.batches] == [
+        sum(len(t.transcript) > 2 * turn for t in trajectories) for turn in range(3)
+    ]
+    given: dict[int, list[tuple[GenerationRequest, Generation]]] = {}
+    for turn, batch in enumerate(engine.batches):
+        going = [i for i, t in enumerate(trajectories) if len(t.transcript) > 2 * turn]
+        for number, exchange in zip(going, batch, strict=True):
+            given.setdefault(number, []).append(exchange)
+    seeds = {request.seed for batch in engine.batches for request, _ in batch}
+    assert len(seeds) == sum(map(len, engine.batches))
+    for number, trajectory in enumerate(trajectories):
+        generation, pieces = trajectory.generation, turns_of(trajectory)
+        assert [own for own, _ in pieces] == [1, 0, 1, 0, 1][: len(trajectory.transcript)]
+        assert pieces[-1][0] == 1
+        sampled = [found for _, found in given[number]]
+        assert [ids for own, ids in pieces if own] == [g.token_ids for g in sampled]
+        # Each turn was asked for with the very ids that the trajectory holds before it.
+        before = list(trajectory.prompt_ids)
+        exchanges = iter(given[number])
+        for own, ids in pieces:
+            if own:
+                assert next(exchanges)[0].prompt_ids == before
+            before += ids
+        own_log_probs = [lp for g in sampled for lp in g.log_probs]
+        mask = generation.response_mask or [1] * len(generation.token_ids)
+        log_probs = list(zip(generation.log_probs, mask, strict=True))
+        assert [lp for lp, own in log_probs if own] == own_log_probs
+        assert {lp for lp, own in log_probs if not own} <= {0.0}
+        assert generation.num_own_tokens == len(own_log_probs)
+        # The answers are the template's rendering; the model's text is decoded, never encoded.
+        for (own, ids), message in zip(pieces, trajectory.transcript, strict=True):
+            if own:
+                assert message == {"role": "assistant", "content": tokenizer.decode(ids)}
+            else:
+                assert message["role"] == "tool"
+                tail = tokenizer.encode(f"<|tool|>{message['content']}")
+                end = [tokenizer.end_of_turn_id]
+                assistant = tokenizer.apply_chat_template([{"role": "user", "content": ""}])[-1:]
+                assert ids in (end + tail + end + assistant, tail + end + assistant)
+        rewards = [
+            sum(c in "02468" for c in m["content"]) / 4
+            for m in trajectory.transcript
+            if m["role"] == "assistant"
+        ]
+        assert trajectory.environment_reward == pytest.approx(sum(rewards))
+        assert trajectory.reward.parts["environment"] == trajectory.environment_reward
+        row = sample_row(trajectory, tokenizer.decode)["token_columns"]
+        assert row.get("own", mask) == mask
+        assert [lp is None for lp in row["rollout_log_probs"]] == [not own for own in mask]
+    # The opening is part of the question, for student and teacher.
+    for trajectory in trajectories:
+        for prompt in (trajectory.prompt_ids, trajectory.teacher_prompt_ids):
+            assert "\n\nWrite digits." in tokenizer.decode(prompt)
+    own = [t.generation.num_own_tokens for t in trajectories]
+    assert metrics["rollout/response_tokens"] == sum(own)
+    assert metrics["rollout/turns_max"] == 3
+    foreign = [len(t.generation.token_ids) for t in trajectories]
+    assert metrics["rollout/environment_tokens_mean"] == (sum(foreign) - sum(own)) / 12
+    batch = train_batch(groups)
+    assert unpack_train_batch(pack_train_batch(batch)).response_masks == batch.response_masks
+    assert [sum(m) for m in batch.response_masks] == own
+
+
+def test_the_limits_end_an_episode_as_cut_off(play):
+    with play(
+        {"name": "digits.py:Digits", "max_turns": 2}, rollout={"max_response_tokens": 31}
+    ) as (experience, engine):
+        groups, metrics = experience.collect(0)
+    found = [t for g in groups for t in g.trajectories]
+    for trajectory in found:
+        generation = trajectory.generation
+        own_turns = [m for m in trajectory.transcript if m["role"] == "assistant"]
+        assert len(generation.token_ids) <= 31
+        assert (generation.response_mask or [1])[-1] == 1
+        ended = any(c in ENDING for c in own_turns[-1]["content"])
+        assert len(own_turns) <= 2
+        if not ended:
+            assert generation.finish_reason == "length"
+        for request, _ in (pair for batch in engine.batches for pair in batch):
+            assert request.params.max_new_tokens <= 8
+    # With room for 31 tokens some second turns are cut short, and some answers leave no room.
+    assert {len(t.transcript) for t in found} == {1, 3}
+    assert {r.params.max_new_tokens for r, _ in engine.batches[1]} - {8}
+    assert metrics["rollout/truncated_share"] > 0.5
+
+
+def test_an_environment_that_ends_at_once_leaves_a_single_turn_as_it_was(play):
+    with play(rollout={"max_response_tokens": 12}) as (experience, _):
+        plain, _ = experience.collect(3)
+    ends = {"name": "failing.py:Ends", "max_turn_tokens": None}
+    with play(ends, rollout={"max_response_tokens": 12}) as (experience, _):
+        played, metrics = experience.collect(3)
+    for before, after in zip(plain, played, strict=True):
+        assert before.problem == after.problem
+        for one, other in zip(before.trajectories, after.trajectories, strict=True):
+            assert one.prompt_ids == other.prompt_ids
+            assert one.teacher_prompt_ids == other.teacher_prompt_ids
+            if len(one.generation.token_ids) < 12 or one.generation.finish_reason == "stop":
+                assert one.generation == other.generation
+            else:
+                # Cut off by the limit: the environment was not asked.
+                assert other.environment_reward == 0
+                assert one.generation == other.generation
+    assert train_batch(played).response_masks == []
+    assert metrics["rollout/turns_mean"] == 1
+
+
+def test_a_failing_environment_gives_no_reward_and_is_counted(play):
+    with play({"name": "failing.py:Fails"}) as (experience, _):
+        groups, metrics = experience.collect(0)
+    found = [t for g in groups for t in g.trajectories]
+    unbegun = [t for t in found if int(t.problem.answer) % 3 == 0]
+    assert 0 < len(unbegun) < len(found)
+    for trajectory in found:
+        reason = "will not begin" if trajectory in unbegun else "had enough"
+        turn = "reset" if trajectory in unbegun else "turn 2"
+        expected = f"{turn}: RuntimeError: {reason}"
+        assert trajectory.environment_error == expected
+        assert trajectory.reward.value == 0
+        assert trajectory.reward.parts == {"environment": 0.0, "format": 0.0}
+        assert trajectory.reward.errors == {"environment": expected}
+        assert bool(trajectory.generation.token_ids) == (trajectory not in unbegun)
+    assert metrics["rollout/environment_error_share"] == 1
+    assert metrics["rollout/reward_error_share"] == 1
+    assert len(train_batch(groups)) == len(found) - len(unbegun)
