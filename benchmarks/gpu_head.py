@@ -145,8 +145,7 @@ def pieces(
     from triton_tiles import TILES, tile_kernel
 
     from megatron_rlsd.ops import triton_launch
-    from megatron_rlsd.ops.collectives import gather_partials, merge_log_softmax, merge_partials
-    from megatron_rlsd.ops.head import VocabShard
+    from megatron_rlsd.ops.collectives import merge_log_softmax
 
     problem = make_problem(C, D, V, 1.0, dtype, device, seed=2)
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
@@ -193,9 +192,8 @@ def pieces(
     partials = triton_launch.launch_product(
         hidden, weight, targets, with_entropy=False, exp_CV=exp, **call
     )
-    shard = VocabShard(weight, V, None)
-    softmax = merge_log_softmax(gather_partials(merge_partials(partials), shard))
-    record("merge of sums", lambda: merge_log_softmax(merge_partials(partials)[None]))
+    softmax = merge_log_softmax(triton_launch.launch_merge(partials)[None])
+    record("merge of sums", lambda: triton_launch.launch_merge(partials))
     ones = torch.ones(C, device=device)
 
     def gradient() -> None:

@@ -44,6 +44,15 @@ def random_tokens(hidden: Tensor, weight: Tensor, targets: Tensor, seed: int = 0
     return TokenInputs(normal() * often(), often().double() / max(N, 1), *near)
 
 
+def log_prob_tolerance(device: torch.device, D: int) -> float:
+    """Absolute error that a float32 log-probability may have from products over D numbers.
+
+    Hopper's tensor cores cut partial sums where other units round them, so that the errors of
+    D / 16 additions all lie on one side: 3.6e-5 at D 4096 on an H100.
+    """
+    return 1e-5 + (2e-8 * D if device.type == "cuda" else 0.0)
+
+
 def relative_norm(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
@@ -57,7 +66,7 @@ def check_scores(
     padding: int = 0,
     **settings: Any,
 ) -> None:
-    """Log-probabilities within 1e-5 of float64 from the same inputs; padding holds infinities."""
+    """Log-probabilities close to float64 from the same inputs; padding holds infinities."""
     hidden, weight, targets = random_head(N, D, V, device, dtype)
     padded = torch.cat([weight, weight.new_full((padding, D), float("inf"))])
     scaling = {k: v for k, v in settings.items() if k in ("temperature", "softcap")}
@@ -67,9 +76,11 @@ def check_scores(
     alone, _ = token_log_probs(hidden, padded, targets, vocab_size=V, backend="triton", **settings)
     exact, exact_entropy = reference_log_probs(hidden, weight, targets, **scaling)
     assert log_probs.dtype == torch.float32
-    assert torch.equal(alone, log_probs)
-    torch.testing.assert_close(log_probs.double(), exact, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-5, atol=1e-5)
+    # Two compilations on a GPU, which may round a step differently.
+    torch.testing.assert_close(alone, log_probs, rtol=1e-6, atol=2e-6 if alone.is_cuda else 0.0)
+    atol = log_prob_tolerance(device, D)
+    torch.testing.assert_close(log_probs.double(), exact, rtol=1e-6, atol=atol)
+    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=1e-5, atol=atol)
 
 
 def check_gradients(
@@ -116,7 +127,8 @@ def check_gradients(
         p[torch.arange(N, device=device), targets] += 1
         terms = p * (g.abs() + e.abs() * (1 + entropy))[:, None] / temperature
         sizes = (terms @ wide[1].abs()).norm(), (terms.T @ wide[0].abs()).norm()
-    torch.testing.assert_close(ours.log_probs.double(), log_probs, rtol=1e-6, atol=1e-5)
+    atol = log_prob_tolerance(device, D)
+    torch.testing.assert_close(ours.log_probs.double(), log_probs, rtol=1e-6, atol=atol)
     assert (ours.d_hidden - expected[0]).norm() < tolerance * sizes[0]
     assert (d_weight[:V] - expected[1]).norm() < tolerance * sizes[1]
     assert not d_weight[V:].any()

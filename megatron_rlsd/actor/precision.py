@@ -12,10 +12,11 @@ from megatron_rlsd.config import PrecisionConfig
 from megatron_rlsd.runtime.machine import PlatformError
 
 LayerKind = Literal["local", "transformer_engine"]
-CAPABILITY = {"delayed": (8, 9), "current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+CAPABILITY = {"current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 """The first compute capability with these products."""
-ENGINE_VERSION = {"delayed": (1, 7), "current": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
+ENGINE_VERSION = {"current": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
 """The first release of Transformer Engine with them."""
+BLOCKWISE_CUDA = (12, 9)
 PARAMETERS_VERSION = (2, 8)
 """The release whose 8-bit parameters were read for fp8_parameters."""
 ANY_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
@@ -34,7 +35,7 @@ def layer_kind(precision: PrecisionConfig, device: torch.device) -> LayerKind:
     if reason is None:
         if precision.fp8 != "none":
             capability = torch.cuda.get_device_capability(device)
-            check_fp8(precision, capability, version("transformer-engine"))
+            check_fp8(precision, capability, version("transformer-engine"), torch.version.cuda)
         return "transformer_engine"
     if precision.fp8 != "none":
         raise PlatformError(f"model.precision.fp8={precision.fp8}: {reason}")
@@ -43,8 +44,11 @@ def layer_kind(precision: PrecisionConfig, device: torch.device) -> LayerKind:
     return "local"
 
 
-def check_fp8(precision: PrecisionConfig, capability: tuple[int, int], engine: str) -> None:
-    """Raise PlatformError unless this device and Transformer Engine release have the products."""
+def check_fp8(
+    precision: PrecisionConfig, capability: tuple[int, int], engine: str, cuda: str | None
+) -> None:
+    """Raise PlatformError unless this device, Transformer Engine release and CUDA release (of
+    torch, "13.0") have the products."""
     needed, first = CAPABILITY[precision.fp8], ENGINE_VERSION[precision.fp8]
     if capability < needed:
         raise PlatformError(
@@ -55,6 +59,11 @@ def check_fp8(precision: PrecisionConfig, capability: tuple[int, int], engine: s
         raise PlatformError(
             f"model.precision.fp8={precision.fp8} needs transformer-engine "
             f">= {first[0]}.{first[1]}, found {engine}"
+        )
+    if precision.fp8 == "blockwise" and _release(cuda or "0.0") < BLOCKWISE_CUDA:
+        raise PlatformError(
+            f"model.precision.fp8=blockwise needs CUDA >= {BLOCKWISE_CUDA[0]}.{BLOCKWISE_CUDA[1]}, "
+            f"whose cuBLAS first has products with scales of blocks; torch was built with {cuda}"
         )
     if precision.fp8_parameters:
         _check_parameters(engine)
@@ -74,8 +83,8 @@ def _check_parameters(engine: str) -> None:
         )
 
 
-def _release(engine: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in engine.split(".")[:2])
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def precision_fields(
@@ -88,10 +97,8 @@ def precision_fields(
         return {}
     kept = precision.first_layers_bf16 + precision.last_layers_bf16
     return {
-        "fp8": precision.fp8_format,
+        "fp8": precision.fp8_format or ("e4m3" if precision.scales_blocks else "hybrid"),
         "fp8_recipe": "tensorwise" if precision.fp8 == "current" else precision.fp8,
-        "fp8_amax_history_len": precision.fp8_amax_history,
-        "fp8_amax_compute_algo": "max",
         "fp8_param": precision.fp8_parameters,
         "first_last_layers_bf16": kept > 0,
         "num_layers_at_start_in_bf16": precision.first_layers_bf16,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_rlsd.config.section import Section
 
 _NO_PARAMETERS = {
     "none": "there are no 8-bit products",
-    "delayed": "its scales follow from earlier steps, so that the same masters give other weights "
-    "after a resume",
     "current": "its scales are no powers of two, so that bfloat16 copies (servers, teacher, "
     "checkpoints) are not exactly the weights that the trainer computes with",
     "mxfp8": "Megatron-Core gathers such weights in bfloat16 through its gradient buffer",
@@ -24,19 +22,31 @@ class PrecisionConfig(Section):
 
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose modules the layers are made of. auto: Transformer Engine's where CUDA and it are."""
-    fp8: Literal["none", "delayed", "current", "blockwise", "mxfp8"] = "none"
-    """Scaling of 8-bit products: by earlier maxima, by the tensor's own, by blocks (Hopper), by
-    blocks of 32 (Blackwell). Weights, gradients and optimizer stay in model.dtype and float32."""
-    fp8_format: Literal["e4m3", "hybrid"] = "hybrid"
-    """hybrid: gradients in e5m2."""
+    fp8: Literal["none", "current", "blockwise", "mxfp8"] = "none"
+    """Scaling of 8-bit products: by the tensor's own maximum, by blocks (Hopper), by blocks of 32
+    (Blackwell). Weights, gradients and optimizer stay in model.dtype and float32."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """hybrid: gradients in e5m2. None: hybrid with fp8=current; e4m3 with scales of blocks, which
+    need no wider range, as Transformer Engine's own recipes have it."""
     fp8_amax_history: int = Field(1024, ge=1)
-    """delayed: steps whose maxima set the scale."""
+    """Has no effect; kept so that configurations of earlier runs can be read."""
     first_layers_bf16: int = Field(0, ge=0)
     last_layers_bf16: int = Field(0, ge=0)
     """Layers at the model's start and end whose products stay in bfloat16."""
     fp8_parameters: bool = False
     """Hold the weights of the 8-bit products in 8 bits, beside the optimizer's float32 masters
     (Megatron's fp8_param_gather). With fp8=blockwise and optimizer.distributed."""
+
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _scales_are_functions_of_the_values(cls, value: object) -> object:
+        if value == "delayed":
+            raise ValueError(
+                "delayed scaling is not offered: its scales follow from earlier passes, so that a "
+                "teacher's pass would change the student's next one, and a resume would be another "
+                "run; use current or blockwise"
+            )
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> PrecisionConfig:
@@ -51,11 +61,6 @@ class PrecisionConfig(Section):
                 f"fp8={self.fp8} needs layers=transformer_engine (or auto): the local layers have "
                 "no 8-bit products"
             )
-        if self.fp8 == "delayed" and kept:
-            raise ValueError(
-                "fp8=delayed keeps maxima of all layers and cannot leave some in bfloat16; use "
-                "fp8=current or blockwise with first_layers_bf16 and last_layers_bf16"
-            )
         if self.fp8_parameters and self.fp8 != "blockwise":
             raise ValueError(
                 f"fp8_parameters=true needs fp8=blockwise, got fp8={self.fp8}: "
@@ -64,9 +69,14 @@ class PrecisionConfig(Section):
         return self
 
     @property
+    def scales_blocks(self) -> bool:
+        """Has each block of a tensor a scale of its own?"""
+        return self.fp8 in ("blockwise", "mxfp8")
+
+    @property
     def token_multiple(self) -> int:
         """Tokens of a rank's micro-batch are a multiple of this: 8-bit products demand it."""
-        return {"none": 1, "delayed": 16, "current": 16, "mxfp8": 32, "blockwise": 128}[self.fp8]
+        return {"none": 1, "current": 16, "mxfp8": 32, "blockwise": 128}[self.fp8]
 
 
 class ModelConfig(Section):
@@ -105,9 +115,9 @@ class ModelConfig(Section):
                 "tp_comm_overlap=true needs precision.layers=transformer_engine (or auto): the "
                 "local layers have no userbuffers"
             )
-        if self.precision.fp8 in ("blockwise", "mxfp8"):
+        if self.precision.scales_blocks:
             raise ValueError(
-                f"tp_comm_overlap=true needs precision.fp8=none, delayed or current, got "
+                f"tp_comm_overlap=true needs precision.fp8=none or current, got "
                 f"{self.precision.fp8}: Transformer Engine's userbuffers "
                 + (
                     "do not take tensors scaled by blocks"

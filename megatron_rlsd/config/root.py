@@ -59,10 +59,12 @@ class Config(Section):
     @property
     def pack_multiple(self) -> int:
         """Each micro-batch, context-parallel ranks together, is padded to a multiple of this."""
-        return math.lcm(
-            self.parallel.pack_multiple,
-            self.model.precision.token_multiple * self.parallel.context,
-        )
+        parallel, precision = self.parallel, self.model.precision
+        each = precision.token_multiple * parallel.context
+        if precision.scales_blocks and parallel.sequence:
+            # Transformer Engine gathers a rank's part in 8 bits only where it is whole blocks.
+            each *= parallel.tensor
+        return math.lcm(parallel.pack_multiple, each)
 
     @property
     def fixed_pack_length(self) -> int | None:

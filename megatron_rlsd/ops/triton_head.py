@@ -29,7 +29,6 @@ from megatron_rlsd.ops.collectives import (
     LogSoftmax,
     gather_partials,
     merge_log_softmax,
-    merge_partials,
 )
 from megatron_rlsd.ops.head import HeadGradient, HeadInputs, RowGradient
 
@@ -182,7 +181,7 @@ class _Chunk:
             with_entropy=inputs.with_entropy,
             exp_CV=self._exp_CV[:C] if keep_exp else None,
         )
-        return merge_partials(self._partials_BKC)
+        return self._launch.launch_merge(self._partials_BKC)
 
     def backward(
         self,

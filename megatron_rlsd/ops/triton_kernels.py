@@ -1,4 +1,4 @@
-"""The two Triton kernels of the fused head; ``triton_launch`` calls them.
+"""The three Triton kernels of the fused head; ``triton_launch`` calls them.
 
 Shapes: C rows of a chunk, V vocabulary rows of this rank that are no padding, D hidden size, B
 vocabulary blocks of BLOCK_V rows. C, V and D need be no multiple of anything.
@@ -7,8 +7,8 @@ The product kernel never writes a logit. It writes E = exp(z - m_b), with m_b th
 logit of one vocabulary block, in the dtype of the inputs: E lies in [0, 1], so that rounding it to
 bfloat16 costs a relative 2^-9 wherever the row's logits lie, while a bfloat16 logit would be wrong
 by 2^-9 of its own size. Nothing has to be known about a row before its product starts, and nothing
-can overflow. The second kernel, which needs the row's softmax over all ranks, turns E into dz in
-place, and reading and writing E once more is all that it costs.
+can overflow. The merge kernel joins the blocks' sums. The last kernel, which needs the row's
+softmax over all ranks, turns E into dz in place: reading and writing E once more is all it costs.
 
 All arithmetic is float32 from float32 accumulators.
 """
@@ -168,6 +168,44 @@ def _leave_sums(
             # The row's padding is written too: a multiple of 16 lets the stores be wide.
             inside = row_inside[:, None] & (ids[None, :] < exp_stride)
             tl.store(exp_out + at, exp.to(exp_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def merge_kernel(
+    partials, merged, B, C, K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """``collectives.merge_partials`` in one pass: partials [B, K, C] -> merged [K, C], float32.
+
+    One program for BLOCK_C rows goes through all vocabulary blocks, BLOCK_B at a time, and rescales
+    its sums whenever their largest logit grows.
+    """
+    rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    M = tl.full((BLOCK_C,), NO_LOGIT, dtype=tl.float32)
+    S = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    target = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    U = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for first in tl.range(0, B, BLOCK_B):
+        blocks = first + tl.arange(0, BLOCK_B)
+        inside = (blocks[:, None] < B) & (rows[None, :] < C)
+        at = partials + blocks.to(tl.int64)[:, None] * (K * C) + rows[None, :]
+        m = tl.load(at, mask=inside, other=NO_LOGIT)
+        s = tl.load(at + C, mask=inside, other=0.0)
+        target += tl.sum(tl.load(at + 2 * C, mask=inside, other=0.0), axis=0)
+        largest = tl.maximum(M, tl.max(m, axis=0))
+        shift = tl.exp(m - largest[None, :])
+        shrink = tl.exp(M - largest)
+        if K == 4:
+            u = tl.load(at + 3 * C, mask=inside, other=0.0)
+            moved = (u + (m - largest[None, :]) * s) * shift
+            U = (U + (M - largest) * S) * shrink + tl.sum(moved, axis=0)
+        S = S * shrink + tl.sum(s * shift, axis=0)
+        M = largest
+    inside_C = rows < C
+    tl.store(merged + rows, M, mask=inside_C)
+    tl.store(merged + C + rows, S, mask=inside_C)
+    tl.store(merged + 2 * C + rows, target, mask=inside_C)
+    if K == 4:
+        tl.store(merged + 3 * C + rows, U, mask=inside_C)
 
 
 @triton.jit

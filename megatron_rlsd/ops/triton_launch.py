@@ -19,7 +19,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_rlsd.ops.triton_kernels import exp_to_gradient_kernel, product_kernel
+from megatron_rlsd.ops.triton_kernels import (
+    exp_to_gradient_kernel,
+    merge_kernel,
+    product_kernel,
+)
 
 INTERPRETED = not isinstance(product_kernel, triton.JITFunction)
 """TRITON_INTERPRET was set when triton was imported: kernels run on the CPU, in numpy."""
@@ -29,6 +33,8 @@ ROW_ALIGNMENT = 64
 """Numbers that a row of E is a multiple of: descriptors and cuBLAS want 16 bytes at the least."""
 ELEMENTS_PER_PROGRAM = 2048
 """Of exp_to_gradient_kernel: 16 bytes a thread in bfloat16."""
+MERGED_ROWS, MERGED_BLOCKS = 32, 32
+"""Of a program of merge_kernel, at a time."""
 HOPPER = (9, 0)
 
 
@@ -94,6 +100,24 @@ def launch_product(
             enable_fp_fusion=True,
         )
     return partials_BKC
+
+
+def launch_merge(partials_BKC: Tensor) -> Tensor:
+    """``collectives.merge_partials`` in one kernel: [B, K, C] -> [K, C]."""
+    B, K, C = partials_BKC.shape
+    merged_KC = partials_BKC.new_empty(K, C)
+    with torch.cuda.device_of(partials_BKC):
+        merge_kernel[(triton.cdiv(C, MERGED_ROWS),)](
+            partials=partials_BKC,
+            merged=merged_KC,
+            B=B,
+            C=C,
+            K=K,
+            BLOCK_B=MERGED_BLOCKS,
+            BLOCK_C=MERGED_ROWS,
+            num_warps=4,
+        )
+    return merged_KC
 
 
 def launch_exp_to_gradient(

@@ -11,6 +11,7 @@ from megatron_rlsd.ops import PolicyLossConfig, backend_choice, policy_loss, tok
 from megatron_rlsd.ops.reference import reference_log_probs, reference_policy_loss
 from megatron_rlsd.ops.token_loss import TokenInputs
 from tests.rlsd_vectors import CASES, load_case, relative_error
+from tests.triton_checks import log_prob_tolerance
 
 BACKENDS = ["torch", "triton"]
 GIB = 2**30
@@ -123,7 +124,7 @@ def test_log_probs_keep_float32_precision(dtype, backend):
     log_probs, entropy = token_log_probs(*arguments, backend=backend, with_entropy=True)
     error = float((log_probs - exact).abs().max())
     print(dtype, f"{error:.1e}")
-    assert error < 1e-5
+    assert error < log_prob_tolerance(inputs["hidden"].device, 512)
     assert float((entropy - exact_entropy).abs().max()) < 1e-4
 
 

@@ -37,6 +37,26 @@ SIZES = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_hidden_layers": 3}
+OTHERS = {
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=64),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **SIZES | EXPERTS, head_dim=64, num_experts=8, norm_topk_prob=True
+    ),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **SIZES | EXPERTS | {"num_key_value_heads": 8},
+        n_routed_experts=8,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +70,19 @@ def local(model: Path) -> dict[str, Any]:
     return measured(model, {"layers": "local"})
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_step_of_other_families_is_the_local_layers_step(name: str, tmp_path: Path) -> None:
+    """Norms of queries and keys, grouped experts, latent attention: in bfloat16, where a token that
+    two experts suit alike may go to either."""
+    save_random_model(OTHERS[name], tmp_path, dtype=torch.bfloat16)
+    local = measured(tmp_path, {"layers": "local"})
+    found = measured(tmp_path, {"layers": "transformer_engine"})
+    noise = (found["log_probs"] - local["log_probs"]).abs()
+    print(f"{name}: log-probs {noise.mean():.1e}, {noise.max():.1e} max")
+    assert noise.mean() < 0.03
+    assert found["grad_norm"] == pytest.approx(local["grad_norm"], rel=0.05)
+
+
 def test_a_step_with_its_layers_is_the_local_layers_step(model: Path, local: Any) -> None:
     """Both in bfloat16, so to its rounding."""
     found = measured(model, {"layers": "transformer_engine"})
@@ -61,7 +94,7 @@ def test_a_step_with_its_layers_is_the_local_layers_step(model: Path, local: Any
         assert (found["weights"][name] - weight).norm() <= 1e-2 * weight.norm(), name
 
 
-@pytest.mark.parametrize("fp8", ["delayed", "current", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("fp8", ["current", "blockwise", "mxfp8"])
 def test_noise_of_fp8_beside_the_evidence_clip(model: Path, local: Any, fp8: str) -> None:
     if torch.cuda.get_device_capability() < CAPABILITY[fp8]:
         pytest.skip(f"{fp8} needs compute capability {CAPABILITY[fp8]}")
@@ -105,7 +138,7 @@ def measured(model: Path, precision: dict[str, Any]) -> dict[str, Any]:
     sequences = [
         Sequence(ids[:-RESPONSE], ids[-RESPONSE:])
         for ids in (
-            torch.randint(0, SIZES["vocab_size"], (n,), generator=generator).tolist()
+            torch.randint(0, hf_config["vocab_size"], (n,), generator=generator).tolist()
             for n in LENGTHS
         )
     ]

@@ -51,20 +51,43 @@ def test_on_a_cpu_the_layers_are_local_unless_that_is_refused() -> None:
 )
 def test_what_a_device_or_a_release_lacks_is_named(fp8, capability, engine, message) -> None:
     with pytest.raises(PlatformError, match=message):
-        check_fp8(PrecisionConfig(fp8=fp8), capability, engine)
+        check_fp8(PrecisionConfig(fp8=fp8), capability, engine, "13.0")
 
 
 def test_hopper_has_all_but_mxfp8() -> None:
-    for fp8 in ("delayed", "current", "blockwise"):
-        check_fp8(PrecisionConfig(fp8=fp8), (9, 0), "2.15.0")
-    check_fp8(PrecisionConfig(fp8="mxfp8"), (10, 0), "2.15.0")
+    for fp8 in ("current", "blockwise"):
+        check_fp8(PrecisionConfig(fp8=fp8), (9, 0), "2.15.0", "13.0")
+    check_fp8(PrecisionConfig(fp8="mxfp8"), (10, 0), "2.15.0", "13.0")
+
+
+@pytest.mark.parametrize("cuda", ["12.8", "12.1", None])
+def test_scales_of_blocks_need_a_cuda_that_has_them(cuda: str | None) -> None:
+    with pytest.raises(PlatformError, match=f"CUDA >= 12.9, .*built with {cuda}"):
+        check_fp8(PrecisionConfig(fp8="blockwise"), (9, 0), "2.15.0", cuda)
+    check_fp8(PrecisionConfig(fp8="current"), (9, 0), "2.15.0", cuda)
+    check_fp8(PrecisionConfig(fp8="blockwise"), (9, 0), "2.15.0", "12.9")
+
+
+@pytest.mark.parametrize(
+    ("fp8", "given", "fp8_format"),
+    [
+        ("current", None, "hybrid"),
+        ("blockwise", None, "e4m3"),
+        ("mxfp8", None, "e4m3"),
+        ("blockwise", "hybrid", "hybrid"),
+    ],
+)
+def test_gradients_have_the_format_of_the_recipe(fp8: str, given: str, fp8_format: str) -> None:
+    precision = PrecisionConfig(fp8=fp8, fp8_format=given)
+    fields = precision_fields(precision, "transformer_engine", has_experts=False)
+    assert fields["fp8"] == fp8_format
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"fp8": "current", "layers": "local"}, "needs layers=transformer_engine"),
-        ({"fp8": "delayed", "first_layers_bf16": 1}, "cannot leave some in bfloat16"),
+        ({"fp8": "delayed"}, "a resume would be another run; use current or blockwise"),
         ({"last_layers_bf16": 1}, "mean nothing with fp8=none"),
     ],
 )
@@ -86,7 +109,9 @@ def test_8_bit_products_need_bfloat16_weights(make_config: Callable[..., Config]
         ("none", {}, 1),
         ("current", {}, 16),
         ("mxfp8", {"context": 2}, 64),
-        ("blockwise", {"tensor": 2, "sequence": True}, 128),
+        ("blockwise", {"tensor": 2}, 128),
+        ("blockwise", {"tensor": 2, "sequence": True}, 256),
+        ("mxfp8", {"context": 2, "tensor": 3, "sequence": True}, 192),
         ("current", {"context": 2, "tensor": 3, "sequence": True}, 96),
     ],
 )
@@ -98,7 +123,7 @@ def test_micro_batches_are_padded_to_what_the_products_take(
     assert parse_config(raw).pack_multiple == multiple
 
 
-@pytest.mark.parametrize("fp8", ["none", "delayed", "current", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("fp8", ["none", "current", "blockwise", "mxfp8"])
 def test_megatron_takes_the_fields(fp8: str) -> None:
     kept = {"first_layers_bf16": 1, "last_layers_bf16": 2} if fp8 in ("current", "mxfp8") else {}
     precision = PrecisionConfig(fp8=fp8, fp8_format="e4m3", **kept)
@@ -120,7 +145,6 @@ def test_megatron_takes_the_fields(fp8: str) -> None:
     ("fp8", "message"),
     [
         ("none", "needs fp8=blockwise, got fp8=none: there are no 8-bit products"),
-        ("delayed", "the same masters give other weights after a resume"),
         ("current", "its scales are no powers of two"),
         ("mxfp8", "gathers such weights in bfloat16"),
     ],
@@ -148,12 +172,12 @@ def test_parameters_in_8_bits_need_a_release_and_powers_of_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     precision = PrecisionConfig(fp8="blockwise", fp8_parameters=True)
-    check_fp8(precision, (9, 0), "2.8.0")
+    check_fp8(precision, (9, 0), "2.8.0", "13.0")
     with pytest.raises(PlatformError, match=r"transformer-engine >= 2\.8, found 2\.7\.1"):
-        check_fp8(precision, (9, 0), "2.7.1")
+        check_fp8(precision, (9, 0), "2.7.1", "13.0")
     monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
     with pytest.raises(PlatformError, match="SCALES unset or 0: with scales that are no powers"):
-        check_fp8(precision, (9, 0), "2.8.0")
+        check_fp8(precision, (9, 0), "2.8.0", "13.0")
 
 
 def test_experts_are_not_kept_in_8_bits(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_buffers_hold_one_ranks_part_of_a_micro_batch(
     ("precision", "modes"),
     [
         ({}, ["NONE"]),
-        ({"fp8": "delayed"}, ["FP8"]),
+        ({"fp8": "current"}, ["FP8"]),
         ({"fp8": "current", "last_layers_bf16": 1}, ["FP8", "NONE"]),
     ],
 )
