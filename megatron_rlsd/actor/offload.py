@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.hf_bridge.quantized import is_quantized
+from megatron_rlsd.runtime.host_memory import HostBlock
 
 
 class HostOffload:
@@ -22,9 +23,9 @@ class HostOffload:
 
     def __init__(self, model: list[Any], optimizer: Any, device: torch.device) -> None:
         self._model, self._optimizer, self._device = model, optimizer, device
-        self._host: dict[int, Tensor] = {}
-        """By the id of a state tensor: its place in main memory, which is allocated (on a GPU:
-        pinned) once."""
+        self._host: HostBlock | None = None
+        self._places: list[tuple[int, torch.Size, torch.dtype]] = []
+        """Id, shape and dtype of the state tensor that each tensor of the block belongs to."""
         self._sizes: list[int] = []
         self.offloaded = False
 
@@ -33,14 +34,12 @@ class HostOffload:
         if self.offloaded:
             return
         self._optimizer.zero_grad()
-        for tensor in self._state():
-            host = self._host.get(id(tensor))
-            if host is None or host.shape != tensor.shape:
-                host = torch.empty_like(
-                    tensor, device="cpu", pin_memory=self._device.type == "cuda"
-                )
-                self._host[id(tensor)] = host
-            host.copy_(tensor)
+        state = list(self._state())
+        places = self._block_for(state)
+        for tensor, host in zip(state, places, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        self._wait()
+        for tensor, host in zip(state, places, strict=True):
             tensor.data = host
         self._sizes = []
         for gradients in self._gradients():
@@ -57,11 +56,28 @@ class HostOffload:
         if not self.offloaded:
             return
         for tensor in self._state():
-            tensor.data = torch.empty_like(tensor, device=self._device).copy_(tensor)
+            back = torch.empty_like(tensor, device=self._device)
+            tensor.data = back.copy_(tensor, non_blocking=True)
+        self._wait()
         for gradients, size in zip(self._gradients(), self._sizes, strict=True):
             gradients.untyped_storage().resize_(size)
             gradients.zero_()
         self.offloaded = False
+
+    def _block_for(self, state: list[Tensor]) -> list[Tensor]:
+        """A place in main memory for each tensor: made anew only when there are others than before,
+        as after the first update, which makes the moments."""
+        places = [(id(tensor), tensor.shape, tensor.dtype) for tensor in state]
+        if self._host is None or places != self._places:
+            self._host = None  # frees it before the next one is made
+            self._host = HostBlock([(t.shape, t.dtype) for t in state], self._device)
+            self._places = places
+        return self._host.tensors
+
+    def _wait(self) -> None:
+        """For copies under way."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _state(self) -> Iterator[Tensor]:
         """Every tensor of the optimizer that is not a weight of the model, once."""

@@ -46,21 +46,6 @@ def set_values(tensor: Tensor, new: Tensor) -> None:
     stored(tensor).quantize_(new.to(device=tensor.device, dtype=tensor.dtype))
 
 
-def exchange(parameter: Tensor, new: Tensor) -> Tensor:
-    """Let the parameter hold ``new`` (its shape, dtype and device) and return what it held.
-
-    A plain one changes its storage, so that buffers which it is a view of stay as they are. A
-    quantized one is filled in place, and what is returned is a plain copy of its values.
-    """
-    if not is_quantized(parameter):
-        old = parameter.data
-        parameter.data = new
-        return old
-    old = values(parameter)
-    set_values(parameter, new)
-    return old
-
-
 def unrounded(tensor: Tensor) -> Tensor | None:
     """The values that a quantized parameter had before it was rounded, while they are kept."""
     kept = getattr(tensor, "get_high_precision_init_val", None)

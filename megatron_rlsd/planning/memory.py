@@ -121,18 +121,22 @@ def rank_memory(
         "head": _head(scored, model, with_gradient=False) if is_last else 0,
         "communication": _communication(scored, model, config),
     }
+    # Snapshots and parameters are exchanged in place, so the GPU holds no second copy of the model.
     host = {}
     if config.teacher.mode != "live":
-        score["teacher weights"] = state.parameters
         whole = rank_parameters(model, parallel, stage, duplicated_latents=whole_latents).total
-        host["teacher weights"] = (
-            whole * FLOAT32 if config.teacher.mode == "ema" else state.parameters
-        )
+        averaged = config.teacher.mode == "ema"
+        host["teacher weights"] = whole * FLOAT32 if averaged else state.parameters
+        if settings.precision.fp8_parameters or (averaged and settings.dtype == "bfloat16"):
+            host["weights while the teacher scores"] = state.parameters
     if config.algorithm.kl_coef:
-        score.setdefault("reference weights", 0 if "teacher weights" in score else state.parameters)
         host["reference weights"] = state.parameters
+        if settings.precision.fp8_parameters:
+            host["weights while the reference scores"] = state.parameters
     if config.algorithm.divergence_coef and is_last:
         update["teacher's hidden states"] = updated.item * work.responses * model.hidden_size
+        rows = -(-model.vocab_size // parallel.tensor)
+        update["teacher's head"] = updated.item * rows * model.hidden_size
     moments_bytes = 12 if settings.dtype == "bfloat16" else 8
     step = {}
     if kernels != "transformer_engine":

@@ -118,7 +118,7 @@ def make_plan(config: Config, model: ModelShape, machine: Machine, lengths: Leng
     ]
     server = None
     if config.rollout.colocated:
-        server = server_memory(config, model, machine.memory_gib * GIB)
+        server = server_memory(config, model, machine.memory_gib * GIB, machine.gpus_per_node)
         ranks = [beside_server(rank, server) for rank in ranks]
     timer = StepTimer(
         config,

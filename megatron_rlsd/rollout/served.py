@@ -18,6 +18,13 @@ Publish = Callable[[Iterable[tuple[str, torch.Tensor]], int], None]
 """A transport's ``publish`` (megatron_rlsd.weight_sync)."""
 
 
+def give_back_cached_memory() -> None:
+    """Return GPU memory that torch holds free to the device, buckets that servers read included."""
+    if torch.cuda.is_available():
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+
+
 class ServedEngine:
     """Takes CollectiveEngine's place where servers generate. ``engine`` is None but on rank 0."""
 
@@ -51,6 +58,9 @@ class ServedEngine:
             if self._engine is not None:
                 self._engine.wake("weights")
             self._publish(tensors, version)
+            # What publishing left in this rank's allocator is memory that the cache is to have.
+            give_back_cached_memory()
+            dist.barrier(self._control)
             if self._engine is not None:
                 self._engine.wake("kv_cache")
         self._version = version

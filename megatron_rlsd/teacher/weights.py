@@ -13,25 +13,20 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.config import TeacherConfig
-from megatron_rlsd.hf_bridge.quantized import exchange, values
+from megatron_rlsd.hf_bridge.quantized import is_quantized, set_values, values
+from megatron_rlsd.runtime.host_memory import HostBlock
 
 
 class WeightSnapshot:
-    """A copy of this rank's parameters in host memory (pinned beside a GPU)."""
+    """A copy of this rank's parameters in host memory (page-locked beside a GPU)."""
 
     def __init__(
         self, parameters: dict[str, torch.nn.Parameter], dtype: torch.dtype | None = None
     ) -> None:
         """``dtype`` float32 keeps a moving average of 16-bit weights from losing small changes."""
         self._parameters = parameters
-        self._values: dict[str, Tensor] = {
-            name: torch.empty(
-                parameter.shape,
-                dtype=dtype or parameter.dtype,
-                pin_memory=parameter.is_cuda,
-            )
-            for name, parameter in parameters.items()
-        }
+        self._block, self._values = self._host_copies(list(parameters), dtype)
+        self._away: tuple[HostBlock, dict[str, Tensor]] | None = None
         self.refresh()
 
     @property
@@ -54,21 +49,59 @@ class WeightSnapshot:
     def applied(self) -> Iterator[None]:
         """Within the block the model computes with the snapshot; afterwards nothing has changed.
 
-        Only the parameters' storage pointers are exchanged: optimizer buffers that the parameters
-        are views of stay as they are (parameters in 8 bits are filled in place, and filled again).
-        The block must not run an optimizer step.
+        Values are exchanged in place, one parameter after the other: the device holds one copy of
+        the model and one parameter on its way, and optimizer buffers that the parameters are views
+        of stay where they are. Meanwhile the student's values are in host memory: in the snapshot's
+        own place, or beside it where the parameter does not hold the snapshot's values exactly
+        (another dtype, 8 bits). The block must not run an optimizer step or read ``tensors``.
         """
-        originals: dict[str, Tensor] = {}
+        homes = self._homes()
+        exchanged: list[str] = []
         try:
             for name, parameter in self._parameters.items():
-                value = self._values[name].to(
-                    device=parameter.device, dtype=parameter.dtype, non_blocking=True
-                )
-                originals[name] = exchange(parameter, value)
+                _exchange(parameter, self._values[name], homes[name])
+                exchanged.append(name)
             yield
         finally:
-            for name, original in originals.items():
-                exchange(self._parameters[name], original)
+            for name in reversed(exchanged):
+                home, value = homes[name], self._values[name]
+                _exchange(self._parameters[name], home, value if home is value else None)
+            if any(parameter.is_cuda for parameter in self._parameters.values()):
+                # The host reads the snapshot next; it must be back.
+                torch.cuda.synchronize()
+
+    def _homes(self) -> dict[str, Tensor]:
+        """Where each parameter's own value is meanwhile."""
+        inexact = [
+            name
+            for name, parameter in self._parameters.items()
+            if is_quantized(parameter) or self._values[name].dtype != parameter.dtype
+        ]
+        if inexact and self._away is None:
+            self._away = self._host_copies(inexact, None)
+        return self._values | (self._away[1] if self._away else {})
+
+    def _host_copies(
+        self, names: list[str], dtype: torch.dtype | None
+    ) -> tuple[HostBlock, dict[str, Tensor]]:
+        """A place for each parameter, in ``dtype`` or its own."""
+        held = [self._parameters[name] for name in names]
+        device = held[0].device if held else torch.device("cpu")
+        block = HostBlock([(p.shape, dtype or p.dtype) for p in held], device)
+        return block, dict(zip(names, block.tensors, strict=True))
+
+
+@torch.no_grad()
+def _exchange(parameter: Tensor, new: Tensor, kept: Tensor | None) -> None:
+    """The parameter takes the values of ``new``, and ``kept``, which may be ``new``, gets its own.
+
+    Both are in host memory; the copies may still be under way, in order, when this returns.
+    """
+    coming = torch.empty(new.shape, dtype=new.dtype, device=parameter.device)
+    coming.copy_(new, non_blocking=True)
+    if kept is not None:
+        kept.copy_(values(parameter), non_blocking=True)
+    set_values(parameter, coming)
 
 
 class Teacher:

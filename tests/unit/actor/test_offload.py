@@ -111,6 +111,10 @@ def check_round_trip(actor: Actor) -> None:
     assert sum(g.untyped_storage().nbytes() for g in offload._gradients()) == 0
     away = list(offload._state())
     assert {id(t) for t in away} == state.keys()
+    # One block, hardly larger than what it holds.
+    assert len({t.untyped_storage().data_ptr() for t in away}) == min(1, len(away))
+    held = sum(t.untyped_storage().nbytes() for t in away[:1])
+    assert held < sum(t.nbytes for t in away) + 512 * len(away) + 1
     for tensor in away:
         pointer, value = state[id(tensor)]
         assert tensor.data_ptr() != pointer

@@ -18,7 +18,7 @@ from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
 from megatron_rlsd.parallel.memory import layer_products, rank_parameters
 from megatron_rlsd.planning.activations import ActivationCounter, Pack, in_flight
-from megatron_rlsd.planning.colocated import ASLEEP_BYTES, AWAKE_BYTES
+from megatron_rlsd.planning.colocated import ASLEEP_BYTES, AWAKE_BYTES, CONTEXT_BYTES
 from megatron_rlsd.planning.memory import GIB
 from megatron_rlsd.planning.plan import Machine, Plan, changed, make_plan, remedies
 from megatron_rlsd.planning.rates import Rates
@@ -105,9 +105,9 @@ def test_a_70b_layout_fits_and_its_parts_add_up(config: Config, model: ModelShap
     # Full recompute: a layer's input for each of 20 layers, of 4 micro-batches in flight.
     inputs = 4 * 20 * 2 * (16384 // 8) * 8192
     assert plan.ranks[0].moments["update"]["activations"] == pytest.approx(inputs, rel=0.01)
-    # Teacher weights lie in pinned memory, and on the GPU only while they score.
-    assert plan.ranks[0].moments["score"]["teacher weights"] == plan.ranks[0].held["parameters"]
-    assert "teacher weights" not in plan.ranks[0].moments["update"]
+    # The teacher's weights lie in main memory, and take the parameters' place while they score.
+    assert not any("weights" in part for part in plan.ranks[0].moments["score"])
+    assert plan.ranks[0].host == {"teacher weights": plan.ranks[0].held["parameters"]}
     assert plan.host_bytes == 8 * 2 * max(
         rank_parameters(model, config.parallel, stage).total for stage in range(4)
     )
@@ -331,12 +331,15 @@ def test_colocated_servers_and_the_trainers_state_take_turns(
     for rank, alone in zip(plan.ranks, apart.ranks, strict=True):
         weights = alone.held["parameters"]
         state = alone.held["gradients"] + alone.held["optimizer state"]
+        # Of 8 ranks on rank 0's machine 7 have other GPUs; they read from the first publication on.
+        contexts = 7 * CONTEXT_BYTES if rank.stage == 0 else 0
         # Half of 80 GiB; each of 8 ranks of a server has an eighth of 141 GB of weights.
-        assert rank.at("rollout") == weights + 40 * GIB + AWAKE_BYTES
-        assert rank.at("start") == rank.at("rollout") + state
+        assert rank.at("rollout") == weights + 40 * GIB + AWAKE_BYTES + contexts
+        assert rank.at("start") == weights + 40 * GIB + AWAKE_BYTES + state
+        asleep = ASLEEP_BYTES + contexts
         for moment in ("update", "score", "optimizer step"):
-            assert rank.at(moment) == alone.at(moment) + ASLEEP_BYTES
-        served = rank.at("weight sync") - ASLEEP_BYTES - (alone.at("weight sync") - state)
+            assert rank.at(moment) == alone.at(moment) + asleep
+        served = rank.at("weight sync") - asleep - (alone.at("weight sync") - state)
         assert served == pytest.approx(70.55e9 * 2 / 8, rel=1e-4)
         assert rank.host["optimizer state"] == alone.held["optimizer state"]
     assert plan.server is not None
@@ -347,6 +350,21 @@ def test_colocated_servers_and_the_trainers_state_take_turns(
     held = max(rank_parameters(model, config.parallel, stage).total for stage in range(4))
     copied = 141.1e9 / 300e9 + 2 * held * 12 / 2 / 25e9
     assert plan.time.weight_sync == pytest.approx(copied, rel=0.01)
+
+
+def test_what_the_gpu_and_the_host_hold_for_the_teacher(config: Config, model: ModelShape) -> None:
+    ema = changed(config, {"teacher.mode": "ema", "algorithm.divergence_coef": 0.1})
+    assert ema is not None
+    for rank, plain in zip(plan_of(ema, model).ranks, plan_of(config, model).ranks, strict=True):
+        parameters = rank.held["parameters"]
+        # A float32 average does not fit into bfloat16 parameters and back: theirs lie beside it.
+        assert rank.host == {
+            "teacher weights": 2 * parameters,
+            "weights while the teacher scores": parameters,
+        }
+        assert rank.moments["score"] == plain.moments["score"]
+        head = rank.moments["update"].get("teacher's head", 0)
+        assert head == (2 * 128256 // 8 * 8192 if rank.stage == 3 else 0)
 
 
 def test_a_servers_share_can_be_too_small_and_too_large(

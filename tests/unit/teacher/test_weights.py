@@ -64,3 +64,57 @@ def test_the_student_is_intact_after_an_error_inside(parameters):
         raise KeyError
     assert parameters["0.w"].tolist() == [5.0, 6.0]
     assert parameters["0.w"].data.data_ptr() == storage
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "beside"),
+    [("frozen", torch.float32, 0), ("periodic", torch.bfloat16, 0), ("ema", torch.bfloat16, 2)],
+)
+def test_the_teacher_computes_in_the_students_own_memory(mode, dtype, beside):
+    """No second copy of the model on the device: not even the parameters' addresses change."""
+    buffer = torch.arange(64.0).to(dtype)  # as Megatron's, which parameters are views of
+    before = buffer.clone()
+    parameters = {
+        name: torch.nn.Parameter(buffer[first : first + 8 * n].view(n, 8))
+        for name, first, n in (("0.a", 0, 3), ("0.b", 32, 4))
+    }
+    teacher = Teacher(TeacherConfig(mode=mode, ema_decay=0.5), parameters)
+    snapshot = teacher.snapshot
+    kept = {name: value.clone() for name, value in snapshot.tensors.items()}
+    addresses = {name: value.data_ptr() for name, value in snapshot.tensors.items()}
+    own = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    buffer.mul_(-3)
+    student = buffer.clone()
+    for _ in range(2):
+        with teacher.applied():
+            assert {name: p.data_ptr() for name, p in parameters.items()} == own
+            assert torch.equal(buffer[:24], before[:24])
+            assert torch.equal(buffer[32:], before[32:])
+        assert torch.equal(buffer, student)
+        for name, value in kept.items():
+            assert torch.equal(snapshot.tensors[name], value)
+    assert {name: value.data_ptr() for name, value in snapshot.tensors.items()} == addresses
+    # One block for the snapshot; another for the student only where float32 would lose to 16 bits.
+    assert len({value.untyped_storage().data_ptr() for value in snapshot.tensors.values()}) == 1
+    assert (len(snapshot._away[1]) if snapshot._away else 0) == beside
+
+
+def test_a_parameter_that_cannot_be_exchanged_leaves_all_others_as_they_were(monkeypatch):
+    parameters = {str(i): torch.nn.Parameter(torch.full((3,), float(i))) for i in range(4)}
+    teacher = Teacher(TeacherConfig(mode="frozen"), parameters)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter += 10
+    real, calls = torch.empty, []
+
+    def empty(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(torch.OutOfMemoryError), teacher.applied():
+        pass
+    assert [p[0].item() for p in parameters.values()] == [10, 11, 12, 13]
+    assert [v[0].item() for v in teacher.snapshot.tensors.values()] == [0, 1, 2, 3]
