@@ -11,6 +11,7 @@ what it had:
     fp8        the same with FP8 by blocks
     loop       ten steps of the real program on a random model of 135M parameters
     tests      tests/gpu, in parallel workers: compiling is what takes their time
+    memory     those of them that measure or fill the memory, one by one
     peers      other projects' heads beside ours, in turns
     lengths    few and many rows
 
@@ -32,6 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = "16384x4096x151936"
+PEERS = ("ours", "full logits", "linear_cross", "Liger", "verl", "cut-cross", "TRL", "QuACK")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def stages(out: Path, toy: bool) -> list[Stage]:
 
     actor = ("megatron", "pydantic")
     engine = (*actor, "transformer_engine")
+    workers = ("pytest", "xdist")
     heads = ["--device", "cpu" if toy else "cuda", "--out", str(out), "--inputs", "1"]
     shapes = ["64x32x300"] if toy else [SHAPE]
     lengths = ["32x32x300", "96x32x300"] if toy else ["4096x4096x151936", "65536x4096x151936"]
@@ -94,10 +97,17 @@ def stages(out: Path, toy: bool) -> list[Stage]:
             engine,
         ),
         Stage("loop", program("gpu_loop", *written("loop"), *small), 120, actor),
-        Stage("tests", tests(out), 150, ("pytest", "xdist")),
+        Stage("tests", tests(out / "tests.xml", "-n", "6", "-m", "not whole_gpu"), 150, workers),
+        Stage("memory", tests(out / "memory.xml", "-m", "whole_gpu"), 90, ("pytest",)),
         Stage(
             "peers",
-            program("fused_head", *heads, *once, "--shapes", *shapes, "--name", "peers"),
+            program(
+                "fused_head",
+                *heads,
+                *once,
+                *("--name", "peers", "--only", *PEERS, "--shapes"),
+                *shapes,
+            ),
             120,
         ),
         Stage(
@@ -118,16 +128,16 @@ def stages(out: Path, toy: bool) -> list[Stage]:
     ]
     if toy:
         # Transformer Engine has no kernels for a CPU, and tests/gpu skips there.
-        found = [s for s in found if s.name not in ("engine", "fp8", "tests")]
+        found = [s for s in found if s.name not in ("engine", "fp8", "tests", "memory")]
     return found
 
 
-def tests(out: Path) -> list[str]:
+def tests(report: Path, *chosen: str) -> list[str]:
     """tests/gpu with neither the project's pytest settings nor its other conftest, which need more
     packages than a bare machine has."""
     alone = ["-c", os.devnull, f"--rootdir={ROOT}", "--confcutdir=tests/gpu"]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "6", "-p", "no:cacheprovider"]
-    return [*pytest, *alone, f"--junitxml={out / 'tests.xml'}", "tests/gpu"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rsP", "-p", "no:cacheprovider"]
+    return [*pytest, *alone, f"--junitxml={report}", "-W", "ignore", *chosen, "tests/gpu"]
 
 
 def main() -> int:

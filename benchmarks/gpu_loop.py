@@ -79,6 +79,7 @@ def write_inputs(folder: Path, steps: int, toy: bool) -> Path:
             "prompts_per_step": 4 if toy else 32,
             "n_samples_per_prompt": 4 if toy else 8,
             "max_response_tokens": 8 if toy else 64,
+            "embedded": {"max_batch_size": 256},
         },
         # The last digit of whatever number comes last: a random model meets it now and then.
         "reward": {"functions": [{"name": f"{folder / 'reward.py'}:share_of_digits"}]},

@@ -249,7 +249,8 @@ def check_masked_columns(device: torch.device, dtype: torch.dtype) -> None:
         results.append((stats.log_probs, stats.entropy, *(leaf.grad for leaf in leaves)))
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(other[: len(one)], one, rtol=tolerance, atol=1e-6)
+        # By size as a whole: single numbers are what is left of terms that cancel.
+        assert (other[: len(one)] - one).norm() <= tolerance * one.norm() + 1e-6
         assert not other[len(one) :].any()
 
 

@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rlsd.actor.balance import StepPlan, pack_shape, plan_micro_batches
+from megatron_rlsd.actor.engine_attention import require_fused_attention
 from megatron_rlsd.actor.masters import (
     Exact,
     forget_loaded_values,
@@ -111,6 +112,8 @@ class Actor:
         check_eight_bit(shape, config.parallel, config.model.precision)
         kind = layer_kind(config.model.precision, groups.device)
         self._config = transformer_config(config.model, config.parallel, family, hf_config, kind)
+        if kind == "transformer_engine":
+            require_fused_attention(self._config, groups.device)
         start_userbuffers(config, shape, kind, groups)
         self.chunks: list[HeadGPTModel] = build_model(
             self._config, family, hf_config, groups, kind, trains=total_updates is not None

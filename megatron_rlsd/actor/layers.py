@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from megatron_rlsd.actor.context_parallel import gather_pack, held_chunks
 from megatron_rlsd.actor.latent_attention import LatentAttention
+from megatron_rlsd.actor.packing import PackBounds
 from megatron_rlsd.actor.precision import LayerKind
 
 
@@ -70,7 +70,7 @@ class PackedAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackBounds | None = None,
         **_: Any,
     ) -> Tensor:
         """query [T, N, H], key and value [T, G, H] with packed_seq_params -> [T, N, H]...
@@ -86,7 +86,7 @@ class PackedAttention(MegatronModule):
             # [S, B, N, H] -> [B, N, S, H] and back
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out.permute(2, 0, 1, 3).flatten(2)
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        bounds = packed_seq_params.bounds
         if self.cp_group is not None:
             both = gather_pack(torch.cat([key, value], dim=-1), bounds, self.cp_group)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron_rlsd.actor.userbuffers import overlap_fields
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import Family
 from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.runtime.machine import PlatformError
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [T, D] or, under sequence parallelism, [T / tp, D]; weight [V / tp, D]) -> anything."""
@@ -119,7 +121,7 @@ def transformer_config(
         # Packs differ in length, which Megatron allows with this dispatcher only; between
         # interleaved stages they may not differ (it hangs or crashes).
         variable_seq_lengths=parallel.pipeline > 1 and not interleaved,
-        moe_token_dispatcher_type="alltoall",
+        **dispatcher_fields(parallel),
         # Our loss carries its own normaliser; gradients are summed, never averaged.
         calculate_per_token_loss=True,
         # Every parameter is filled from a checkpoint, which the loader proves. Initialisation must
@@ -134,6 +136,15 @@ def transformer_config(
         overlap_p2p_comm=torch.cuda.is_available() and interleaved,
         **fusion_fields(kind, latent=latent, has_experts=bool(fields.get("num_moe_experts"))),
     )
+
+
+def dispatcher_fields(parallel: ParallelConfig) -> dict[str, Any]:
+    """How tokens are sent to experts; PlatformError where DeepEP was asked for and is not here."""
+    if parallel.dispatcher == "alltoall":
+        return {"moe_token_dispatcher_type": "alltoall"}
+    if find_spec("deep_ep") is None:
+        raise PlatformError("parallel.dispatcher=deepep: the package deep_ep is not installed")
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
 
 
 def fusion_fields(kind: LayerKind, *, latent: bool, has_experts: bool) -> dict[str, Any]:

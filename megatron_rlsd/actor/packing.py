@@ -54,6 +54,14 @@ def student_sequence(batch: TrainBatch, index: int) -> Sequence:
     return Sequence(batch.prompt_ids[index], batch.response_ids[index], batch.mask(index), routes)
 
 
+@dataclass
+class PackBounds(PackedSeqParams):
+    """Megatron's description of a pack, and what a host can read of it without waiting."""
+
+    bounds: list[int] = field(default_factory=list)
+    """cu_seqlens_q: where each padded sequence begins, and where the last one ends."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Several sequences end to end; position t predicts token t + 1 of its own sequence."""
@@ -71,7 +79,7 @@ class MicroBatch:
     """[R] int64: the positions in T that predict a response token, in order."""
     response_indices: Tensor
     """[R] int64: where each of them lies in the batch's flat response tokens."""
-    packed_seq_params: PackedSeqParams
+    packed_seq_params: PackBounds
     """Bounds of the padded sequences of the whole pack, all context-parallel ranks together."""
     num_padding: int
     """Tokens of this rank that belong to no sequence."""
@@ -136,8 +144,9 @@ def build_micro_batch(
         sequence_ids=sequence_ids,
         response_positions=response_positions,
         response_indices=response_indices[response_positions],
-        packed_seq_params=PackedSeqParams(
+        packed_seq_params=PackBounds(
             qkv_format="thd",
+            bounds=bounds,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             # Transformer Engine asks for these where context parallelism splits the sequences.

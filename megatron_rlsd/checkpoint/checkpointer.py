@@ -155,7 +155,7 @@ class Checkpointer:
 
     def _layout(self) -> dict[str, int]:
         sizes = self._config.parallel.model_dump()
-        layout = {name: int(size) for name, size in sizes.items() if size is not None}
+        layout = {name: int(size) for name, size in sizes.items() if isinstance(size, int)}
         return layout | {"world_size": self._groups.world_size}
 
     def _write_model_files(self, folder: Path) -> None:

@@ -53,7 +53,7 @@ def model_pieces(chunks: Sequence[HeadGPTModel], groups: ParallelGroups) -> list
     for chunk in chunks:
         for base in nested_values(chunk.sharded_state_dict(metadata=metadata)):
             if not isinstance(base, ShardedTensorFactory | ShardedTensor):
-                continue  # Transformer Engine's extra state: maxima of delayed scaling, not used here
+                continue  # Transformer Engine's extra state: for delayed scaling, not used here
             owner = base.data
             if owner is not None and is_quantized(owner):
                 base = replace(base, data=values(owner).cpu())

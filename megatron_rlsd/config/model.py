@@ -155,6 +155,9 @@ class ParallelConfig(Section):
     context and data-parallel ranks of a pipeline stage, not in addition to them."""
     expert_tensor: int | None = Field(None, ge=1)
     """Ranks that split each expert; default: as tensor."""
+    dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    """How tokens reach their experts: by all-to-all collectives, or by DeepEP's kernels (Megatron's
+    flex dispatcher; needs the package deep_ep, GPUs, and expert > 1)."""
     sequence: bool = False
     """Split activations between tensor-parallel regions over the sequence (needs tensor > 1)."""
 
@@ -162,6 +165,8 @@ class ParallelConfig(Section):
     def _dependent_sizes(self) -> ParallelConfig:
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence=true needs tensor > 1, got tensor=1")
+        if self.dispatcher == "deepep" and self.expert == 1:
+            raise ValueError("dispatcher=deepep needs expert > 1, got expert=1: nothing is sent")
         for key in (
             "virtual_pipeline", "pipeline_first_stage_layers", "pipeline_last_stage_layers"
         ):  # fmt: skip

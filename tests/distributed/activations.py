@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ class KeptForBackward:
         """Counted when asked: what a recompute has given back by then is not in it."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors)
 
+    @property
+    def summary(self) -> str:
+        """How many storages there are of each size, dtype and shape, the largest share first."""
+        found = Counter(
+            (t.untyped_storage().nbytes(), str(t.dtype), tuple(t.shape)) for t in self.tensors
+        )
+        largest = sorted(found.items(), key=lambda item: -item[0][0] * item[1])
+        return "; ".join(
+            f"{count} x {size} bytes {dtype} {shape}" for (size, dtype, shape), count in largest
+        )
+
 
 class InFlight:
     """Counts passes of a model's chunks that went forward and not yet backward."""
@@ -88,6 +100,7 @@ def case_config(case: dict[str, Any]) -> Config:
             "run_dir": "unused",
             "model": {"hf_path": case["path"], **case.get("model", {})},
             "parallel": case.get("parallel", {}),
+            "rollout": case.get("rollout", {}),
             "data": {"train": [{"kind": "jsonl", "path": "unused"}]},
             "reward": {"functions": [{"name": "exact_match"}]},
             "train": {"max_tokens_per_microbatch": case["tokens"]},

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from megatron_rlsd.actor.context_parallel import gather_pack, held_positions
 from megatron_rlsd.actor.layers import PackedAttention
+from megatron_rlsd.actor.packing import PackBounds
 from tests.distributed.ranks import run_on_ranks
 
 # Megatron comes after the package that prepares it for this machine.
-from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
 BOUNDS = [0, 6, 30, 36, 54]
@@ -56,8 +56,7 @@ def compare(cp_group):
     config = TransformerConfig(num_layers=1, hidden_size=30, num_attention_heads=HEADS)
     groups = SimpleNamespace(cp=cp_group) if cp_group else None
     attention = PackedAttention(config, 1, softmax_scale=SCALE, pg_collection=groups)
-    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
-    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    params = PackBounds(qkv_format="thd", bounds=list(BOUNDS))
     out = attention(*mine, packed_seq_params=params)
     assert torch.allclose(out, expected[rows], atol=1e-12)
     for got, wanted in zip(torch.autograd.grad(out, mine, d_out[rows]), d_whole, strict=True):

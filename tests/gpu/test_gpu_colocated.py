@@ -24,6 +24,7 @@ from megatron_rlsd.weight_sync import IpcTransport, SyncSettings
 from tests.actors import actor_of
 from tests.models import save_random_model
 
+pytestmark = pytest.mark.whole_gpu
 SIZES: dict[str, Any] = {
     "vocab_size": 8000,
     "hidden_size": 1024,

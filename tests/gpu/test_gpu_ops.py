@@ -189,6 +189,7 @@ def test_another_scale_than_announced_is_nan_and_not_wrong(backend):
     assert inputs["hidden"].grad.isnan().all()
 
 
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_rows_need_no_more_memory_than_their_own_gradients(backend):
     D, V = 1024, 151_936

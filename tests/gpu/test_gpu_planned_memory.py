@@ -19,11 +19,12 @@ from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.parallel.layout import model_shape
-from megatron_rlsd.planning.activations import ActivationCounter, Pack
+from megatron_rlsd.planning.activations import ActivationCounter, Kernels, Pack
 from megatron_rlsd.planning.memory import Workload, rank_memory
 from tests.distributed.activations import KeptForBackward, case_config
 from tests.models import save_random_model
 
+pytestmark = pytest.mark.whole_gpu
 LENGTHS = (2048, 2048, 1024)
 SIZES = {
     "vocab_size": 32000,
@@ -43,11 +44,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_model(config, tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_activations_and_peak_of_an_update(model: Path, recompute: str) -> None:
+def test_activations_and_peak_of_an_update(model: Path, recompute: str, layers: str) -> None:
+    if layers == "transformer_engine" and find_spec(layers) is None:
+        pytest.skip("not installed: transformer_engine")
     case: dict[str, Any] = {
         "path": str(model),
-        "model": {"dtype": "bfloat16", "recompute": recompute},
+        "model": {
+            "dtype": "bfloat16",
+            "recompute": recompute,
+            "precision": {"layers": layers},
+        },
+        "rollout": {"engine": "sglang"},
         "lengths": LENGTHS,
         "tokens": sum(LENGTHS),
     }
@@ -55,14 +64,15 @@ def test_activations_and_peak_of_an_update(model: Path, recompute: str) -> None:
     family = family_for(hf_config)
     shape = model_shape(family, hf_config)
     pack = Pack(LENGTHS)
-    counted = ActivationCounter(shape, config.parallel, config.model, pack, "cuda").stage(0).kept
+    kernels: Kernels = "cuda" if layers == "local" else "transformer_engine"
+    counted = ActivationCounter(shape, config.parallel, config.model, pack, kernels).stage(0).kept
     planned = rank_memory(
         config,
         shape,
         world_size=1,
         stage=0,
         work=Workload(update=pack, score=pack, micro_batches=1),
-        kernels="cuda",
+        kernels=kernels,
     )
     with parallel_world(config.parallel, shape, timeout_seconds=60, seed=0) as groups:
         actor = Actor(config, family, hf_config, groups, 2)
@@ -75,12 +85,15 @@ def test_activations_and_peak_of_an_update(model: Path, recompute: str) -> None:
                 packed_seq_params=micro_batch.packed_seq_params,
                 head=lambda hidden, weight: hidden,
             )
-        assert counted == pytest.approx(kept.bytes, rel=0.05)
+        assert counted == pytest.approx(kept.bytes, rel=0.05), kept.summary
         del kept, hidden
         tokens = sum(len(s.response_ids) for s in sequences)
         ones = torch.ones(tokens, device=groups.device)
         for _ in range(2):  # the first makes the optimizer's state
             torch.cuda.reset_peak_memory_stats()
             actor.update([sequences], TokenValues(ones, ones / tokens), PolicyLossConfig(), 1.0)
-        assert planned.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+        measured = torch.cuda.max_memory_allocated()
+        peak = max(planned.at("update"), planned.at("optimizer step"))
+        print(f"{layers}, recompute {recompute}: planned {peak / measured:.3f} of the peak")
+        assert peak == pytest.approx(measured, rel=0.05)
         del actor

@@ -78,6 +78,7 @@ def test_offsets_beyond_32_bits():
     assert checks.relative_norm(d_hidden[-64:], expected) < 5e-3
 
 
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("call", ["token_log_probs", "policy_loss"])
 def test_extra_memory_does_not_grow_with_the_rows(call):
     """Within the figures of docs/fused_head.md: at most 1.5 GiB at V 151936, D 4096."""

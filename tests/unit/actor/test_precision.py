@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rlsd.actor import model
-from megatron_rlsd.actor.model import fusion_fields
+from megatron_rlsd.actor.model import dispatcher_fields, fusion_fields
 from megatron_rlsd.actor.precision import check_fp8, layer_kind, precision_fields
 from megatron_rlsd.config import (
     Config,
@@ -224,6 +224,14 @@ def test_experts_are_padded_and_have_fused_kernels() -> None:
     fused = fusion_fields("transformer_engine", latent=False, has_experts=True)
     assert fused["moe_grouped_gemm"]
     assert fused["moe_permute_fusion"]
+
+
+def test_deepep_is_refused_by_name_where_it_is_missing() -> None:
+    assert dispatcher_fields(ParallelConfig()) == {"moe_token_dispatcher_type": "alltoall"}
+    with pytest.raises(ValueError, match="dispatcher=deepep needs expert > 1"):
+        ParallelConfig(dispatcher="deepep")
+    with pytest.raises(PlatformError, match="dispatcher=deepep: the package deep_ep is not"):
+        dispatcher_fields(ParallelConfig(expert=2, dispatcher="deepep"))
 
 
 def test_local_layers_have_no_fused_kernels() -> None:
