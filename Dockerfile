@@ -1,7 +1,8 @@
 # syntax=docker/dockerfile:1
-# The trainer on an NGC PyTorch image (its torch, Transformer Engine, apex and NCCL), SGLang in an
-# environment of its own. docs/container.md says how to build, run and import it.
-ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.09-py3
+# The trainer on an NGC PyTorch image (its torch, Triton, Transformer Engine and apex), SGLang in an
+# environment of its own, one NCCL for both. docs/container.md says how to build, run and import it,
+# and where the base image's versions are published.
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}
 
@@ -17,6 +18,13 @@ RUN python3 -m venv /opt/sglang \
     && /opt/sglang/bin/pip install --require-hashes --no-deps \
         -r /tmp/requirements/container-sglang.txt
 
+# NCCL refuses to connect two releases of itself, and weights travel from the trainer to the servers
+# over it. Theirs, which has a hash among the pins, is newer than the image's: it takes its place.
+RUN theirs=$(echo /opt/sglang/lib/python3.*/site-packages/nvidia/nccl/lib/libnccl.so.2) \
+    && images=$(ldconfig -p | awk '$1 == "libnccl.so.2" && !found { print $NF; found = 1 }') \
+    && test -n "${images}" \
+    && install -m 644 "${theirs}" "$(readlink -f "${images}")"
+
 COPY requirements/container.txt /tmp/requirements/
 RUN python3 -m venv --system-site-packages /opt/trainer \
     && /opt/trainer/bin/pip install --require-hashes --no-deps \
@@ -30,6 +38,9 @@ RUN /opt/trainer/bin/pip install --no-deps --no-build-isolation -e /opt/megatron
 
 # The trainer starts SGLang from here unless rollout.sglang.python says otherwise.
 RUN ln -s /opt/sglang /opt/megatron_rlsd/.venv-sglang
+# Ends the build where trainer and servers would not load the same NCCL.
+RUN /opt/trainer/bin/python -c \
+    'from megatron_rlsd.diagnosis.agreement import check_agreement; print(check_agreement())'
 ENV PATH=/opt/trainer/bin:${PATH} \
     PYTHON=/opt/trainer/bin/python
 

@@ -1,4 +1,4 @@
-"""Packaging of megatron_rlsd. Exact versions that were tested together: requirements/cpu.txt."""
+"""Packaging of megatron_rlsd. Versions that belong together: requirements/cpu.txt, gpu.txt."""
 
 from pathlib import Path
 
@@ -41,8 +41,10 @@ setup(
     install_requires=CORE,
     extras_require={
         "cpu": MEGATRON,
-        # apex is not on the package index: the NGC images carry it, and it is optional.
-        "gpu": [*MEGATRON, "transformer-engine[pytorch]>=2.4"],
+        # apex is not on the package index: the NGC images carry it, and it is optional. The
+        # library of Transformer Engine is an extra of its own, for one release of CUDA; its torch
+        # part is built against the torch that is there (requirements/gpu.txt says how).
+        "gpu": [*MEGATRON, "torch>=2.10", "transformer-engine[core_cu13,pytorch]>=2.8"],
         # Turns the GGUF weights that ship in a package into an HF folder (tools/fetch_smollm2.py).
         "smollm2": ["gguf", "accelerate"],
         "observability": ["wandb", "mlflow-skinny"],

@@ -25,7 +25,7 @@ from types import FrameType
 from megatron_rlsd.config import Config, ConfigError, SGLangConfig, load_config
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import recording
-from megatron_rlsd.rollout.sglang import SGLangEngine
+from megatron_rlsd.rollout.sglang import SGLangEngine, agreeing
 from megatron_rlsd.rollout.sglang.process import free_port, on_cpu
 from megatron_rlsd.rollout.sglang.server import State
 from megatron_rlsd.runtime.lifecycle import EXIT_USER_ERROR
@@ -74,7 +74,11 @@ def serve(config: Config) -> None:
 
 
 def settings_to_serve(config: Config) -> SGLangConfig:
-    """rollout.sglang as this node's servers need it; ConfigError if they cannot be started."""
+    """rollout.sglang as this node's servers need it.
+
+    Raises ConfigError if they cannot be started, EngineError if the trainer, which is taken to run
+    in this program's Python, could not bring them weights.
+    """
     settings = config.rollout.sglang
     if config.algorithm.routing_replay == "rollout":
         settings = recording(settings)
@@ -95,7 +99,7 @@ def settings_to_serve(config: Config) -> SGLangConfig:
         "health_interval_seconds": math.inf,
         "args": {"weight_version": INITIAL_WEIGHTS, **settings.args},
     }
-    return settings.model_copy(update=changes)
+    return agreeing(settings.model_copy(update=changes), config.weight_sync.transport)
 
 
 def announced_urls(settings: SGLangConfig) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -31,7 +33,7 @@ def layer_kind(precision: PrecisionConfig, device: torch.device) -> LayerKind:
     """
     if precision.layers == "local":
         return "local"
-    reason = _missing(device)
+    reason = missing_engine(device)
     if reason is None:
         if precision.fp8 != "none":
             capability = torch.cuda.get_device_capability(device)
@@ -108,12 +110,26 @@ def precision_fields(
     }
 
 
-def _missing(device: torch.device) -> str | None:
+def missing_engine(device: torch.device) -> str | None:
     """Why Transformer Engine cannot be used on this device; None: it can."""
     if device.type != "cuda":
         return f"Transformer Engine needs a CUDA device, this is {device.type}"
+    return _not_importable()
+
+
+@cache
+def _not_importable() -> str | None:
+    """Why Transformer Engine's modules for torch cannot be imported; None: they can.
+
+    Its package may be there without its library, or with modules that were built for another torch.
+    """
     try:
-        version("transformer-engine")
+        found = version("transformer-engine")
     except PackageNotFoundError:
         return "the package transformer-engine is not installed"
+    try:
+        import_module("transformer_engine.pytorch")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        return f"transformer-engine {found} cannot be imported: {type(error).__name__}: {reason}"
     return None

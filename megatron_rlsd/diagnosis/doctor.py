@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from megatron_rlsd.config import Config, ConfigError, load_config
 from megatron_rlsd.data import DataError, Tokenizer, TokenizerError, load_tokenizer
 from megatron_rlsd.diagnosis import inputs, machine, model, servers, versions
+from megatron_rlsd.diagnosis.agreement import check_agreement
 from megatron_rlsd.diagnosis.check import Check, Skip, run_check
 from megatron_rlsd.diagnosis.collective import check_collectives
 from megatron_rlsd.environments import EpisodeError
@@ -57,6 +58,8 @@ class Doctor:
         if machine_too:
             yield from self._machine()
         if self._path is None:
+            yield self._run("fast kernels", machine.check_fast_kernels)
+            yield self._run("trainer and servers", check_agreement)
             return
         yield self._run("config", self._read_config)
         if self._config is None:
@@ -69,7 +72,9 @@ class Doctor:
         yield self._run("collectives", check_collectives)
 
     def _configured(self, config: Config) -> Iterator[Check]:
+        yield self._run("fast kernels", lambda: machine.check_fast_kernels(config))
         yield self._run("sglang environment", lambda: versions.check_sglang(config))
+        yield self._run("trainer and servers", lambda: self._check_agreement(config))
         yield self._run("model config", lambda: self._read_model(config))
         yield self._run("weights", lambda: model.check_weights(config))
         yield self._run(
@@ -124,6 +129,12 @@ class Doctor:
         self._hf_config = hf_config
         self._model = model_shape(self._family, hf_config)
         return model.check_hf_config(self._family, hf_config)
+
+    def _check_agreement(self, config: Config) -> str:
+        try:
+            return check_agreement(config)
+        except EngineError as error:
+            raise Skip(f"needs an SGLang environment: {error}") from error
 
     def _check_data(self, config: Config) -> str:
         return inputs.check_data(config, _tokenizer(config))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.diagnosis.check import Doubt, Trouble
+from megatron_rlsd.diagnosis.check import Doubt, Skip, Trouble
 from megatron_rlsd.parallel.layout import ModelShape
 from megatron_rlsd.parallel.memory import rank_parameters
 from megatron_rlsd.runtime.machine import device
@@ -44,6 +44,18 @@ def check_device() -> str:
     if taken:
         raise Doubt(f"memory of GPUs is in use: {', '.join(taken)}")
     return f"{count} x {torch.cuda.get_device_name(0)}"
+
+
+def check_fast_kernels(config: Config | None = None) -> str:
+    """What a run takes on this device where ``auto`` leaves the choice; Doubt if it is slow."""
+    # Imported late: other checks do without the kernels' modules.
+    from megatron_rlsd.actor.slow_paths import slow_paths
+
+    if device().type != "cuda":
+        raise Skip("there is no GPU to choose for")
+    if found := slow_paths(config, device()):
+        raise Doubt("\n".join(found))
+    return "the head runs on Triton, the layers are Transformer Engine's"
 
 
 def check_space(config: Config, model: ModelShape | None) -> str:

@@ -2,7 +2,8 @@
 
     python -m megatron_rlsd.diagnosis.preflight CONFIG.yaml --tasks 32 [key=value ...]
 
-Reads the configuration and the model's config.json; no weights, no GPU, no Megatron. Exit code 0:
+Reads the configuration and the model's config.json, and asks the servers' Python what it loads; no
+weights, no GPU, no Megatron. Exit code 0:
 nothing speaks against it. 2: something does, and each is named. 3: so it is on ``--tasks``
 processes, but on ``--wanted-tasks`` of them it could run.
 """
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rlsd.config import Config, ConfigError, load_config
+from megatron_rlsd.diagnosis.agreement import agreement_problems
 from megatron_rlsd.hf_bridge import HFBridgeError, family_for, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout, model_shape
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     problems = [*server_problems(config, model, args.gpus_per_node)]
+    problems += agreement_problems(config, args.gpus_per_node)
     layout = layout_problem(config, model, args.tasks)
     for problem in [*layout, *problems]:
         print(f"error: {problem}", file=sys.stderr)

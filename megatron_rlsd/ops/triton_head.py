@@ -20,6 +20,7 @@ No GPU was at hand when this was written: see ``triton_launch``.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -39,8 +40,6 @@ SUMS_BUDGET_BYTES = 2**27
 """Memory of a chunk's block sums and of its rows' copy where nothing but sums is kept."""
 ROWS_ALIGNMENT = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-OLDEST_TORCH = (2, 10)
-"""The first whose addmm adds a product of half-precision matrices to a float32 one in place."""
 NO_LOGIT = -1e30
 """Largest logit of a shard that is all padding: exp of it is 0, and 0 times it is no NaN."""
 FLOAT16_PEAK = 2.0**14
@@ -74,8 +73,31 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype | None = None) -
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, not {capability[0]}.{capability[1]}"
-    if _torch_version() < OLDEST_TORCH:
-        return f"it needs torch 2.10, not {torch.__version__}"
+    return _missing_product(device)
+
+
+@cache
+def _missing_product(device: torch.device) -> str | None:
+    """Why torch does not add products of bfloat16 matrices to a float32 one; None: it does.
+
+    Tried and not told from the release: builds between releases bear the number of the next one.
+    """
+    a, b = (torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in ((1, 8), (8, 1)))
+    total = torch.ones(1, 1, device=device)
+    try:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        total += torch.mm(a, b, out_dtype=torch.float32)
+        found = total.item()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        return (
+            f"torch {torch.__version__} does not add a product of bfloat16 matrices to a float32 "
+            f"one in place, as releases from 2.10 on do: {reason}"
+        )
+    if found != 17.0:
+        return f"torch {torch.__version__} adds products of bfloat16 matrices wrongly"
     return None
 
 
@@ -271,8 +293,3 @@ def _add_scaled_product(total: Tensor, a: Tensor, b: Tensor, factor_1: Tensor) -
 
 def _round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
-
-
-def _torch_version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.actor.slow_paths import slow_paths
 from megatron_rlsd.checkpoint.start import Program
 from megatron_rlsd.config import Config, dump_config
 from megatron_rlsd.data import (
@@ -28,6 +29,7 @@ from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.recovery.continuity import continuity
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout.served import ServedEngine
+from megatron_rlsd.rollout.sglang import set_nccl_switches
 from megatron_rlsd.run.engines import rollout_engine
 from megatron_rlsd.run.run import Run
 
@@ -43,6 +45,7 @@ def assemble(
     hf_path = Path(config.model.hf_path)
     hf_config = load_hf_config(hf_path)
     family = family_for(hf_config)
+    set_nccl_switches(config)
     with ExitStack() as stack:
         groups = stack.enter_context(
             parallel_world(
@@ -100,6 +103,9 @@ def assemble(
                 name = problems[0].source
                 eval_problems[name if name not in eval_problems else f"{name}.{number}"] = problems
         actor = Actor(config, family, hf_config, groups, total_updates)
+        if groups.rank == 0:
+            for slow in slow_paths(config, groups.device):
+                print(f"WARNING: {slow}", flush=True)
         if rewards is not None:
             rewards.wait_until_ready()
         if environments is not None:

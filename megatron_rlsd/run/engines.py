@@ -18,7 +18,7 @@ from megatron_rlsd.rollout.embedded import EmbeddedEngine
 from megatron_rlsd.rollout.engine import TrainerEngine
 from megatron_rlsd.rollout.routes import RoutesShape, recording
 from megatron_rlsd.rollout.served import ServedEngine
-from megatron_rlsd.rollout.sglang import SGLangEngine, giving_memory_back
+from megatron_rlsd.rollout.sglang import SGLangEngine, agreeing, giving_memory_back
 from megatron_rlsd.weight_sync import Publisher, build_transport
 
 
@@ -52,6 +52,7 @@ def rollout_engine(
         if config.rollout.colocated:
             settings = giving_memory_back(settings)
         if groups.rank == 0:
+            settings = agreeing(settings, config.weight_sync.transport)
             sglang = SGLangEngine(
                 settings,
                 hf_path=config.model.hf_path,

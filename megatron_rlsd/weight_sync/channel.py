@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang import Server, ServerFault, SGLangClient
+from megatron_rlsd.rollout.sglang.agreement import nccl_refusal, own_libraries
 from megatron_rlsd.weight_sync.flat import FlatBucket
 
 Result = TypeVar("Result")
@@ -59,6 +60,13 @@ class Channel:
                 "process group can only be a server's tensor-parallel ranks"
             )
         on_gpu = device.type == facts.device == "cuda"
+        if on_gpu and not server.is_own:
+            # A server of ours was asked before it started; of another SGLang tells its own release.
+            print(
+                f"{server} does not say which NCCL it loads; the trainer loads "
+                f"{own_libraries().nccl_text}, and no other release can take its weights",
+                flush=True,
+            )
         backend, size = ("nccl" if on_gpu else "gloo"), 1 + facts.tensor_parallel
         address = address_towards(server.url)
         name = f"weights-{uuid.uuid4().hex[:12]}"
@@ -83,7 +91,8 @@ class Channel:
         return self._work is not None and not self._work.is_completed()
 
     async def send(self, bucket: FlatBucket) -> None:
-        """ServerFault if the server does not take the bucket, or a process is gone."""
+        """ServerFault if the server does not take the bucket, or a process is gone; EngineError if
+        NCCL refuses the group, whose ends load different releases of it."""
         entries = bucket.entries
         receiving = asyncio.create_task(
             self.client.receive_bucket(
@@ -96,7 +105,13 @@ class Channel:
         )
         what = f"{self._server}: a broadcast of {bucket.nbytes} bytes"
         sending = asyncio.create_task(self._broadcast(bucket))
-        await _both(receiving, sending, what, self._seconds)
+        try:
+            await _both(receiving, sending, what, self._seconds)
+        except EngineError as error:
+            if (refusal := nccl_refusal(error, self._server)) is None:
+                raise
+            # Not the server's fault: started again, it would load the same library.
+            raise EngineError(refusal) from error
 
     async def _broadcast(self, bucket: FlatBucket) -> None:
         if self._backend == "gloo":

@@ -1,5 +1,6 @@
 """SGLang servers: starting them, watching them, and generating on them over HTTP."""
 
+from megatron_rlsd.rollout.sglang.agreement import agreeing, set_nccl_switches
 from megatron_rlsd.rollout.sglang.client import (
     RequestRefused,
     ServerFacts,
@@ -21,5 +22,7 @@ __all__ = [
     "ServerFacts",
     "ServerFault",
     "Update",
+    "agreeing",
     "giving_memory_back",
+    "set_nccl_switches",
 ]

@@ -27,6 +27,9 @@ FREE_PORTS = range(20000, 32000)
 """Below the range that outgoing connections take their ports from."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """With MASTER_* and TORCHELASTIC_*: what torchrun tells the trainer, and no server."""
+TRAINER_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+"""What suits training alone: torch_memory_saver ends a server whose allocator is told
+expandable_segments, and SGLang chooses its own number of connections."""
 
 
 class ServerProcess:
@@ -94,12 +97,7 @@ def server_command(
 
     Raises EngineError if SGLang's environment is missing.
     """
-    python = Path(config.python) if config.python else PROJECT_PYTHON
-    if not python.is_file():
-        raise EngineError(
-            f"no SGLang environment: {python} does not exist; run `make sglang-cpu`, or set "
-            "rollout.sglang.python or rollout.sglang.urls"
-        )
+    python = server_python(config)
     flags: dict[str, Any] = {
         "model_path": model,
         # Names the weights that a server starts with, until the first update.
@@ -129,16 +127,28 @@ def server_command(
         launcher = ["-m", "sglang.launch_server"]
         flags["base_gpu_id"] = config.first_gpu + index * config.tensor_parallel
     flags |= {key.replace("-", "_"): value for key, value in config.args.items()}
-    # The environment's python may be a link; resolved, it would lose its environment.
-    return [str(python.absolute()), *launcher, *_as_arguments(flags)]
+    return [str(python), *launcher, *_as_arguments(flags)]
+
+
+def server_python(config: SGLangConfig) -> Path:
+    """Python of SGLang's environment; EngineError if it is missing."""
+    python = Path(config.python) if config.python else PROJECT_PYTHON
+    if not python.is_file():
+        raise EngineError(
+            f"no SGLang environment: {python} does not exist; run `make sglang-cpu`, or set "
+            "rollout.sglang.python or rollout.sglang.urls"
+        )
+    # It may be a link; resolved, it would lose its environment.
+    return python.absolute()
 
 
 def server_environment(config: SGLangConfig) -> dict[str, str]:
-    """The trainer's variables without those of its launcher, with ``config.env`` on top."""
+    """The trainer's variables without those of its own, with ``config.env`` on top."""
     env = {
         name: value
         for name, value in os.environ.items()
-        if name not in LAUNCHER_VARIABLES and not name.startswith(("MASTER_", "TORCHELASTIC_"))
+        if name not in (*LAUNCHER_VARIABLES, *TRAINER_VARIABLES)
+        and not name.startswith(("MASTER_", "TORCHELASTIC_"))
     }
     if on_cpu(config):
         # More threads than cores cost a factor of ten.
