@@ -25,16 +25,33 @@ TOKENS = 64
 def require_fused_attention(config: TransformerConfig, device: torch.device) -> None:
     """Run a pack of two sequences through attention of this model's shape, forward and backward.
 
-    Does nothing in float32, which has no other attention there, or where the user has set
-    ``NVTE_UNFUSED_ATTN``. Raises PlatformError that names the cuDNN libraries of this process.
+    Must come before the model is built: Megatron then sets ``NVTE_UNFUSED_ATTN`` itself. Does
+    nothing in float32, which has no other attention there, or where the variable is set already.
+    Raises PlatformError that names the cuDNN libraries of this process.
     """
     if config.params_dtype == torch.float32 or SWITCH in os.environ:
         return
     os.environ[SWITCH] = "0"
+    try:
+        _attend(config, device)
+    except (ValueError, RuntimeError) as error:
+        heads, reason = config.num_attention_heads, str(error).splitlines()[0]
+        raise PlatformError(
+            f"Transformer Engine has no fused attention for packs of this model's {heads} heads: "
+            f"{reason} cuDNN in this process: {loaded('libcudnn.so')}. Let CUDNN_PATH name the "
+            "folder of torch's own cuDNN, or install flash-attn; with "
+            f"{SWITCH}=1 it would form matrices of heads x tokens x tokens"
+        ) from error
+    finally:
+        del os.environ[SWITCH]
+
+
+def _attend(config: TransformerConfig, device: torch.device) -> None:
     from transformer_engine.pytorch import DotProductAttention
 
-    heads = config.num_attention_heads // config.tensor_model_parallel_size
-    groups = max(1, (config.num_query_groups or heads) // config.tensor_model_parallel_size)
+    tp = config.tensor_model_parallel_size
+    heads = config.num_attention_heads // tp
+    groups = max(1, (config.num_query_groups or config.num_attention_heads) // tp)
     key_size = value_size = config.kv_channels
     if config.multi_latent_attention:
         key_size = config.qk_head_dim + config.qk_pos_emb_head_dim
@@ -53,25 +70,9 @@ def require_fused_attention(config: TransformerConfig, device: torch.device) -> 
         for size in sizes
     )
     bounds = torch.tensor([0, TOKENS // 4, TOKENS], dtype=torch.int32, device=device)
-    longest = TOKENS - TOKENS // 4
-    try:
-        attention(
-            query,
-            key,
-            value,
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ).sum().backward()
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise PlatformError(
-            f"Transformer Engine has no fused attention for packs of {heads} heads of {key_size}: "
-            f"{reason} cuDNN in this process: {loaded('libcudnn.so')}. Let CUDNN_PATH name the "
-            "folder of torch's own cuDNN, or install flash-attn; with "
-            f"{SWITCH}=1 it would form matrices of heads x tokens x tokens"
-        ) from error
+    lengths = {"max_seqlen_q": TOKENS - TOKENS // 4, "max_seqlen_kv": TOKENS - TOKENS // 4}
+    out = attention(query, key, value, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, **lengths)
+    out.sum().backward()
 
 
 def loaded(library: str) -> str:
