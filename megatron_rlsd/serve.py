@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from megatron_rlsd.config import Config, ConfigError, SGLangConfig, load_config
+from megatron_rlsd.config import Config, SGLangConfig, load_config
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import recording
 from megatron_rlsd.rollout.sglang import SGLangEngine, agreeing
 from megatron_rlsd.rollout.sglang.process import free_port, on_cpu
 from megatron_rlsd.rollout.sglang.server import State
-from megatron_rlsd.runtime.lifecycle import EXIT_USER_ERROR
+from megatron_rlsd.runtime.errors import EXIT_USER_ERROR, UserError, tell
 
 POLL_SECONDS = 0.5
 WILDCARDS = ("0.0.0.0", "::")
@@ -44,7 +44,7 @@ class Stopped(Exception):
 def serve(config: Config) -> None:
     """Keep this node's servers up until a signal comes (Stopped) or one is given up (EngineError).
 
-    Raises ConfigError for settings under which there is nothing to serve.
+    Raises UserError for settings under which there is nothing to serve.
     """
     settings = settings_to_serve(config)
     folder = Path(config.run_dir) / "servers" / node_name()
@@ -76,21 +76,21 @@ def serve(config: Config) -> None:
 def settings_to_serve(config: Config) -> SGLangConfig:
     """rollout.sglang as this node's servers need it.
 
-    Raises ConfigError if they cannot be started, EngineError if the trainer, which is taken to run
+    Raises UserError if they cannot be started, EngineError if the trainer, which is taken to run
     in this program's Python, could not bring them weights.
     """
     settings = config.rollout.sglang
     if config.algorithm.routing_replay == "rollout":
         settings = recording(settings)
     if config.rollout.engine != "sglang":
-        raise ConfigError(f"rollout.engine={config.rollout.engine}: only sglang has servers")
+        raise UserError(f"rollout.engine={config.rollout.engine}: only sglang has servers")
     if settings.urls:
-        raise ConfigError(
+        raise UserError(
             f"rollout.sglang.urls={settings.urls}: these servers run already; the trainer is given "
             "urls, and whoever starts the servers is not"
         )
     if not (Path(config.model.hf_path) / "config.json").is_file():
-        raise ConfigError(f"model.hf_path={config.model.hf_path}: no config.json there")
+        raise UserError(f"model.hf_path={config.model.hf_path}: no config.json there")
     _check_gpus(settings)
     changes = {
         # A restarted server must be found where it was.
@@ -130,7 +130,7 @@ def _check_gpus(settings: SGLangConfig) -> None:
 
     needed = settings.first_gpu + settings.num_servers * settings.tensor_parallel
     if needed > (found := torch.cuda.device_count()):
-        raise ConfigError(
+        raise UserError(
             f"rollout.sglang.first_gpu={settings.first_gpu} + num_servers={settings.num_servers} x "
             f"tensor_parallel={settings.tensor_parallel} = {needed} GPUs, but this node has {found}"
         )
@@ -168,9 +168,8 @@ def main(argv: list[str]) -> int:
             serve(config)
     except Stopped as stop:
         print(f"{stop}: the servers have ended", flush=True)
-    except (ConfigError, EngineError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+    except UserError as error:
+        return tell(error)
     return 0
 
 

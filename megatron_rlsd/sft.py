@@ -22,7 +22,6 @@ from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import (
     Conversations,
-    DataError,
     ProblemSource,
     PromptBuilder,
     PromptTooLong,
@@ -30,6 +29,7 @@ from megatron_rlsd.data import (
 )
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.run import assemble, main
+from megatron_rlsd.runtime.errors import UserError
 
 
 def train(config: Config) -> None:
@@ -79,7 +79,7 @@ def draw_examples(
 ) -> list[Sequence]:
     """``sft.batch_size`` examples; which of them are privileged is fixed by (seed, step).
 
-    Raises DataError for a problem without the reference solution that the target uses, for a
+    Raises UserError for a problem without the reference solution that the target uses, for a
     conversation that no episode could hold (``Conversations.target``), and where no prompt fits.
     """
     chooser = random.Random(f"sft/{config.train.seed}/{step}")
@@ -97,7 +97,7 @@ def draw_examples(
         else:
             examples.append(Sequence(prompt, prompts.sft_target(problem)))
     if not examples:
-        raise DataError(
+        raise UserError(
             f"all {config.sft.batch_size} examples of SFT step {step} have prompts longer than "
             f"prompts.max_prompt_tokens={config.prompts.max_prompt_tokens}"
         )

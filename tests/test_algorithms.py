@@ -20,10 +20,10 @@ from torch import Tensor
 from megatron_rlsd import train
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import load_tokenizer
-from megatron_rlsd.experience import ExperienceError
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.recovery.replay import choose_base, replay
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import TrainBatch
 from tests.algorithm_runs import NAMES, small_config
 from tests.models import save_random_model
@@ -242,7 +242,7 @@ def test_critiques_come_from_the_data_and_a_wrong_key_is_named(tiny_model, other
         "train.record_steps=all",
     )
     wrong = small_config("sdpo", tmp_path / "wrong", tiny_model, other_model, *settings)
-    with pytest.raises(ExperienceError, match=r"metadata\['critique'\]"):
+    with pytest.raises(UserError, match=r"metadata\['critique'\]"):
         train.train(wrong)
     right = small_config(
         *("sdpo", tmp_path / "right", tiny_model, other_model, *settings),

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from megatron_rlsd import sft, train
 from megatron_rlsd.config import Config, load_config
-from megatron_rlsd.data import DataError, load_tokenizer
+from megatron_rlsd.data import load_tokenizer
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.recovery.replay import replay
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import TrainBatch
 from tests.environment_runs import CONFIGS, NAMES, conversations_config, digits_config
 
@@ -177,7 +178,7 @@ def test_a_supervised_step_learns_every_turn_of_the_assistant_and_nothing_else(
 
 def test_rl_refuses_conversations(tiny_model, tmp_path):
     config = conversations_config(tmp_path / "run", tiny_model)
-    with pytest.raises(DataError, match=r"games\.jsonl:\d+ ends with the assistant's turn"):
+    with pytest.raises(UserError, match=r"games\.jsonl:\d+ ends with the assistant's turn"):
         train.train(config)
 
 

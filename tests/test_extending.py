@@ -14,7 +14,7 @@ import transformers
 
 from megatron_rlsd import train
 from megatron_rlsd.algorithms import registry, response_advantages
-from megatron_rlsd.config import Config, ConfigError, RewardConfig, load_config
+from megatron_rlsd.config import Config, RewardConfig, load_config
 from megatron_rlsd.config.variants import VARIANTS
 from megatron_rlsd.hf_bridge import FAMILIES, SafetensorsFolder
 from megatron_rlsd.observability import read_metrics
@@ -23,6 +23,7 @@ from megatron_rlsd.plugins import FILE_MODULE
 from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rewards.registry import REWARDS
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, Group, Problem, RewardInput, RewardResult, Trajectory
 from tests.distributed.ranks import run_on_ranks
 from tests.scripts import load_script
@@ -156,11 +157,9 @@ def test_the_algorithm_prefers_short_right_responses(tmp_path: Path, tiny_model:
     expected = (adjusted - adjusted.mean()) / (adjusted.std() + 1e-6)
     assert found == pytest.approx(expected.tolist())
     assert response_advantages(group([1, 1], [3, 9]), algorithm) == [0, 0]
-    with pytest.raises(
-        ConfigError, match=r"contradicts algorithm.name=concise: it computes its own"
-    ):
+    with pytest.raises(UserError, match=r"contradicts algorithm.name=concise: it computes its own"):
         small(tmp_path, tiny_model, "algorithm.advantage=group_std")
-    with pytest.raises(ConfigError, match="its weight lies between 0 and 2 by itself"):
+    with pytest.raises(UserError, match="its weight lies between 0 and 2 by itself"):
         small(tmp_path, tiny_model, "algorithm.evidence_clip=0.2")
 
 
@@ -238,8 +237,8 @@ def test_the_guide_shows_the_examples_as_they_are() -> None:
         ("[nowhere.py]", r"plugin 'nowhere.py': there is no file /.*nowhere.py"),
         ("[no_such_module]", "plugin 'no_such_module': there is no module of this name; a file"),
         ("[{tmp}/broken.py]", r"could not be imported: KeyError: 'x' \(.*broken.py, line 2\)"),
-        ("[{tmp}/taken.py]", "ConfigError: an algorithm named 'grpo' is registered already"),
-        ("[{tmp}/keys.py]", "ConfigError: algorithm 'mine': algorithm has no key evidnce; it has"),
+        ("[{tmp}/taken.py]", "UserError: an algorithm named 'grpo' is registered already"),
+        ("[{tmp}/keys.py]", "UserError: algorithm 'mine': algorithm has no key evidnce; it has"),
         ("[{tmp}/llama.py]", "LlamaForCausalLM belongs to the registered family llama already"),
         ("{tmp}/broken.py", "plugins: Input should be a valid list"),
     ],
@@ -256,12 +255,12 @@ def test_what_is_wrong_with_a_plugin_is_told(plugins: str, message: str, tmp_pat
         "from megatron_rlsd.hf_bridge.families import FAMILIES, register_family\n"
         "register_family(replace(FAMILIES[0], name='mine'))"
     )
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         load_config(EXAMPLES / "tiny.yaml", [f"plugins={plugins.replace('{tmp}', str(tmp_path))}"])
 
 
 def test_a_name_that_no_plugin_registers_is_told_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"no algorithm 'concise'; known: rlsd, .*under plugins"):
+    with pytest.raises(UserError, match=r"no algorithm 'concise'; known: rlsd, .*under plugins"):
         load_config(EXAMPLES / "tiny.yaml", ["plugins=[]"])
 
 
@@ -269,7 +268,7 @@ def test_results_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Path) -
     algorithm = small(tmp_path, tiny_model).algorithm
     for wrong in ([1.0], [float("nan"), 0.0]):
         registry._OWN["concise"] = registry.OwnFunctions(advantages=lambda _, wrong=wrong: wrong)
-        with pytest.raises(ConfigError, match="expected 2 finite numbers"):
+        with pytest.raises(UserError, match="expected 2 finite numbers"):
             response_advantages(group([1, 0], [2, 2]), algorithm)
     ones = torch.ones(4)
     with pytest.raises(ValueError, match=r"shape \[1\], expected one weight for each of 4 tokens"):

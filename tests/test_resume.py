@@ -20,9 +20,9 @@ from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.checkpoint.manifest import whole_checkpoints
 from megatron_rlsd.config import Config
 from megatron_rlsd.observability import read_metrics
-from megatron_rlsd.recovery.recording import BadStepsError, read_step
-from megatron_rlsd.rewards import RewardError
+from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.run import assemble
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import Preempted
 from tools import replay_step
 
@@ -106,7 +106,7 @@ def pair(make_config, tmp_path) -> Callable[..., tuple[Config, Config]]:
 )
 def test_resumed_metrics_are_those_of_an_uninterrupted_run(pair, sections, tmp_path):
     plain, interrupted = pair("raise RuntimeError('interrupted')", **sections)
-    with pytest.raises(RewardError, match="interrupted"):
+    with pytest.raises(UserError, match="interrupted"):
         train.train(interrupted)
     assert [line["step"] for line in lines_of(interrupted)] == [0, 0, 1, 2, 3, 3]
     train.train(interrupted)
@@ -258,7 +258,7 @@ def exported(config: Config, step: int, tmp_path: Path) -> torch.Tensor:
 def test_bad_steps_in_a_row_stop_the_run_with_the_culprit_on_disk(make_config, monkeypatch, capsys):
     config = make_config(train={"steps": 6, "max_bad_steps": 2})
     poison(monkeypatch, {1: float("nan"), 3: float("nan"), 4: float("nan")})
-    with pytest.raises(BadStepsError, match="2 steps in a row") as error:
+    with pytest.raises(UserError, match="2 steps in a row") as error:
         train.train(config)
     assert "bad_steps/step_00000004.safetensors" in str(error.value)
     monkeypatch.undo()

@@ -8,9 +8,9 @@ import pytest
 import transformers
 
 from megatron_rlsd import train
-from megatron_rlsd.config import ConfigError
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.observability import read_metrics
+from megatron_rlsd.runtime.errors import UserError
 from tests.models import save_random_model
 
 
@@ -55,5 +55,5 @@ def test_an_update_takes_the_routes_of_its_rollout(make_config, experts: Path) -
 
 
 def test_a_model_without_experts_has_nothing_to_replay(make_config) -> None:
-    with pytest.raises(ConfigError, match="needs a model with routed experts; qwen3 has none"):
+    with pytest.raises(UserError, match="needs a model with routed experts; qwen3 has none"):
         train.train(make_config(algorithm={"routing_replay": "rollout"}))

@@ -29,20 +29,15 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from megatron_rlsd.checkpoint.manifest import (
-    MANIFEST_NAME,
-    CheckpointError,
-    Manifest,
-    read_manifest,
-    write_manifest,
-)
+from megatron_rlsd.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from megatron_rlsd.conversion.compare import compare, open_checkpoint
 from megatron_rlsd.conversion.convert import Progress as ProgressCallback
 from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
 from megatron_rlsd.conversion.describe import check_hashes, describe, hashes
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
-from megatron_rlsd.hf_bridge import HFBridgeError, Weights, load_hf_config
-from megatron_rlsd.plugins import PluginError, load_plugins
+from megatron_rlsd.hf_bridge import Weights, load_hf_config
+from megatron_rlsd.plugins import load_plugins
+from megatron_rlsd.runtime.errors import UserError, tell
 
 DTYPES = ("float32", "bfloat16", "float16")
 TEXT = (
@@ -59,9 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         load_plugins(args.plugin)
         return int(args.run(args))
-    except (HFBridgeError, CheckpointError, PluginError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return tell(error)
     except OSError as error:
         print(f"error: {error}; {AGAIN}", file=sys.stderr)
         return 2
@@ -193,7 +187,7 @@ def log_prob_difference(
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_folder)
     except (OSError, ValueError) as error:
-        raise HFBridgeError(
+        raise UserError(
             f"{hf_folder} has no tokenizer to read text with: {error}; give --skip-log-probs"
         ) from error
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :max_tokens]

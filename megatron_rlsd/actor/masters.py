@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_rlsd.hf_bridge.quantized import is_quantized, stored, unrounded
-from megatron_rlsd.runtime.machine import PlatformError
+from megatron_rlsd.runtime.errors import UserError
 
 Exact = Mapping[Tensor, Tensor]
 """8-bit parameter -> all of its values before they were rounded, on any device."""
@@ -27,7 +27,7 @@ Exact = Mapping[Tensor, Tensor]
 def loaded_values(parameters: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
     """What was loaded into the 8-bit parameters among these; before an optimizer is made of them.
 
-    Raises PlatformError where Transformer Engine has not kept it: masters would then start from
+    Raises UserError where Transformer Engine has not kept it: masters would then start from
     rounded weights.
     """
     exact: dict[Tensor, Tensor] = {}
@@ -36,7 +36,7 @@ def loaded_values(parameters: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
             continue
         kept = unrounded(parameter)
         if kept is None:
-            raise PlatformError(
+            raise UserError(
                 f"parameter {name} is in 8 bits and its values before rounding were not kept; "
                 "model.precision.fp8_parameters needs a Transformer Engine whose fp8_model_init "
                 "has preserve_high_precision_init_val"

@@ -19,7 +19,7 @@ from megatron_rlsd.actor.userbuffers import overlap_fields
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import Family
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.runtime.machine import PlatformError
+from megatron_rlsd.runtime.errors import UserError
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [T, D] or, under sequence parallelism, [T / tp, D]; weight [V / tp, D]) -> anything."""
@@ -139,11 +139,11 @@ def transformer_config(
 
 
 def dispatcher_fields(parallel: ParallelConfig) -> dict[str, Any]:
-    """How tokens are sent to experts; PlatformError where DeepEP was asked for and is not here."""
+    """How tokens are sent to experts; UserError where DeepEP was asked for and is not here."""
     if parallel.dispatcher == "alltoall":
         return {"moe_token_dispatcher_type": "alltoall"}
     if find_spec("deep_ep") is None:
-        raise PlatformError("parallel.dispatcher=deepep: the package deep_ep is not installed")
+        raise UserError("parallel.dispatcher=deepep: the package deep_ep is not installed")
     return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
 
 

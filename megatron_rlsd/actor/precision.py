@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_rlsd.config import PrecisionConfig
-from megatron_rlsd.runtime.machine import PlatformError
+from megatron_rlsd.runtime.errors import UserError
 
 LayerKind = Literal["local", "transformer_engine"]
 CAPABILITY = {"current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -28,7 +28,7 @@ ANY_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 def layer_kind(precision: PrecisionConfig, device: torch.device) -> LayerKind:
     """The layers to build on this machine.
 
-    Raises PlatformError where Transformer Engine was asked for, by name or by fp8, and cannot be
+    Raises UserError where Transformer Engine was asked for, by name or by fp8, and cannot be
     had here, with the reason.
     """
     if precision.layers == "local":
@@ -40,30 +40,30 @@ def layer_kind(precision: PrecisionConfig, device: torch.device) -> LayerKind:
             check_fp8(precision, capability, version("transformer-engine"), torch.version.cuda)
         return "transformer_engine"
     if precision.fp8 != "none":
-        raise PlatformError(f"model.precision.fp8={precision.fp8}: {reason}")
+        raise UserError(f"model.precision.fp8={precision.fp8}: {reason}")
     if precision.layers == "transformer_engine":
-        raise PlatformError(f"model.precision.layers=transformer_engine: {reason}")
+        raise UserError(f"model.precision.layers=transformer_engine: {reason}")
     return "local"
 
 
 def check_fp8(
     precision: PrecisionConfig, capability: tuple[int, int], engine: str, cuda: str | None
 ) -> None:
-    """Raise PlatformError unless this device, Transformer Engine release and CUDA release (of
+    """Raise UserError unless this device, Transformer Engine release and CUDA release (of
     torch, "13.0") have the products."""
     needed, first = CAPABILITY[precision.fp8], ENGINE_VERSION[precision.fp8]
     if capability < needed:
-        raise PlatformError(
+        raise UserError(
             f"model.precision.fp8={precision.fp8} needs compute capability "
             f"{needed[0]}.{needed[1]}, this device has {capability[0]}.{capability[1]}"
         )
     if _release(engine) < first:
-        raise PlatformError(
+        raise UserError(
             f"model.precision.fp8={precision.fp8} needs transformer-engine "
             f">= {first[0]}.{first[1]}, found {engine}"
         )
     if precision.fp8 == "blockwise" and _release(cuda or "0.0") < BLOCKWISE_CUDA:
-        raise PlatformError(
+        raise UserError(
             f"model.precision.fp8=blockwise needs CUDA >= {BLOCKWISE_CUDA[0]}.{BLOCKWISE_CUDA[1]}, "
             f"whose cuBLAS first has products with scales of blocks; torch was built with {cuda}"
         )
@@ -73,12 +73,12 @@ def check_fp8(
 
 def _check_parameters(engine: str) -> None:
     if _release(engine) < PARAMETERS_VERSION:
-        raise PlatformError(
+        raise UserError(
             f"model.precision.fp8_parameters=true needs transformer-engine >= "
             f"{PARAMETERS_VERSION[0]}.{PARAMETERS_VERSION[1]}, found {engine}"
         )
     if os.environ.get(ANY_SCALES, "0") == "1":
-        raise PlatformError(
+        raise UserError(
             f"model.precision.fp8_parameters=true needs {ANY_SCALES} unset or 0: with scales that "
             "are no powers of two, bfloat16 copies (servers, teacher, checkpoints) are not exactly "
             "the weights that the trainer computes with"

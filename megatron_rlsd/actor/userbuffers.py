@@ -18,7 +18,7 @@ from megatron_rlsd.actor.precision import LayerKind
 from megatron_rlsd.config import Config, ModelConfig, PrecisionConfig
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape
-from megatron_rlsd.runtime.machine import PlatformError
+from megatron_rlsd.runtime.errors import UserError
 
 ENGINE_VERSION = (2, 8)
 """The first release whose userbuffers serve 8-bit and bfloat16 layers of one model."""
@@ -39,14 +39,14 @@ def start_userbuffers(
     """Register this process's buffers, before its layers are built; nothing without the key.
 
     Collective over all ranks. Transformer Engine allows it once in a process. Raises LayoutError
-    for a model or an order of ranks that userbuffers do not serve, and PlatformError where
+    for a model or an order of ranks that userbuffers do not serve, and UserError where
     Transformer Engine or its release is missing.
     """
     if not config.model.tp_comm_overlap:
         return
     check_overlap(model, kind, dist.get_process_group_ranks(groups.tp))
     if _release() < ENGINE_VERSION:
-        raise PlatformError(
+        raise UserError(
             f"model.tp_comm_overlap=true needs transformer-engine >= "
             f"{'.'.join(map(str, ENGINE_VERSION))}, found {version('transformer-engine')}"
         )
@@ -61,7 +61,7 @@ def start_userbuffers(
 def check_overlap(model: ModelShape, kind: LayerKind, tp_ranks: list[int]) -> None:
     """``tp_ranks``: the global ranks of this process's tensor-parallel group, in its order."""
     if kind != "transformer_engine":
-        raise PlatformError(
+        raise UserError(
             "model.tp_comm_overlap=true needs Transformer Engine's layers, which need a CUDA "
             "device and the package transformer-engine"
         )

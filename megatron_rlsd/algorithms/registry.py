@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_rlsd.algorithms.advantages import group_advantages
-from megatron_rlsd.config import AlgorithmConfig, ConfigError, TeacherConfig
+from megatron_rlsd.config import AlgorithmConfig, TeacherConfig
 from megatron_rlsd.config.variants import VARIANTS, Variant
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Group
 
 Advantages = Callable[[Group], Sequence[float] | Tensor]
@@ -53,10 +54,10 @@ def register_algorithm(
     """Make ``variant`` known as ``algorithm.name`` ``name``.
 
     With ``advantages`` the key ``algorithm.advantage`` is fixed at ``own``.
-    Raises ConfigError for a name that is taken and for keys that a section does not have.
+    Raises UserError for a name that is taken and for keys that a section does not have.
     """
     if name in VARIANTS:
-        raise ConfigError(f"an algorithm named {name!r} is registered already")
+        raise UserError(f"an algorithm named {name!r} is registered already")
     for section, keys, known in (
         ("algorithm", {**variant.fixed, **variant.defaults}, AlgorithmConfig.model_fields),
         (
@@ -66,7 +67,7 @@ def register_algorithm(
         ),
     ):
         if unknown := sorted(keys.keys() - known.keys()):
-            raise ConfigError(
+            raise UserError(
                 f"algorithm {name!r}: {section} has no key {', '.join(unknown)}; "
                 f"it has: {', '.join(known)}"
             )
@@ -85,18 +86,18 @@ def own_functions(algorithm: AlgorithmConfig) -> OwnFunctions:
 def response_advantages(group: Group, algorithm: AlgorithmConfig) -> list[float]:
     """[G] the advantages of a scored group, as ``algorithm`` forms them.
 
-    Raises ConfigError where a user's function returns anything but G finite numbers.
+    Raises UserError where a user's function returns anything but G finite numbers.
     """
     function = own_functions(algorithm).advantages
     if function is None:
         if algorithm.advantage == "own":
-            raise ConfigError(
+            raise UserError(
                 f"algorithm.advantage=own, but nothing is registered for {algorithm.name}"
             )
         return [float(each) for each in group_advantages(group.rewards, algorithm.advantage)]
     found = [float(each) for each in function(group)]
     if len(found) != len(group.trajectories) or not all(map(math.isfinite, found)):
-        raise ConfigError(
+        raise UserError(
             f"algorithm.name={algorithm.name}: its advantages of {group.problem.id} are {found}, "
             f"expected {len(group.trajectories)} finite numbers"
         )

@@ -14,14 +14,11 @@ from typing import Literal, get_args
 
 import megatron_rlsd
 from megatron_rlsd.runtime.durable import sync
+from megatron_rlsd.runtime.errors import UserError
 
 MANIFEST_NAME = "checkpoint.json"
 FORMAT = 1
 Kind = Literal["weights", "training"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or does not fit this run."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +63,25 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a whole checkpoint.
 
-    Raises CheckpointError when ``folder`` is no checkpoint, has a format or kind unknown here, or
+    Raises UserError when ``folder`` is no checkpoint, has a format or kind unknown here, or
     lacks a file that the manifest lists or has it at another size.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist")
+        raise UserError(f"checkpoint folder {folder} does not exist")
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no whole checkpoint: it has no {MANIFEST_NAME}")
+        raise UserError(f"{folder} is no whole checkpoint: it has no {MANIFEST_NAME}")
     try:
         content = json.loads(path.read_text())
         files: dict[str, int] = content.pop("files")
         manifest = Manifest(**content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint's manifest: {error!r}") from None
+        raise UserError(f"{path} is not a checkpoint's manifest: {error!r}") from None
     if manifest.format != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.format!r}; this version reads {FORMAT}")
+        raise UserError(f"{path} has format {manifest.format!r}; this version reads {FORMAT}")
     if manifest.kind not in get_args(Kind) or not isinstance(manifest.step, int):
-        raise CheckpointError(
+        raise UserError(
             f"{path} has kind={manifest.kind!r}, step={manifest.step!r}; expected a kind of "
             f"{', '.join(get_args(Kind))} and a whole number"
         )
@@ -92,7 +89,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{folder} is damaged: {name} {state}, expected {size} bytes")
+            raise UserError(f"{folder} is damaged: {name} {state}, expected {size} bytes")
     return manifest
 
 
@@ -111,6 +108,6 @@ def whole_checkpoints(checkpoints_dir: str | Path) -> list[tuple[Path, Manifest]
     for folder in Path(checkpoints_dir).glob("[!.]*"):
         try:
             found.append((folder, read_manifest(folder)))
-        except CheckpointError:
+        except UserError:
             continue
     return sorted(found, key=lambda item: (item[1].step, item[0].name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_rlsd.checkpoint.manifest import CheckpointError
+from megatron_rlsd.runtime.errors import UserError
 
 MUST_AGREE = {
     "model.dtype": "the weights and the optimizer's masters are kept in it",
@@ -24,20 +24,20 @@ UNTOLD = ("run_dir", "train.resume", "observability", "distributed")
 
 
 def check_model(saved: dict[str, Any], current: dict[str, Any], folder: object) -> None:
-    """Compare two HF configs; CheckpointError names every key whose value differs."""
+    """Compare two HF configs; UserError names every key whose value differs."""
     different = [
         f"{key}: {saved[key]!r} in the checkpoint, {current[key]!r} in model.hf_path"
         for key in sorted(saved.keys() & current.keys() - set(NOT_THE_MODEL))
         if saved[key] != current[key]
     ]
     if different:
-        raise CheckpointError(f"{folder} holds another model:\n  " + "\n  ".join(different))
+        raise UserError(f"{folder} holds another model:\n  " + "\n  ".join(different))
 
 
 def check_settings(saved: dict[str, Any], current: dict[str, Any], folder: object) -> list[str]:
     """Compare two configurations (plain data); returns a line for every harmless difference.
 
-    Raises CheckpointError that names each setting which the run cannot go on with.
+    Raises UserError that names each setting which the run cannot go on with.
     """
     before, now = _flat(saved), _flat(current)
     refused = [
@@ -57,7 +57,7 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], folder: objec
             f"{stored}: true in the checkpoint, false configured; its weights are rounded to 8 bits"
         )
     if refused:
-        raise CheckpointError(
+        raise UserError(
             f"{folder} belongs to a run with other settings:\n  " + "\n  ".join(refused)
         )
     return [

@@ -9,17 +9,12 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megatron_rlsd.checkpoint.manifest import (
-    CheckpointError,
-    Kind,
-    last_whole,
-    read_manifest,
-    whole_checkpoints,
-)
+from megatron_rlsd.checkpoint.manifest import Kind, last_whole, read_manifest, whole_checkpoints
 from megatron_rlsd.checkpoint.settings import check_model, check_settings
 from megatron_rlsd.config import Config
 from megatron_rlsd.parallel.exchange import broadcast_bytes
 from megatron_rlsd.runtime.durable import clean_up
+from megatron_rlsd.runtime.errors import UserError
 
 STATE_NAME = "state.json"
 Program = Literal["train", "sft", "rollout_only"]
@@ -42,16 +37,16 @@ class Start:
 def agree_on_start(
     config: Config, hf_config: dict[str, Any], control: dist.ProcessGroup, program: Program
 ) -> Start:
-    """Rank 0 looks and all ranks follow; CheckpointError on all of them where it finds none fit."""
+    """Rank 0 looks and all ranks follow; UserError on all of them where it finds none fit."""
     payload = None
     if dist.get_rank() == 0:
         try:
             payload = json.dumps(asdict(choose_start(config, hf_config, program))).encode()
-        except CheckpointError as error:
+        except UserError as error:
             payload = json.dumps({"error": str(error)}).encode()
     answer = json.loads(broadcast_bytes(payload, control))
     if "error" in answer:
-        raise CheckpointError(answer["error"])
+        raise UserError(answer["error"])
     return Start(**answer)
 
 
@@ -60,7 +55,7 @@ def choose_start(config: Config, hf_config: dict[str, Any], program: Program) ->
 
     Of a checkpoint that another program wrote (a supervised warm start, say) the weights are taken.
 
-    Raises CheckpointError when the checkpoint is damaged, holds another model or belongs to a run
+    Raises UserError when the checkpoint is damaged, holds another model or belongs to a run
     with settings that cannot change.
     """
     own = checkpoints_of(config)
@@ -85,7 +80,7 @@ def choose_start(config: Config, hf_config: dict[str, Any], program: Program) ->
     saved = {} if manifest.kind == "weights" else json.loads((folder / STATE_NAME).read_text())
     if saved.get("program") != program:
         if saved and continues and program != "rollout_only":
-            raise CheckpointError(
+            raise UserError(
                 f"{own} holds checkpoints of {saved['program']}, not of {program}; choose another "
                 "run_dir, and that checkpoint as train.resume to start from its weights"
             )

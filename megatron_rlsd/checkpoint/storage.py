@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rlsd.checkpoint.manifest import CheckpointError
+from megatron_rlsd.runtime.errors import UserError
 
 FILE_BYTES = 1 << 30
 """A rank's tensors go to files of about this size; staged one by one beside a GPU."""
@@ -59,7 +59,7 @@ class PendingSave:
     def finish(self) -> None:
         """On all ranks, once all have ``written``: rank 0 writes the metadata over all files.
 
-        Raises CheckpointError where any rank could not write.
+        Raises UserError where any rank could not write.
         """
         if self._thread is not None:
             self._thread.join()
@@ -67,7 +67,7 @@ class PendingSave:
             for function in self._finalize:
                 function()
         except CheckpointException as error:
-            raise CheckpointError(f"the checkpoint could not be written: {error}") from error
+            raise UserError(f"the checkpoint could not be written: {error}") from error
 
     def _write(self, transforms: Any, buckets: list[Any], staged: bool) -> None:
         outcome: Any = {}
@@ -112,13 +112,13 @@ def start_save(tensors: Sequence[ShardedTensor], folder: Path, *, background: bo
 def load_into(tensors: Sequence[ShardedTensor], folder: Path) -> None:
     """Fill the tensors in place from a checkpoint written at any layout.
 
-    Raises CheckpointError that names a tensor which is missing or has another shape.
+    Raises UserError that names a tensor which is missing or has another shape.
     """
     try:
         dist_checkpointing.load(_by_number(tensors), str(folder), validate_access_integrity=False)
     except (CheckpointingException, CheckpointException, KeyError, ValueError) as error:
         reason = str(error).strip("'\"")
-        raise CheckpointError(f"{folder} does not fit this model: {reason:.2000}") from error
+        raise UserError(f"{folder} does not fit this model: {reason:.2000}") from error
 
 
 def _by_number(tensors: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:

@@ -28,7 +28,7 @@ from megatron_rlsd.config.rollout import (
     WeightSyncConfig,
 )
 from megatron_rlsd.config.root import Config
-from megatron_rlsd.config.section import ConfigError, Section
+from megatron_rlsd.config.section import Section
 from megatron_rlsd.config.training import (
     AlgorithmConfig,
     EvalConfig,
@@ -44,7 +44,6 @@ __all__ = [
     "AsynchronousConfig",
     "CheckpointConfig",
     "Config",
-    "ConfigError",
     "DataConfig",
     "DistributedConfig",
     "EmbeddedEngineConfig",

@@ -9,26 +9,24 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_rlsd.config.root import Config
-from megatron_rlsd.config.section import ConfigError
-from megatron_rlsd.plugins import PluginError, load_plugins
+from megatron_rlsd.plugins import load_plugins
+from megatron_rlsd.runtime.errors import UserError
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply ``a.b=value`` overrides (values are YAML) and validate.
 
-    Raises ConfigError that names each unknown key, bad value or missing section.
+    Raises UserError that names each unknown key, bad value or missing section.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
+        raise UserError(f"config file {path} does not exist")
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{path} must hold a mapping of config sections, got {type(raw).__name__}"
-        )
+        raise UserError(f"{path} must hold a mapping of config sections, got {type(raw).__name__}")
     for override in overrides or []:
         _apply_override(raw, override)
     return parse_config(raw, origin=str(path))
@@ -40,8 +38,8 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
     if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
         try:
             load_plugins(plugins)
-        except PluginError as error:
-            raise ConfigError(f"{origin}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -52,7 +50,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
                 lines.append(f"  {key}: unknown key{_known_keys(item['loc'])}")
             else:
                 lines.append(f"  {key}: {item['msg']} (got {item['input']!r:.200})")
-        raise ConfigError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
+        raise UserError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
 
 
 def dump_config(config: Config, path: Path) -> None:
@@ -63,7 +61,7 @@ def dump_config(config: Config, path: Path) -> None:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} must look like section.key=value")
+        raise UserError(f"override {override!r} must look like section.key=value")
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
@@ -72,7 +70,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         else:
             node = node[_list_index(node, part, override)]
         if not isinstance(node, dict | list):
-            raise ConfigError(f"override {override!r}: {part} is a value, not a section")
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
     node[last if isinstance(node, dict) else _list_index(node, last, override)] = yaml.safe_load(
         value
     )
@@ -80,7 +78,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _list_index(node: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(
+        raise UserError(
             f"override {override!r}: {part!r} must be an index below {len(node)}, the list's length"
         )
     return int(part)

@@ -5,9 +5,5 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 
-class ConfigError(ValueError):
-    """The configuration is wrong; the message names every offending key and what was expected."""
-
-
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
 from megatron_rlsd.conversion.pickled import open_weights
 from megatron_rlsd.conversion.torch_dist import METADATA_NAME
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError
 from megatron_rlsd.hf_bridge.hashing import tensor_hash
 from megatron_rlsd.hf_bridge.reader import Weights, hf_folder
+from megatron_rlsd.runtime.errors import UserError
 
 _BLOCK_ELEMENTS = 2**22
 
@@ -47,10 +47,10 @@ def open_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> Weights:
 def compare(a: Weights, b: Weights) -> Iterator[Difference]:
     """Every tensor of either, in the order of ``a``. Holds one tensor of each at a time.
 
-    Raises HFCheckpointError where neither has any.
+    Raises UserError where neither has any.
     """
     if not a.tensors and not b.tensors:
-        raise HFCheckpointError(f"neither {a.path} nor {b.path} holds a tensor")
+        raise UserError(f"neither {a.path} nor {b.path} holds a tensor")
     for name, info in a.tensors.items():
         other = b.tensors.get(name)
         if other is None:

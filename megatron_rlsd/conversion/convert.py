@@ -27,7 +27,6 @@ from megatron_rlsd.conversion.row_runs import Box, boxes, row_runs
 from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
 from megatron_rlsd.conversion.torch_dist import METADATA_NAME, Item, ItemFile, write_metadata
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError, HFConfigError
 from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.load import check_tensors, check_tied_aliases
 from megatron_rlsd.hf_bridge.partial import PartialFolder, check_free_space, check_replaceable
@@ -35,6 +34,7 @@ from megatron_rlsd.hf_bridge.reader import SINGLE_NAME, Weights, load_hf_config
 from megatron_rlsd.hf_bridge.safetensors_file import TORCH_DTYPES
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_files, write_safetensors
 from megatron_rlsd.hf_bridge.writer import copy_companions, write_config, write_index
+from megatron_rlsd.runtime.errors import UserError
 
 BUCKET_BYTES = 32 * 2**20
 """How much is read at once of what is cast before it is put in place."""
@@ -96,7 +96,7 @@ def to_megatron(
 
     Everything that the headers show is checked before the first byte is written. An interrupted
     conversion goes on where it stopped if it is run again with the same source and settings.
-    Raises HFBridgeError (see ``load_hf_weights``, ``PartialFolder``), also for too little disk.
+    Raises UserError (see ``load_hf_weights``, ``PartialFolder``), also for too little disk.
     """
     out = Path(out)
     hf_config = load_hf_config(hf_path)
@@ -204,7 +204,7 @@ def _check_sizes(dims: ModelDims, sizes: Sizes) -> None:
         ShardLayout(tp_size=sizes.tensor, ep_size=sizes.expert, etp_size=sizes.expert_tensor)
     )
     if not 1 <= sizes.pipeline <= dims.num_layers:
-        raise HFConfigError(
+        raise UserError(
             f"pipeline parallel size {sizes.pipeline} must be from 1 to "
             f"num_layers={dims.num_layers}"
         )
@@ -306,7 +306,7 @@ def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         lost = cast.isinf() & value.isfinite()
         if lost.any():
             worst = value[lost].abs().max().item()
-            raise HFCheckpointError(f"{name} holds {worst:.4g}, which {dtype} cannot hold")
+            raise UserError(f"{name} holds {worst:.4g}, which {dtype} cannot hold")
     return cast
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from megatron_rlsd.conversion.compare import open_checkpoint
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
 from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
-from megatron_rlsd.hf_bridge.errors import HFBridgeError, HFCheckpointError
 from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.hashing import tensor_hash
 from megatron_rlsd.hf_bridge.load import check_tensors
 from megatron_rlsd.hf_bridge.reader import Weights, load_hf_config
+from megatron_rlsd.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Description:
 def describe(path: str | Path, *, allow_pickle: bool = False) -> tuple[Description, Weights]:
     """Family, sizes, dtypes, bytes and layout of a checkpoint, from headers and metadata alone.
 
-    Raises HFBridgeError where not even the headers can be read.
+    Raises UserError where not even the headers can be read.
     """
     weights = open_checkpoint(path, allow_pickle=allow_pickle)
     megatron = isinstance(weights, MegatronWeights)
@@ -64,9 +64,9 @@ def check_hashes(found: dict[str, str], file: Path) -> list[str]:
     try:
         wanted = json.loads(file.read_text())
     except (ValueError, OSError) as error:
-        raise HFCheckpointError(f"{file} is no file of hashes: {error}") from error
+        raise UserError(f"{file} is no file of hashes: {error}") from error
     if not isinstance(wanted, dict):
-        raise HFCheckpointError(f"{file} is no file of hashes")
+        raise UserError(f"{file} is no file of hashes")
     return [
         f"{name} differs from its hash in {file}"
         if name in found and name in wanted
@@ -92,5 +92,5 @@ def _check_model(weights: Weights, hf_config: dict[str, Any], facts: dict[str, s
 def _try(problems: list[str], check: Callable[[], None]) -> None:
     try:
         check()
-    except HFBridgeError as error:
+    except UserError as error:
         problems.append(str(error))

@@ -14,11 +14,12 @@ from megatron_rlsd.conversion.checkpoint_keys import (
 )
 from megatron_rlsd.conversion.row_runs import row_runs
 from megatron_rlsd.conversion.torch_dist import TorchDistFolder
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError, listed
 from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.mappings import Ranges, Shape
 from megatron_rlsd.hf_bridge.reader import load_hf_config
 from megatron_rlsd.hf_bridge.safetensors_file import DTYPE_NAMES, TensorInfo
+from megatron_rlsd.hf_bridge.wording import listed
+from megatron_rlsd.runtime.errors import UserError
 
 HF_FILES = "hf"
 """The folder inside a checkpoint with config.json, tokenizer and generation files."""
@@ -30,15 +31,15 @@ class MegatronWeights:
 
     Held at a time are the tensor that is asked for and one of the pieces it is stored in, or, of a
     fused parameter (queries, keys, values), all of its pieces.
-    Raises HFCheckpointError for model tensors that are missing, unknown, of another shape, or not
-    tiled by their pieces; HFConfigError for the config.json in its ``hf`` folder.
+    Raises UserError for model tensors that are missing, unknown, of another shape, or not
+    tiled by their pieces, and for the config.json in its ``hf`` folder.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.hf_files = self.path / HF_FILES
         if not (self.hf_files / "config.json").is_file():
-            raise HFCheckpointError(
+            raise UserError(
                 f"{self.hf_files / 'config.json'} is missing: it says which model the "
                 "checkpoint's tensors are"
             )
@@ -136,7 +137,7 @@ class MegatronWeights:
                 f"no part of a {self.family.name} model of this config: {listed(extra)}"
             )
         if problems:
-            raise HFCheckpointError(
+            raise UserError(
                 f"the tensors in {self.path} are not the model's:\n  " + "\n  ".join(problems)
             )
         self._stored.check_tiling(sorted(set(keys.values())))

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError, listed
 from megatron_rlsd.hf_bridge.mappings import Ranges
 from megatron_rlsd.hf_bridge.reader import SafetensorsFolder, Weights, hf_folder, read_index
 from megatron_rlsd.hf_bridge.safetensors_file import DTYPE_NAMES, TensorInfo
+from megatron_rlsd.hf_bridge.wording import listed
+from megatron_rlsd.runtime.errors import UserError
 
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 PICKLED_SINGLE_NAME = "pytorch_model.bin"
@@ -31,7 +32,7 @@ class PickledFolder:
     """The tensors of pytorch_model*.bin, unpickled with nothing but tensors allowed in them.
 
     The values stay in the files (mapped) until they are read, except those of the format before
-    PyTorch 1.6, which cannot be mapped and are held in memory. Raises HFCheckpointError for a file
+    PyTorch 1.6, which cannot be mapped and are held in memory. Raises UserError for a file
     that is damaged or holds more than tensors.
     """
 
@@ -45,7 +46,7 @@ class PickledFolder:
         for file in files:
             for name, value in _load(self.path / file).items():
                 if name in self.tensors:
-                    raise HFCheckpointError(
+                    raise UserError(
                         f"tensor {name} is in both {self.tensors[name].file} and {file} "
                         f"of {self.path}"
                     )
@@ -54,7 +55,7 @@ class PickledFolder:
                 self.tensors[name] = TensorInfo(tuple(value.shape), dtype, file, value.nbytes)
         lacking = sorted((weight_map or {}).keys() - self.tensors.keys())
         if lacking:
-            raise HFCheckpointError(f"{index} names tensors that are nowhere: {listed(lacking)}")
+            raise UserError(f"{index} names tensors that are nowhere: {listed(lacking)}")
 
     def slice(self, name: str, ranges: Ranges = (), out: Tensor | None = None) -> Tensor:
         """The part of a tensor within ``ranges``, as ``SafetensorsFolder.slice`` gives it."""
@@ -66,7 +67,7 @@ class PickledFolder:
 
 def _load(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise HFCheckpointError(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     values: Any
     try:
         try:
@@ -76,11 +77,11 @@ def _load(path: Path) -> dict[str, Tensor]:
                 raise
             values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise HFCheckpointError(
+        raise UserError(
             f"{path} holds more than tensors, or is corrupt, and is not loaded: {error}"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise HFCheckpointError(f"{path} is cut short or corrupt: {error}") from error
+        raise UserError(f"{path} is cut short or corrupt: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
-        raise HFCheckpointError(f"{path} must hold a dictionary of tensors")
+        raise UserError(f"{path} must hold a dictionary of tensors")
     return values

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError
+from megatron_rlsd.runtime.errors import UserError
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def check_token_ids(folder: str | Path, vocab_size: int) -> None:
-    """Raise HFCheckpointError if some token id has no row in an embedding of ``vocab_size`` rows.
+    """Raise UserError if some token id has no row in an embedding of ``vocab_size`` rows.
 
     Looks at tokenizer.json, tokenizer.model (sentencepiece), added_tokens.json and the special ids
     in generation_config.json. A folder without a tokenizer passes.
@@ -29,7 +29,7 @@ def check_token_ids(folder: str | Path, vocab_size: int) -> None:
         if key in _SPECIAL and any(type(i) is int and i >= vocab_size for i in ids):
             problems.append(f"{generation.name} has {key}={value}")
     if problems:
-        raise HFCheckpointError(
+        raise UserError(
             f"the tokenizer in {folder} does not fit the embedding of {vocab_size} rows: "
             + "; ".join(problems)
         )
@@ -53,7 +53,7 @@ def _largest_ids(folder: Path) -> list[tuple[str, int]]:
     try:
         return [(name, max(ids)) for name, ids in found if len(ids)]
     except TypeError as error:
-        raise HFCheckpointError(f"{folder}: a token id is no number: {error}") from error
+        raise UserError(f"{folder}: a token id is no number: {error}") from error
 
 
 def _sentencepiece_size(path: Path) -> int:
@@ -62,14 +62,14 @@ def _sentencepiece_size(path: Path) -> int:
     try:
         return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size())
     except (RuntimeError, OSError) as error:
-        raise HFCheckpointError(f"{path} is no sentencepiece model: {error}") from error
+        raise UserError(f"{path} is no sentencepiece model: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise HFCheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise HFCheckpointError(f"{path} must hold an object, got {type(content).__name__}")
+        raise UserError(f"{path} must hold an object, got {type(content).__name__}")
     return content

@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError, listed
 from megatron_rlsd.hf_bridge.mappings import Shape
 from megatron_rlsd.hf_bridge.safetensors_writer import WRITE_BYTES
+from megatron_rlsd.hf_bridge.wording import listed
+from megatron_rlsd.runtime.errors import UserError
 
 METADATA_NAME = ".metadata"
 _COMMON = {
@@ -136,23 +137,23 @@ def write_metadata(folder: Path, items: list[Item]) -> None:
 class TorchDistFolder:
     """The tensors of a checkpoint: shapes and dtypes at once, pieces on demand.
 
-    Raises HFCheckpointError for a folder without .metadata, a file that is missing or too short,
+    Raises UserError for a folder without .metadata, a file that is missing or too short,
     pieces that do not tile their tensor, and, as they are read, pieces whose checksum is wrong.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / METADATA_NAME).is_file():
-            raise HFCheckpointError(f"{path} has no {METADATA_NAME}: no torch_dist checkpoint")
+            raise UserError(f"{path} has no {METADATA_NAME}: no torch_dist checkpoint")
         try:
             with open(self.path / METADATA_NAME, "rb") as file:
                 metadata = _MetadataUnpickler(file).load()
             self._storage = dict(metadata.storage_data)
             described = dict(metadata.state_dict_metadata)
-        except HFCheckpointError:
+        except UserError:
             raise
         except Exception as error:  # a damaged pickle raises nearly anything
-            raise HFCheckpointError(
+            raise UserError(
                 f"{self.path / METADATA_NAME} is cut short or corrupt: {error!r}"
             ) from error
         self.tensors: dict[str, TensorStorageMetadata] = {
@@ -183,7 +184,7 @@ class TorchDistFolder:
             stored = sum(prod(c.sizes) for c in chunks)
             starts = {tuple(c.offsets) for c in chunks}
             if outside or stored != prod(size) or len(starts) != len(chunks):
-                raise HFCheckpointError(
+                raise UserError(
                     f"{self.path}: the pieces of {key} do not tile its shape {size}: "
                     f"{stored} of {prod(size)} elements in {len(chunks)} pieces"
                 )
@@ -237,9 +238,9 @@ class TorchDistFolder:
             OSError,
             EOFError,
         ) as error:
-            raise HFCheckpointError(f"{where} is cut short or corrupt: {error}") from error
+            raise UserError(f"{where} is cut short or corrupt: {error}") from error
         except zipfile.BadZipFile as error:
-            raise HFCheckpointError(f"{where} is corrupt: {error}") from error
+            raise UserError(f"{where} is corrupt: {error}") from error
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -248,12 +249,12 @@ class TorchDistFolder:
             ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
         for name, end in ends.items():
             if Path(name).name != name:
-                raise HFCheckpointError(f"{self.path} names a file outside the folder: {name}")
+                raise UserError(f"{self.path} names a file outside the folder: {name}")
             path = self.path / name
             if not path.is_file():
-                raise HFCheckpointError(f"{self.path} lacks the file {name}")
+                raise UserError(f"{self.path} lacks the file {name}")
             if path.stat().st_size < end:
-                raise HFCheckpointError(
+                raise UserError(
                     f"{path} is cut short: {path.stat().st_size} bytes, at least {end} expected"
                 )
         lacking = [
@@ -262,7 +263,7 @@ class TorchDistFolder:
             if any(MetadataIndex(key, c.offsets) not in self._storage for c in described.chunks)
         ]
         if lacking:
-            raise HFCheckpointError(f"{self.path} lacks pieces of: {listed(lacking)}")
+            raise UserError(f"{self.path} lacks pieces of: {listed(lacking)}")
 
 
 def _read_values(archive: zipfile.ZipFile, header: Tensor, out: Tensor | None) -> Tensor:
@@ -357,4 +358,4 @@ class _MetadataUnpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _UNPICKLED.get(module, ()):
             return super().find_class(module, name)
-        raise HFCheckpointError(f"a checkpoint's {METADATA_NAME} must not refer to {module}.{name}")
+        raise UserError(f"a checkpoint's {METADATA_NAME} must not refer to {module}.{name}")

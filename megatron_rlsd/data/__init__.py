@@ -2,8 +2,7 @@
 
 from megatron_rlsd.data.chat_turns import ChatTurns
 from megatron_rlsd.data.conversations import Conversations
-from megatron_rlsd.data.errors import DataError, PromptTooLong, TokenizerError
-from megatron_rlsd.data.prompts import PromptBuilder
+from megatron_rlsd.data.prompts import PromptBuilder, PromptTooLong
 from megatron_rlsd.data.sentencepiece_tokenizer import (
     DEFAULT_CHAT_TEMPLATE,
     SentencePieceTokenizer,
@@ -24,7 +23,6 @@ __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "ChatTurns",
     "Conversations",
-    "DataError",
     "MixedSource",
     "ProblemSource",
     "ProblemTable",
@@ -32,7 +30,6 @@ __all__ = [
     "PromptTooLong",
     "SentencePieceTokenizer",
     "Tokenizer",
-    "TokenizerError",
     "build_sources",
     "evaluation_problems",
     "load_tokenizer",

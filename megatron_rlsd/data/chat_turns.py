@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_rlsd.data.errors import TokenizerError
 from megatron_rlsd.data.tokenizers import Tokenizer
+from megatron_rlsd.runtime.errors import UserError
 
 
 class ChatTurns:
@@ -14,7 +14,7 @@ class ChatTurns:
     """
 
     def __init__(self, tokenizer: Tokenizer, role: str) -> None:
-        """Raises TokenizerError if the chat template refuses messages of this role, or hides them.
+        """Raises UserError if the chat template refuses messages of this role, or hides them.
 
         role: of the messages, ``user`` or ``tool``.
         """
@@ -24,7 +24,7 @@ class ChatTurns:
         self._ending = closing[: closing.index(end) + 1] if end in closing else []
         shown = [self._after_turn(text) for text in ("1", "2")]
         if shown[0] == shown[1] or shown[0][: len(self._ending)] != self._ending:
-            raise TokenizerError(
+            raise UserError(
                 f"the chat template does not show messages of role {role!r} after an assistant's; "
                 "set environment.role, or tokenizer.chat_template"
             )

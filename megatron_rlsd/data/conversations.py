@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron_rlsd.config import Config
 from megatron_rlsd.data.chat_turns import ChatTurns
-from megatron_rlsd.data.errors import DataError
 from megatron_rlsd.data.tokenizers import Tokenizer
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
 
@@ -26,10 +26,10 @@ class Conversations:
     def target(self, problem: Problem) -> tuple[list[int], list[int]]:
         """[T] ids after the prompt, and [T] 1 where the assistant wrote them, 0 elsewhere.
 
-        Raises DataError by problem and message for what no episode could hold: more tokens than
+        Raises UserError by problem and message for what no episode could hold: more tokens than
         ``rollout.max_response_tokens``; with an environment, a message between turns that is not
         ``environment.role``'s, and turns beyond ``max_turns`` or ``max_turn_tokens``.
-        TokenizerError where the chat template does not show the messages between turns.
+        UserError where the chat template does not show the messages between turns.
         """
         ids: list[int] = []
         mask: list[int] = []
@@ -45,7 +45,7 @@ class Conversations:
             ids += added
             mask += [int(own)] * len(added)
             if len(ids) > self._max_tokens:
-                raise DataError(
+                raise UserError(
                     f"{place}: the conversation has {len(ids)} tokens up to here after its prompt, "
                     f"more than rollout.max_response_tokens={self._max_tokens}"
                 )
@@ -56,13 +56,13 @@ class Conversations:
         if environment.name is None:
             return
         if number > environment.max_turns:
-            raise DataError(
+            raise UserError(
                 f"{place}: the assistant's turn {number}, more than environment.max_turns="
                 f"{environment.max_turns}"
             )
         limit = environment.max_turn_tokens
         if limit is not None and num_tokens > limit:
-            raise DataError(
+            raise UserError(
                 f"{place}: the turn has {num_tokens} tokens with its end, more than "
                 f"environment.max_turn_tokens={limit}"
             )
@@ -70,7 +70,7 @@ class Conversations:
     def _turns_with(self, role: str, place: str) -> ChatTurns:
         environment = self._environment
         if environment.name is not None and role != environment.role:
-            raise DataError(
+            raise UserError(
                 f"{place}: the environment {environment.name} speaks as environment.role="
                 f"{environment.role}; the model would learn another form of its answers"
             )

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_rlsd.config import ReasoningGymSource
-from megatron_rlsd.data.errors import DataError
 from megatron_rlsd.data.worked_solutions import worked_solution
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
 HASH_ORDER_TASKS = (
@@ -43,7 +43,7 @@ class GymProblems:
     ``answer`` is empty for tasks without any reference answer (boxnet, rush_hour): their scorer
     can only check a response, so a teacher has no hint for them.
 
-    Raises DataError for an unknown task, for params that it does not take, and for settings known
+    Raises UserError for an unknown task, for params that it does not take, and for settings known
     to give problems that are wrong or differ between processes.
     """
 
@@ -60,12 +60,12 @@ class GymProblems:
         return self._size
 
     def __getitem__(self, index: int, /) -> Problem:
-        """Generate one problem; DataError if the task's generator fails on it."""
+        """Generate one problem; UserError if the task's generator fails on it."""
         try:
             with _fixed_global_states(f"{self._seed}/{index}"):
                 raw = self._items[index]
         except Exception as error:
-            raise DataError(
+            raise UserError(
                 f"reasoning_gym task {self._task!r} with params {self._params} failed to generate "
                 f"item {index}: {type(error).__name__}: {error}"
             ) from error
@@ -122,28 +122,28 @@ def _refuse_unusable(task: str, params: dict[str, Any]) -> None:
     if task not in DATASETS:
         close = difflib.get_close_matches(task, DATASETS, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise DataError(
+        raise UserError(
             f"unknown reasoning_gym task {task!r}{hint} (reasoning_gym has {len(DATASETS)} tasks)"
         )
     if task == "codeio":
-        raise DataError(
+        raise UserError(
             "reasoning_gym task 'codeio' is not supported: its items come from running code "
             "snippets in the trainer, and some differ from run to run; write them to a JSONL file "
             "once, with metadata.reasoning_gym = {task, entry} for its scorer"
         )
     if task == "composite":
-        raise DataError(
+        raise UserError(
             "reasoning_gym task 'composite' is not supported: list its parts as sources of their "
             "own, with weights"
         )
     own = {"seed", "size"} & params.keys()
     if own:
-        raise DataError(
+        raise UserError(
             f"reasoning_gym task {task!r}: {', '.join(sorted(own))} must stand beside params, not "
             "inside"
         )
     if task in HASH_ORDER_TASKS and os.environ.get("PYTHONHASHSEED", "random") == "random":
-        raise DataError(
+        raise UserError(
             f"the items of reasoning_gym task {task!r} differ from process to process, so a run "
             "could neither be resumed nor shared by several ranks; start every process with "
             "PYTHONHASHSEED=0"
@@ -154,7 +154,7 @@ def _refuse_unusable(task: str, params: dict[str, Any]) -> None:
         and not params.get("allow_parentheses", True)
         and {"*", "/"} & set(operators)
     ):
-        raise DataError(
+        raise UserError(
             "reasoning_gym task 'basic_arithmetic' with allow_parentheses=false has wrong answers "
             "(its generator ignores operator precedence): allow parentheses, or restrict operators "
             "to + and -"
@@ -169,7 +169,7 @@ def _create(source: ReasoningGymSource, seed: int) -> Any:
             source.task, **source.params, size=source.size, seed=seed
         )
     except Exception as error:
-        raise DataError(
+        raise UserError(
             f"reasoning_gym task {source.task!r} refuses params {source.params} with size "
             f"{source.size}: {type(error).__name__}: {error}"
         ) from error

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_rlsd.data.errors import TokenizerError
+from megatron_rlsd.runtime.errors import UserError
 
 TURN = "\ue000TURN\ue000"
 """Stands for an assistant's content, wherever only what follows it is asked for."""
@@ -18,7 +18,7 @@ class HFTokenizer:
     The chat template is applied as transformers does it: the name of a special token inside a
     message becomes that token. ``encode`` is stricter, there it stays text.
 
-    Raises TokenizerError if the folder does not load, or has no eos token or chat template.
+    Raises UserError if the folder does not load, or has no eos token or chat template.
     """
 
     def __init__(self, folder: Path, chat_template: str | None = None) -> None:
@@ -27,16 +27,16 @@ class HFTokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
-            raise TokenizerError(f"no HF tokenizer can be loaded from {folder}: {error}") from error
+            raise UserError(f"no HF tokenizer can be loaded from {folder}: {error}") from error
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
         if not self._tokenizer.chat_template:
-            raise TokenizerError(
+            raise UserError(
                 f"the tokenizer in {folder} has no chat template; set tokenizer.chat_template"
             )
         stops = _generation_stops(folder)
         if self._tokenizer.eos_token_id is None and not stops:
-            raise TokenizerError(f"the tokenizer in {folder} has no eos token")
+            raise UserError(f"the tokenizer in {folder} has no eos token")
         eos = self._tokenizer.eos_token_id
         self.eos_token_id: int = stops[0] if eos is None else eos
         self.end_of_turn_id = self._find_end_of_turn()
@@ -70,7 +70,7 @@ class HFTokenizer:
         )
         _, found, rest = text.partition(TURN)
         if not found:
-            raise TokenizerError("the chat template does not show what the assistant said")
+            raise UserError("the chat template does not show what the assistant said")
         # As the template's own text is read: markers are special tokens.
         return self._tokenizer.encode(rest, add_special_tokens=False)
 
@@ -85,7 +85,7 @@ class HFTokenizer:
             return self._tokenizer.apply_chat_template(messages, return_dict=False, **options)
         except (TemplateError, TypeError) as error:
             roles = [message["role"] for message in messages]
-            raise TokenizerError(
+            raise UserError(
                 f"the chat template refuses messages of roles {roles}: {error}"
             ) from error
 
@@ -113,7 +113,7 @@ def _generation_stops(folder: Path) -> list[int]:
     try:
         stops = json.loads(path.read_text()).get("eos_token_id")
     except (ValueError, AttributeError) as error:
-        raise TokenizerError(f"{path} is not a JSON object: {error}") from error
+        raise UserError(f"{path} is not a JSON object: {error}") from error
     if stops is None:
         return []
     return list(stops) if isinstance(stops, list) else [stops]

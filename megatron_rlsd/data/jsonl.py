@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.config import JsonlSource
-from megatron_rlsd.data.errors import DataError
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
 FIELDS = ("prompt", "messages", "answer", "reference_solution", "metadata", "id", "privileged")
@@ -37,7 +37,7 @@ class _Malformed(ValueError):
 class JsonlProblems:
     """The problems of one file in its order; blank lines do not count.
 
-    Raises DataError if the file is missing or holds no usable line, and with on_malformed=stop at
+    Raises UserError if the file is missing or holds no usable line, and with on_malformed=stop at
     the first malformed line, by FILE:LINE and what was expected there.
     """
 
@@ -53,20 +53,20 @@ class JsonlProblems:
         if not self._offsets:
             found = f"all {self.skipped} lines are malformed" if self.skipped else "it is empty"
             detail = "".join(f"\n  {message}" for message in self.first_skipped)
-            raise DataError(f"data file {self._path} holds no problem: {found}{detail}")
+            raise UserError(f"data file {self._path} holds no problem: {found}{detail}")
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def __getitem__(self, index: int, /) -> Problem:
-        """Read one problem; DataError if the file was changed since it was opened."""
+        """Read one problem; UserError if the file was changed since it was opened."""
         line_number = self._lines[index]
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offsets[index])
                 return self._problem(file.readline(), line_number)
         except (OSError, _Malformed) as error:
-            raise DataError(
+            raise UserError(
                 f"{self._path}:{line_number}: the file was changed or removed while in use: {error}"
             ) from error
 
@@ -82,7 +82,7 @@ class JsonlProblems:
 
     def _check_every_line(self, *, skip_malformed: bool) -> None:
         if not self._path.is_file():
-            raise DataError(f"data file {self._path} does not exist or is not a file")
+            raise UserError(f"data file {self._path} does not exist or is not a file")
         offset, ids = 0, set()
         with self._path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
@@ -96,7 +96,7 @@ class JsonlProblems:
                 except _Malformed as error:
                     message = f"{self._path}:{line_number}: {error}"
                     if not skip_malformed:
-                        raise DataError(message) from error
+                        raise UserError(message) from error
                     self.skipped += 1
                     if len(self.first_skipped) < SHOWN_SKIPS:
                         self.first_skipped.append(message)

@@ -11,17 +11,28 @@ from __future__ import annotations
 import string
 
 from megatron_rlsd.config import PromptConfig, TeacherConfig
-from megatron_rlsd.data.errors import DataError, PromptTooLong
 from megatron_rlsd.data.tokenizers import Tokenizer
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
 SFT_FIELDS = {"reference_solution", "answer"}
 
 
+class PromptTooLong(UserError):
+    """A student prompt exceeds ``prompts.max_prompt_tokens``."""
+
+    def __init__(self, problem_id: str, num_tokens: int, max_tokens: int) -> None:
+        super().__init__(
+            f"the prompt of problem {problem_id} has {num_tokens} tokens, more than "
+            f"prompts.max_prompt_tokens={max_tokens}"
+        )
+        self.problem_id, self.num_tokens, self.max_tokens = problem_id, num_tokens, max_tokens
+
+
 class PromptBuilder:
     """Builds token ids, generation prompt included, over the tokenizer's chat template.
 
-    Raises DataError if ``prompts.sft_response`` uses fields that do not exist.
+    Raises UserError if ``prompts.sft_response`` uses fields that do not exist.
     """
 
     def __init__(self, prompts: PromptConfig, teacher: TeacherConfig, tokenizer: Tokenizer) -> None:
@@ -62,10 +73,10 @@ class PromptBuilder:
     def sft_target(self, problem: Problem) -> list[int]:
         """[T] ids of the response to imitate, with the end-of-turn token.
 
-        Raises DataError if ``prompts.sft_response`` uses a reference solution and there is none.
+        Raises UserError if ``prompts.sft_response`` uses a reference solution and there is none.
         """
         if "reference_solution" in self._sft_fields and problem.reference_solution is None:
-            raise DataError(
+            raise UserError(
                 f"problem {problem.id} has no reference_solution, which prompts.sft_response uses"
             )
         text = self._prompts.sft_response.format(
@@ -115,12 +126,12 @@ def _sft_fields(sft_response: str) -> set[str]:
             name for _, name, _, _ in string.Formatter().parse(sft_response) if name is not None
         }
     except ValueError as error:
-        raise DataError(
+        raise UserError(
             f"prompts.sft_response is not a format string ({error}); double literal braces"
         ) from error
     unknown = sorted(fields - SFT_FIELDS)
     if unknown:
-        raise DataError(
+        raise UserError(
             f"prompts.sft_response uses {{{unknown[0]}}}; it may use {{reference_solution}} and "
             "{answer}, and literal braces must be doubled"
         )

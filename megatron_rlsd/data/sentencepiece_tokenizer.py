@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_rlsd.data.errors import TokenizerError
+from megatron_rlsd.runtime.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -41,7 +41,7 @@ _LONGEST_SENTENCE_BYTES = 1 << 20
 class SentencePieceTokenizer:
     """See ``tokenizers.Tokenizer`` for what the methods promise.
 
-    Raises TokenizerError if the model does not load, has no eos piece, or comes without a chat
+    Raises UserError if the model does not load, has no eos piece, or comes without a chat
     template (neither ``chat_template`` nor chat_template.jinja beside the model).
     """
 
@@ -51,17 +51,17 @@ class SentencePieceTokenizer:
         try:
             self._model.LoadFromSerializedProto(model_file.read_bytes())
         except (OSError, RuntimeError) as error:
-            raise TokenizerError(f"{model_file} is not a sentencepiece model: {error}") from error
+            raise UserError(f"{model_file} is not a sentencepiece model: {error}") from error
         template_file = model_file.with_name(TEMPLATE_FILE)
         if chat_template is None and template_file.is_file():
             chat_template = template_file.read_text()
         if chat_template is None:
-            raise TokenizerError(
+            raise UserError(
                 f"{model_file} comes without a chat template: set tokenizer.chat_template, or put "
                 f"{TEMPLATE_FILE} beside it"
             )
         if self._model.eos_id() < 0:
-            raise TokenizerError(f"{model_file} has no eos piece")
+            raise UserError(f"{model_file} has no eos piece")
         self._chat_template = chat_template
         self._template = _compile(chat_template)
         self.vocab_size: int = self._model.vocab_size()
@@ -105,7 +105,7 @@ class SentencePieceTokenizer:
         text, guard = self._render([*turns, *messages], add_generation_prompt)
         _, found, rest = text.partition(turn)
         if not found:
-            raise TokenizerError("the chat template does not show what the assistant said")
+            raise UserError("the chat template does not show what the assistant said")
         return [i for part in self._split(rest, guard) for i in part]
 
     def save(self, folder: Path) -> None:
@@ -134,7 +134,7 @@ class SentencePieceTokenizer:
             )
         except (TemplateError, TypeError) as error:
             roles = [message["role"] for message in messages]
-            raise TokenizerError(
+            raise UserError(
                 f"the chat template refuses messages of roles {roles}: {error}"
             ) from error
         return text, guard
@@ -216,7 +216,7 @@ def train_sentencepiece(
     normalised. With ``phrase_pieces`` a piece may span words, which makes recurring phrases short.
     ``end_of_turn`` is the eos piece; ``markers`` are the other control symbols of the
     template. The model has at most ``vocab_size`` pieces, fewer if the texts do not give that many.
-    Raises TokenizerError if training fails, for instance because ``vocab_size`` cannot hold the 256
+    Raises UserError if training fails, for instance because ``vocab_size`` cannot hold the 256
     bytes and the characters of the texts.
     """
     # The trainer drops any text that holds a tab, without a word.
@@ -252,7 +252,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise TokenizerError(
+        raise UserError(
             f"cannot train a sentencepiece model of {vocab_size} pieces on these texts: {error}"
         ) from error
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -269,7 +269,7 @@ def _compile(chat_template: str) -> Any:
     try:
         return environment.from_string(chat_template)
     except TemplateError as error:
-        raise TokenizerError(f"the chat template is not valid Jinja: {error}") from error
+        raise UserError(f"the chat template is not valid Jinja: {error}") from error
 
 
 def _raise_template_error(message: str) -> NoReturn:

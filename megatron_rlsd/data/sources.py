@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megatron_rlsd.config import GuessingGameSource, JsonlSource, ReasoningGymSource, Source
-from megatron_rlsd.data.errors import DataError
 from megatron_rlsd.data.guessing import GuessingProblems
 from megatron_rlsd.data.gym import GymProblems
 from megatron_rlsd.data.jsonl import JsonlProblems
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
 
@@ -43,7 +43,7 @@ class ProblemSource(Protocol):
         """Where the stream stands, as JSON data of a size that does not grow."""
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; DataError if it belongs to other data."""
+        """Go on where ``state`` was taken; UserError if it belongs to other data."""
 
 
 class MixedSource:
@@ -63,7 +63,7 @@ class MixedSource:
     ) -> None:
         """One weight (> 0) and one shuffle flag per table; at least one table."""
         if not tables:
-            raise DataError("at least one problem source is needed")
+            raise UserError("at least one problem source is needed")
         self._tables, self._seed = tables, seed
         self._shares = [weight / sum(weights) for weight in weights]
         self._shuffle = shuffle
@@ -87,14 +87,14 @@ class MixedSource:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken.
 
-        Raises DataError if the seed, a table's name or its number of problems has changed since:
+        Raises UserError if the seed, a table's name or its number of problems has changed since:
         the stream would silently be another one. Weights may change.
         """
         mine = self.state()
         identity = [(t["name"], t["size"]) for t in mine["tables"]]
         saved = [(t["name"], t["size"]) for t in state["tables"]]
         if (state["seed"], saved) != (mine["seed"], identity):
-            raise DataError(
+            raise UserError(
                 "the saved data position belongs to other data: saved with "
                 f"seed {state['seed']} over {_describe(saved)}; configured now: "
                 f"seed {mine['seed']} over {_describe(identity)}"
@@ -132,7 +132,7 @@ class MixedSource:
 def build_sources(sources: Sequence[Source], seed: int) -> MixedSource:
     """The training stream over all configured sources.
 
-    Raises DataError if a source cannot be opened (see JsonlProblems and GymProblems).
+    Raises UserError if a source cannot be opened (see JsonlProblems and GymProblems).
     """
     return MixedSource(
         tables=[open_table(source) for source in sources],
@@ -145,16 +145,16 @@ def build_sources(sources: Sequence[Source], seed: int) -> MixedSource:
 def evaluation_problems(source: Source, n: int) -> list[Problem]:
     """The first ``n`` problems of a source in its own order, or all it has if they are fewer.
 
-    Raises DataError as ``open_table`` does, and where one of them is a conversation to imitate.
+    Raises UserError as ``open_table`` does, and where one of them is a conversation to imitate.
     """
     table = open_table(source)
     return [refuse_demonstration(table[index]) for index in range(min(n, len(table)))]
 
 
 def refuse_demonstration(problem: Problem) -> Problem:
-    """The same problem, one to be solved; DataError where it is a conversation to imitate."""
+    """The same problem, one to be solved; UserError where it is a conversation to imitate."""
     if problem.demonstration:
-        raise DataError(
+        raise UserError(
             f"problem {problem.id} ends with the assistant's turn: a conversation to imitate, for "
             "data.train of megatron_rlsd.sft only; a problem's messages end with the user's"
         )
@@ -162,7 +162,7 @@ def refuse_demonstration(problem: Problem) -> Problem:
 
 
 def open_table(source: Source) -> ProblemTable:
-    """The problems of one configured source; DataError if there are none."""
+    """The problems of one configured source; UserError if there are none."""
     if isinstance(source, ReasoningGymSource):
         return GymProblems(source)
     if isinstance(source, GuessingGameSource):

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_rlsd.config import TokenizerConfig
-from megatron_rlsd.data.errors import TokenizerError
 from megatron_rlsd.data.hf_tokenizer import HFTokenizer
 from megatron_rlsd.data.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
+from megatron_rlsd.runtime.errors import UserError
 
 
 class Tokenizer(Protocol):
@@ -31,13 +31,13 @@ class Tokenizer(Protocol):
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> list[int]:
-        """Chat messages (role, content) to ids; TokenizerError if the template refuses them."""
+        """Chat messages (role, content) to ids; UserError if the template refuses them."""
 
     def after_turn(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> list[int]:
         """What the chat template puts after an assistant's content when ``messages`` follow, to
-        ids: the end of the turn, the messages, the next generation prompt. TokenizerError if the
+        ids: the end of the turn, the messages, the next generation prompt. UserError if the
         template refuses them."""
 
     def save(self, folder: Path) -> None:
@@ -48,13 +48,13 @@ def load_tokenizer(config: TokenizerConfig, default_path: str | Path) -> Tokeniz
     """The tokenizer at ``config.path``, or at ``default_path`` (the model folder) without one.
 
     ``auto`` takes sentencepiece for a .model file and for a folder that has tokenizer.model but no
-    tokenizer.json or tokenizer_config.json. Raises TokenizerError if there is no tokenizer or no
+    tokenizer.json or tokenizer_config.json. Raises UserError if there is no tokenizer or no
     chat template.
     """
     path = Path(config.path or default_path)
     key = "tokenizer.path" if config.path else "model.hf_path, as tokenizer.path is not set"
     if not path.exists():
-        raise TokenizerError(f"tokenizer {path} ({key}) does not exist")
+        raise UserError(f"tokenizer {path} ({key}) does not exist")
     kind = config.kind
     if kind == "auto":
         kind = "sentencepiece" if _is_bare_sentencepiece(path) else "hf"
@@ -62,7 +62,7 @@ def load_tokenizer(config: TokenizerConfig, default_path: str | Path) -> Tokeniz
         return HFTokenizer(path, config.chat_template)
     model_file = path / MODEL_FILE if path.is_dir() else path
     if not model_file.is_file():
-        raise TokenizerError(f"tokenizer folder {path} ({key}) has no {MODEL_FILE}")
+        raise UserError(f"tokenizer folder {path} ({key}) has no {MODEL_FILE}")
     return SentencePieceTokenizer(model_file, config.chat_template)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_rlsd.config import Config, SGLangConfig
-from megatron_rlsd.diagnosis.check import Doubt, Skip, Trouble
+from megatron_rlsd.diagnosis.check import Doubt, Skip
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.agreement import (
     Libraries,
@@ -18,12 +18,13 @@ from megatron_rlsd.rollout.sglang.agreement import (
     server_libraries,
 )
 from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON, on_cpu
+from megatron_rlsd.runtime.errors import UserError
 
 
 def check_agreement(config: Config | None = None) -> str:
     """What both load. ``config`` None: the project's own SGLang environment, any transport.
 
-    Raises Trouble where the configured transport cannot work, Doubt where that is not known.
+    Raises UserError where the configured transport cannot work, Doubt where that is not known.
     """
     if config is None:
         if not PROJECT_PYTHON.is_file():
@@ -50,7 +51,7 @@ def check_agreement(config: Config | None = None) -> str:
     theirs = server_libraries(settings)
     problem = nccl_problem if transport == "broadcast" else ipc_problem
     if (reason := problem(ours, theirs)) is not None:
-        raise Trouble(reason)
+        raise UserError(reason)
     if transport == "ipc" and (doubt := ipc_doubt(ours, theirs)) is not None:
         raise Doubt(doubt)
     if transport == "broadcast" and nccl_differs(ours, theirs):

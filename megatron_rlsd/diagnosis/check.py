@@ -7,11 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_rlsd.runtime.errors import UserError
+
 Status = Literal["ok", "warning", "failed", "skipped"]
-
-
-class Trouble(Exception):
-    """A check found something wrong; the message says what and what was expected."""
 
 
 class Doubt(Exception):
@@ -32,14 +30,8 @@ class Check:
     seconds: float = 0.0
 
 
-def run_check(
-    name: str, work: Callable[[], str], expected: tuple[type[Exception], ...] = ()
-) -> Check:
-    """``work`` returns what was found to be in order, or raises.
-
-    ``expected`` are the errors whose message is written for users; any other is a failure too and
-    is named by its type.
-    """
+def run_check(name: str, work: Callable[[], str]) -> Check:
+    """``work`` returns what was found to be in order, or raises; other than UserError by type."""
     start = time.monotonic()
     status: Status
     try:
@@ -49,6 +41,6 @@ def run_check(
     except Doubt as reason:
         status, message = "warning", str(reason)
     except Exception as error:
-        known = isinstance(error, (Trouble, *expected))
+        known = isinstance(error, UserError)
         status, message = "failed", str(error) if known else f"{type(error).__name__}: {error}"
     return Check(name, status, message, time.monotonic() - start)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rlsd.diagnosis.check import Trouble
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.machine import collectives_backend
 
 SECONDS = 90.0
@@ -49,7 +49,7 @@ dist.destroy_process_group()
 def check_collectives() -> str:
     """All-reduce over every GPU of this machine with NCCL, or over two processes with gloo.
 
-    Raises Trouble that names the ranks that gave a wrong answer or none in time.
+    Raises UserError that names the ranks that gave a wrong answer or none in time.
     """
     backend = collectives_backend()
     size = min(MOST_RANKS, torch.cuda.device_count()) if backend == "nccl" else 2
@@ -84,15 +84,17 @@ def _collect(processes: list[subprocess.Popen[bytes]], backend: str, folder: Pat
         time.sleep(0.05)
     late = [rank for rank, process in enumerate(processes) if process.poll() is None]
     if late:
-        raise Trouble(f"{backend}: ranks {late} did not finish an all-reduce within {SECONDS:g} s")
+        raise UserError(
+            f"{backend}: ranks {late} did not finish an all-reduce within {SECONDS:g} s"
+        )
     failed = [rank for rank, process in enumerate(processes) if process.returncode]
     if failed:
         lines = (folder / f"{failed[0]}.err").read_text(errors="replace").strip().splitlines()
-        raise Trouble(f"{backend}: ranks {failed} failed: {lines[-1] if lines else 'no output'}")
+        raise UserError(f"{backend}: ranks {failed} failed: {lines[-1] if lines else 'no output'}")
     answers = [json.loads((folder / str(rank)).read_text()) for rank in range(len(processes))]
     wrong = [rank for rank, answer in enumerate(answers) if not answer["good"]]
     if wrong:
-        raise Trouble(f"{backend}: ranks {wrong} got a wrong sum")
+        raise UserError(f"{backend}: ranks {wrong} got a wrong sum")
     slowest = max(answer["seconds"] for answer in answers)
     mib = ELEMENTS * 4 / 2**20
     return f"{backend}: {mib:.0f} MiB over {len(processes)} ranks in {slowest * 1000:.1f} ms"

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.diagnosis.check import Trouble
 from megatron_rlsd.run import Run, assemble
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import TrainBatch
 from megatron_rlsd.weight_sync import check_parity, trainer_scores
 
@@ -67,7 +67,7 @@ def small(config: Config) -> Config:
 def compare(run: Run, batch: TrainBatch) -> dict[str, float]:
     """On rank 0 the differences of the sampled tokens' log-probabilities; empty elsewhere."""
     if not len(batch):
-        raise Trouble("the engine sampled no token")
+        raise UserError("the engine sampled no token")
     sequences = [
         prompt + response
         for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True)

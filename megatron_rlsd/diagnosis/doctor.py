@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_rlsd.config import Config, ConfigError, load_config
-from megatron_rlsd.data import DataError, Tokenizer, TokenizerError, load_tokenizer
+from megatron_rlsd.config import Config, load_config
+from megatron_rlsd.data import Tokenizer, load_tokenizer
 from megatron_rlsd.diagnosis import inputs, machine, model, servers, versions
 from megatron_rlsd.diagnosis.agreement import check_agreement
 from megatron_rlsd.diagnosis.check import Check, Skip, run_check
 from megatron_rlsd.diagnosis.collective import check_collectives
-from megatron_rlsd.environments import EpisodeError
-from megatron_rlsd.hf_bridge import Family, HFBridgeError, family_for, load_hf_config
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
-from megatron_rlsd.rewards import RewardError
+from megatron_rlsd.hf_bridge import Family, family_for, load_hf_config
+from megatron_rlsd.parallel.layout import ModelShape, model_shape
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
-from megatron_rlsd.weight_sync import WeightSyncError
 
 Needed = TypeVar("Needed")
-USER_ERRORS: tuple[type[Exception], ...] = (
-    ConfigError,
-    DataError,
-    EngineError,
-    EpisodeError,
-    HFBridgeError,
-    LayoutError,
-    RewardError,
-    TokenizerError,
-    WeightSyncError,
-)
 
 
 class Doctor:
@@ -58,65 +45,62 @@ class Doctor:
         if machine_too:
             yield from self._machine()
         if self._path is None:
-            yield self._run("fast kernels", machine.check_fast_kernels)
-            yield self._run("trainer and servers", check_agreement)
+            yield run_check("fast kernels", machine.check_fast_kernels)
+            yield run_check("trainer and servers", check_agreement)
             return
-        yield self._run("config", self._read_config)
+        yield run_check("config", self._read_config)
         if self._config is None:
             return
         yield from self._configured(self._config)
 
     def _machine(self) -> Iterator[Check]:
         yield from versions.version_checks()
-        yield self._run("device", machine.check_device)
-        yield self._run("collectives", check_collectives)
+        yield run_check("device", machine.check_device)
+        yield run_check("collectives", check_collectives)
 
     def _configured(self, config: Config) -> Iterator[Check]:
-        yield self._run("fast kernels", lambda: machine.check_fast_kernels(config))
-        yield self._run("sglang environment", lambda: versions.check_sglang(config))
-        yield self._run("trainer and servers", lambda: self._check_agreement(config))
-        yield self._run("model config", lambda: self._read_model(config))
-        yield self._run("weights", lambda: model.check_weights(config))
-        yield self._run(
+        yield run_check("fast kernels", lambda: machine.check_fast_kernels(config))
+        yield run_check("sglang environment", lambda: versions.check_sglang(config))
+        yield run_check("trainer and servers", lambda: self._check_agreement(config))
+        yield run_check("model config", lambda: self._read_model(config))
+        yield run_check("weights", lambda: model.check_weights(config))
+        yield run_check(
             "tokenizer",
             lambda: model.check_tokenizer(
                 config, needed(self._hf_config, "the model's config.json")["vocab_size"]
             ),
         )
-        yield self._run(
+        yield run_check(
             "teacher",
             lambda: model.check_teacher(
                 config, needed(self._hf_config, "the model's config.json")["vocab_size"]
             ),
         )
-        yield self._run(
+        yield run_check(
             "layout",
             lambda: model.check_parallel(
                 config, needed(self._model, "the model's config.json"), self._world_size
             ),
         )
-        yield self._run("run_dir", lambda: machine.check_space(config, self._model))
-        yield self._run("data", lambda: self._check_data(config))
+        yield run_check("run_dir", lambda: machine.check_space(config, self._model))
+        yield run_check("data", lambda: self._check_data(config))
         if config.environment.name is not None:
-            yield self._run("environment", lambda: self._check_environment(config))
-        yield self._run("rewards", lambda: self._check_rewards(config))
-        yield self._run("servers", lambda: servers.check_servers(config))
+            yield run_check("environment", lambda: self._check_environment(config))
+        yield run_check("rewards", lambda: self._check_rewards(config))
+        yield run_check("servers", lambda: servers.check_servers(config))
         if self._deep:
-            yield self._run("engine against trainer", lambda: self._check_engine(config))
+            yield run_check("engine against trainer", lambda: self._check_engine(config))
 
     def engine_check(self) -> Check:
         """The deep check alone, for the ranks that only help."""
-        self._run("config", self._read_config)
-        return self._run("engine against trainer", lambda: self._check_engine(self._config))
+        run_check("config", self._read_config)
+        return run_check("engine against trainer", lambda: self._check_engine(self._config))
 
     def _check_engine(self, config: Config | None) -> str:
         # Imported late: it pulls in Megatron, which the other checks do without.
         from megatron_rlsd.diagnosis.deep import check_engine
 
         return check_engine(needed(config, "the config"))
-
-    def _run(self, name: str, work: Callable[[], str]) -> Check:
-        return run_check(name, work, USER_ERRORS)
 
     def _read_config(self) -> str:
         assert self._path is not None
@@ -149,14 +133,14 @@ class Doctor:
 def _tokenizer(config: Config) -> Tokenizer:
     try:
         return load_tokenizer(config.tokenizer, config.model.hf_path)
-    except TokenizerError as error:
+    except UserError as error:
         raise Skip("needs a tokenizer") from error
 
 
 def _first_problem(config: Config) -> Problem | None:
     try:
         return inputs.first_problem(config)
-    except DataError:
+    except UserError:
         return None
 
 

@@ -11,9 +11,10 @@ from megatron_rlsd.data import (
     build_sources,
     evaluation_problems,
 )
-from megatron_rlsd.diagnosis.check import Doubt, Trouble
+from megatron_rlsd.diagnosis.check import Doubt
 from megatron_rlsd.environments import Call, EnvironmentPool, Failure
 from megatron_rlsd.rewards import RewardPool
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem, RewardInput
 
 PROBLEMS = 16
@@ -33,7 +34,7 @@ def check_data(config: Config, tokenizer: Tokenizer) -> str:
         len(evaluation_problems(source, config.eval.num_problems)) for source in config.data.eval
     )
     if not lengths:
-        raise Trouble(
+        raise UserError(
             f"all of the first {len(problems)} prompts are longer than prompts.max_prompt_tokens="
             f"{config.prompts.max_prompt_tokens}"
         )
@@ -65,7 +66,7 @@ def check_environment(config: Config, tokenizer: Tokenizer, problem: Problem | N
         pool.begin(1)
         (opening,) = pool.answer([Call(0, problem, [], [])])
     if isinstance(opening, Failure):
-        raise Trouble(f"{name} fails on the first problem: {opening.reason}")
+        raise UserError(f"{name} fails on the first problem: {opening.reason}")
     return f"{name}: begins the first problem" + (f" with {opening.text!r}" * bool(opening.text))
 
 
@@ -82,5 +83,5 @@ def check_rewards(config: Config, problem: Problem | None) -> str:
         (result,) = pool.score([sample])
     if result.errors:
         texts = "; ".join(f"{name}: {reason}" for name, reason in result.errors.items())
-        raise Trouble(f"a reward function fails on the first problem: {texts}")
+        raise UserError(f"a reward function fails on the first problem: {texts}")
     return f"{names}: the first problem's answer alone scores {result.value:g}"

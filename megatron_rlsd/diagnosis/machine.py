@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.diagnosis.check import Doubt, Skip, Trouble
+from megatron_rlsd.diagnosis.check import Doubt, Skip
 from megatron_rlsd.parallel.layout import ModelShape
 from megatron_rlsd.parallel.memory import rank_parameters
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.machine import device
 
 GIB = 2**30
@@ -32,7 +33,7 @@ def check_device() -> str:
         error = float((a.to(name) @ b.to(name)).cpu().sub(expected).abs().max())
         # TF32 products of 512 terms are off by some hundredths.
         if not error < 0.5:
-            raise Trouble(f"{name} multiplies wrongly: off by {error:.3g} from float64")
+            raise UserError(f"{name} multiplies wrongly: off by {error:.3g} from float64")
     if device().type == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return f"CPU with {os.cpu_count()} cores and {memory / GIB:.0f} GiB"
@@ -65,19 +66,19 @@ def check_space(config: Config, model: ModelShape | None) -> str:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise Trouble(f"run_dir={config.run_dir}: {parent} is not a folder")
+        raise UserError(f"run_dir={config.run_dir}: {parent} is not a folder")
     try:
         with tempfile.NamedTemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise Trouble(f"run_dir={config.run_dir}: {parent} cannot be written: {error}") from error
+        raise UserError(f"run_dir={config.run_dir}: {parent} cannot be written: {error}") from error
     free = shutil.disk_usage(parent).free
     if model is None:
         return f"{free / GIB:.1f} GiB free"
     needed = wanted_bytes(config, model)
     text = f"{free / GIB:.1f} GiB free, about {needed / GIB:.1f} GiB wanted"
     if needed > free:
-        raise Trouble(
+        raise UserError(
             f"run_dir={config.run_dir}: {text} for checkpoints (checkpoint.keep="
             f"{config.checkpoint.keep}) and the final export"
         )

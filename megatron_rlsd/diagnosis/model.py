@@ -9,18 +9,19 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.conversion.describe import describe
 from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
 from megatron_rlsd.data import Tokenizer, load_tokenizer
-from megatron_rlsd.diagnosis.check import Skip, Trouble
+from megatron_rlsd.diagnosis.check import Skip
 from megatron_rlsd.hf_bridge import Family, SafetensorsFolder, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
 from megatron_rlsd.parallel.memory import rank_parameters
 from megatron_rlsd.rollout.sglang import SGLangScorer
+from megatron_rlsd.runtime.errors import UserError
 
 PHRASE = "Is 17 + 25 = 42?"
 
 
 def check_hf_config(family: Family, hf_config: dict[str, Any]) -> str:
-    """Raises HFConfigError that lists every value that is not supported."""
+    """Raises UserError that lists every value that is not supported."""
     dims = family.dims(hf_config)
     family.model_fields(hf_config)
     return (
@@ -33,7 +34,7 @@ def check_weights(config: Config) -> str:
     """Headers and index of every file, and each tensor's name, shape and dtype."""
     description, _ = describe(Path(config.model.hf_path))
     if description.problems:
-        raise Trouble("\n".join(description.problems))
+        raise UserError("\n".join(description.problems))
     facts = description.facts
     return f"{facts['tensors']} tensors, {facts['bytes']} bytes, {facts['dtypes']}"
 
@@ -51,7 +52,9 @@ def check_teacher(config: Config, vocab_size: int) -> str:
         raise Skip("teacher.hf_path is not set: the student is its own teacher")
     found = load_hf_config(path).get("vocab_size")
     if found != vocab_size:
-        raise Trouble(f"teacher.hf_path={path} embeds {found} tokens and the student {vocab_size}")
+        raise UserError(
+            f"teacher.hf_path={path} embeds {found} tokens and the student {vocab_size}"
+        )
     return f"{len(SafetensorsFolder(path).tensors)} tensors in {path}"
 
 
@@ -59,7 +62,7 @@ def check_tokenizer(config: Config, vocab_size: int) -> str:
     """It fits the embedding, and text survives encoding, decoding and the chat template."""
     tokenizer = load_tokenizer(config.tokenizer, config.model.hf_path)
     if tokenizer.vocab_size > vocab_size:
-        raise Trouble(
+        raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model in "
             f"{config.model.hf_path} embeds {vocab_size}"
         )
@@ -68,7 +71,7 @@ def check_tokenizer(config: Config, vocab_size: int) -> str:
         check_token_ids(folder, vocab_size)
     decoded = tokenizer.decode(tokenizer.encode(PHRASE))
     if decoded.strip() != PHRASE:
-        raise Trouble(f"the tokenizer turns {PHRASE!r} into {decoded!r}")
+        raise UserError(f"the tokenizer turns {PHRASE!r} into {decoded!r}")
     return f"{tokenizer.vocab_size} ids; {_check_template(tokenizer)}"
 
 
@@ -77,18 +80,18 @@ def _check_template(tokenizer: Tokenizer) -> str:
     prompt = tokenizer.apply_chat_template(messages)
     shown = tokenizer.decode(prompt)
     if PHRASE not in shown:
-        raise Trouble(f"the chat template drops the user's message: it gives {shown!r}")
+        raise UserError(f"the chat template drops the user's message: it gives {shown!r}")
     closed = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
     if closed == prompt:
         # Models without a generation prompt exist, but then the template must end the turn.
         if not prompt or prompt[-1] not in tokenizer.stop_token_ids:
-            raise Trouble("the chat template opens no turn for the assistant to answer in")
+            raise UserError("the chat template opens no turn for the assistant to answer in")
         return f"chat template of {len(prompt)} tokens without a generation prompt"
     answer = tokenizer.apply_chat_template(
         [*messages, {"role": "assistant", "content": "Yes."}], add_generation_prompt=False
     )
     if tokenizer.end_of_turn_id not in answer[len(closed) :]:
-        raise Trouble(
+        raise UserError(
             f"the chat template does not end an answer with the end-of-turn token "
             f"{tokenizer.end_of_turn_id}, so no response would learn to stop"
         )

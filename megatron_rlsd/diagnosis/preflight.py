@@ -15,12 +15,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_rlsd.config import Config, ConfigError, load_config
+from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.diagnosis.agreement import agreement_problems
-from megatron_rlsd.hf_bridge import HFBridgeError, family_for, load_hf_config
+from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout, model_shape
-from megatron_rlsd.runtime.lifecycle import EXIT_USER_ERROR
+from megatron_rlsd.runtime.errors import EXIT_USER_ERROR, UserError, tell
 
 EXIT_TOO_FEW = 3
 
@@ -43,9 +43,8 @@ def main(argv: list[str]) -> int:
         config = load_config(args.config, args.overrides)
         hf_config = load_hf_config(config.model.hf_path)
         model = model_shape(family_for(hf_config), hf_config)
-    except (ConfigError, HFBridgeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    except UserError as error:
+        return tell(error)
     problems = [*server_problems(config, model, args.gpus_per_node)]
     problems += agreement_problems(config, args.gpus_per_node)
     layout = layout_problem(config, model, args.tasks)

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.diagnosis.check import Check, Doubt, Skip, Trouble, run_check
+from megatron_rlsd.diagnosis.check import Check, Doubt, Skip, run_check
 from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON, on_cpu
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.megatron_versions import SUPPORTED as MEGATRON
 
 Version = tuple[int, ...]
@@ -77,7 +78,7 @@ def check_package(name: str) -> str:
     except PackageNotFoundError:
         if name in OPTIONAL:
             raise Skip(f"not installed: {OPTIONAL[name]}") from None
-        raise Trouble(f"{name} is not installed; expected {MATRIX[name]}") from None
+        raise UserError(f"{name} is not installed; expected {MATRIX[name]}") from None
     return found if name not in MATRIX else _expect(name, found)
 
 
@@ -96,12 +97,12 @@ def check_driver() -> str:
             check=True,
         )
     except FileNotFoundError:
-        raise Trouble(f"torch was built for CUDA {built} but there is no nvidia-smi") from None
+        raise UserError(f"torch was built for CUDA {built} but there is no nvidia-smi") from None
     except (subprocess.SubprocessError, OSError) as error:
-        raise Trouble(f"nvidia-smi does not answer: {error}") from error
+        raise UserError(f"nvidia-smi does not answer: {error}") from error
     driver = _expect("driver", answer.stdout.split("\n", 1)[0].strip())
     if not torch.cuda.is_available():
-        raise Trouble(f"driver {driver}, torch for CUDA {built}, but torch finds no usable GPU")
+        raise UserError(f"driver {driver}, torch for CUDA {built}, but torch finds no usable GPU")
     return f"driver {driver}, CUDA {built}"
 
 
@@ -114,7 +115,7 @@ def check_sglang(config: Config) -> str:
         raise Skip("rollout.sglang.urls names servers that run already")
     python = Path(settings.python) if settings.python else PROJECT_PYTHON
     if not python.is_file():
-        raise Trouble(
+        raise UserError(
             f"no SGLang environment: {python} does not exist; run `make sglang-cpu`, or set "
             "rollout.sglang.python or rollout.sglang.urls"
         )
@@ -130,11 +131,11 @@ def check_sglang(config: Config) -> str:
         )
         found = json.loads(answer.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise Trouble(f"{python} is no usable Python: {error}") from error
+        raise UserError(f"{python} is no usable Python: {error}") from error
     if not found:
-        raise Trouble(f"{python} has no package sglang")
+        raise UserError(f"{python} has no package sglang")
     if config.rollout.colocated and not found["saver"] and not on_cpu(settings):
-        raise Trouble(
+        raise UserError(
             f"{python} has no package torch_memory_saver, with which colocated servers give their "
             "memory back (rollout.colocated)"
         )
@@ -146,7 +147,7 @@ def _expect(name: str, found: str) -> str:
     if not numbers:
         raise Doubt(f"{name} {found!r} is no version number; expected {MATRIX[name]}")
     if numbers not in MATRIX[name]:
-        raise Trouble(f"{name} {found} is not supported; expected {MATRIX[name]}")
+        raise UserError(f"{name} {found} is not supported; expected {MATRIX[name]}")
     return found
 
 

@@ -2,7 +2,7 @@
 
 from megatron_rlsd.environments import calculator, guessing_game
 from megatron_rlsd.environments.pool import Call, EnvironmentPool, Failure
-from megatron_rlsd.environments.protocol import Environment, EpisodeError, Observation
+from megatron_rlsd.environments.protocol import Environment, Observation
 from megatron_rlsd.environments.registry import ENVIRONMENTS, register_environment
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Call",
     "Environment",
     "EnvironmentPool",
-    "EpisodeError",
     "Failure",
     "Observation",
     "calculator",

@@ -10,8 +10,9 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_rlsd.environments.protocol import EpisodeError, Observation
+from megatron_rlsd.environments.protocol import Observation
 from megatron_rlsd.environments.registry import ENVIRONMENTS
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 from megatron_rlsd.workers import WORKER_MEMORY_BYTES, Job, WorkerPool
 
@@ -52,13 +53,12 @@ class EnvironmentPool(WorkerPool):
     """Plays the environment's part in many episodes at once.
 
     ``with EnvironmentPool(config) as pool``: building it checks name, file and params
-    (EpisodeError) without running a user's file. ``begin`` a batch of episodes, then ``answer``
+    (UserError) without running a user's file. ``begin`` a batch of episodes, then ``answer``
     calls of them.
     """
 
     module = "megatron_rlsd.environments.worker"
     worker = "an environment worker"
-    error = EpisodeError
 
     def __init__(
         self, config: EnvironmentConfig, *, memory_limit_bytes: int = WORKER_MEMORY_BYTES
@@ -82,7 +82,7 @@ class EnvironmentPool(WorkerPool):
     def answer(self, calls: list[Call]) -> list[Observation | Failure]:
         """One reply per call, in their order. An episode that has failed is not asked again.
 
-        Raises EpisodeError: a worker does not start; with on_error=stop, a call failed (but not for
+        Raises UserError: a worker does not start; with on_error=stop, a call failed (but not for
         its time limit); more than max_error_share of the batch's episodes failed; a problem's
         metadata is no JSON.
         """
@@ -114,18 +114,18 @@ class _Replies:
         self.found[number] = Observation(**observation)
 
     def failure(self, number: int, _: int, reason: str, detail: str, timed_out: bool) -> None:
-        """Count it; raises EpisodeError where the configuration says to stop."""
+        """Count it; raises UserError where the configuration says to stop."""
         call, batch = self.calls[number], self.batch
         where = f"environment {self.config.name!r}, problem {call.problem.id!r}"
         turn = f"turn {len(call.turns)}" if call.turns else "reset"
         example = "".join(f"\n    {line}" for line in detail.strip().splitlines())
         if self.config.on_error == "stop" and not timed_out:
-            raise EpisodeError(f"{where}, {turn}: {reason}{example}")
+            raise UserError(f"{where}, {turn}: {reason}{example}")
         batch.reasons[reason] += 1
         failed = batch.reasons.total()
         if failed > self.config.max_error_share * batch.episodes:
             most_frequent, count = batch.reasons.most_common(1)[0]
-            raise EpisodeError(
+            raise UserError(
                 f"{failed} of {batch.episodes} episodes have failed, more than "
                 f"environment.max_error_share={self.config.max_error_share:g} allows; most "
                 f"frequent ({count} times): {most_frequent}; the last: {where}, {turn}: "

@@ -8,10 +8,6 @@ from typing import Protocol
 from megatron_rlsd.types import Problem
 
 
-class EpisodeError(RuntimeError):
-    """Environments that cannot be found, do not start, or fail too often."""
-
-
 @dataclass(frozen=True)
 class Observation:
     """What an environment answers to one turn of the model."""

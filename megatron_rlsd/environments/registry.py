@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megatron_rlsd.environments.protocol import Environment, EpisodeError
+from megatron_rlsd.environments.protocol import Environment
 from megatron_rlsd.plugins import Registered, Registry
+from megatron_rlsd.runtime.errors import UserError
 
 EnvironmentClass = Callable[..., Environment]
 Class = TypeVar("Class", bound=EnvironmentClass)
@@ -19,21 +20,21 @@ def _check_class(name: str, environment: EnvironmentClass, params: dict[str, Any
     try:
         signature.bind(**params)
     except TypeError as error:
-        raise EpisodeError(
+        raise UserError(
             f"environment {name!r} cannot be made with params {params}: {error}; it takes "
             f"{signature}"
         ) from None
     try:
         environment(**params)
     except (TypeError, ValueError) as error:
-        raise EpisodeError(f"environment {name!r}: {error}") from error
+        raise UserError(f"environment {name!r}: {error}") from error
     missing = [n for n in ("reset", "step") if not callable(getattr(environment, n, None))]
     if missing:
-        raise EpisodeError(f"environment {name!r} has no method {' and '.join(missing)}")
+        raise UserError(f"environment {name!r} has no method {' and '.join(missing)}")
 
 
 ENVIRONMENTS: Registry[EnvironmentClass] = Registry(
-    "an environment", one="Class", error=EpisodeError, check=_check_class
+    "an environment", one="Class", check=_check_class
 )
 
 

@@ -1,6 +1,6 @@
 """From questions to groups of rewarded trajectories: sampling, episodes, evaluation; on rank 0."""
 
-from megatron_rlsd.experience.experience import Experience, ExperienceError, train_batch, trained
+from megatron_rlsd.experience.experience import Experience, train_batch, trained
 from megatron_rlsd.experience.stream import RolloutStream
 
-__all__ = ["Experience", "ExperienceError", "RolloutStream", "train_batch", "trained"]
+__all__ = ["Experience", "RolloutStream", "train_batch", "trained"]

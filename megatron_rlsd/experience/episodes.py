@@ -112,7 +112,7 @@ class Episodes:
         engine: RolloutEngine,
         pool: EnvironmentPool,
     ) -> None:
-        """Raises TokenizerError where the chat template cannot show ``environment.role``."""
+        """Raises UserError where the chat template cannot show ``environment.role``."""
         self._seed, self._config = config.train.seed, config.environment
         self._prompts, self._tokenizer = prompts, tokenizer
         self._engine, self._pool = engine, pool
@@ -127,7 +127,7 @@ class Episodes:
         ``environment.max_turns``, ends with the finish_reason ``length``; one that the environment
         ends with that of its last turn; one whose environment fails with ``abort``.
 
-        Raises EpisodeError (see EnvironmentPool.answer) and EngineError.
+        Raises UserError (see EnvironmentPool.answer) and EngineError.
         """
         episodes = [
             Episode(index * n + sample, problem, f"{label}/{index}", sample)

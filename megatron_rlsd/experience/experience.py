@@ -19,6 +19,7 @@ from megatron_rlsd.experience.episodes import Episodes, episode_metrics
 from megatron_rlsd.experience.seeds import sample_seed
 from megatron_rlsd.observability.leakage import leakage_metrics
 from megatron_rlsd.rollout.engine import RolloutEngine
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.teacher import response_hints, wrong_hints
 from megatron_rlsd.types import (
     Generation,
@@ -37,10 +38,6 @@ class Rewards(Protocol):
     @property
     def labels(self) -> list[str]: ...
     def score(self, samples: list[RewardInput]) -> list[RewardResult]: ...
-
-
-class ExperienceError(RuntimeError):
-    """No usable questions could be drawn."""
 
 
 class Experience:
@@ -77,9 +74,9 @@ class Experience:
         return {"source": self._source.state(), "pending_groups": [], "in_flight_rollouts": []}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; DataError if it belongs to other data."""
+        """Go on where ``state`` was taken; UserError if it belongs to other data."""
         if state["pending_groups"] or state["in_flight_rollouts"]:
-            raise ExperienceError(
+            raise UserError(
                 "the checkpoint holds rollouts under way, which only a run with "
                 "rollout.asynchronous.max_staleness > 0 can take up"
             )
@@ -243,7 +240,7 @@ class Experience:
                     problems.append(problem)
             if len(problems) == count:
                 return problems
-        raise ExperienceError(
+        raise UserError(
             f"only {len(problems)} of {count} questions have prompts of at most "
             f"prompts.max_prompt_tokens={self._config.prompts.max_prompt_tokens} tokens "
             f"({counts['prompts_too_long']} were longer)"
@@ -261,7 +258,7 @@ class Experience:
         if self._config.teacher.hint == "critique" and not self._critique_seen:
             self._critique_seen = any(t.teacher_prompt_ids for g in groups for t in g.trajectories)
             if not self._critique_seen:
-                raise ExperienceError(
+                raise UserError(
                     f"teacher.hint=critique: none of the first {len(groups)} problems has a text "
                     f"under metadata[{self._config.teacher.critique_key!r}] "
                     "(teacher.critique_key)"

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 from megatron_rlsd.algorithms import has_signal
 from megatron_rlsd.config import Config
-from megatron_rlsd.experience.experience import Experience, ExperienceError
+from megatron_rlsd.experience.experience import Experience
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest, Group, Problem, Trajectory
 
 CLOSE_SECONDS = 60.0
@@ -220,7 +221,7 @@ def _staleness(trajectories: list[Trajectory], step: int) -> dict[str, float]:
         whole = [generation.weight_version] * len(generation.token_ids)
         lags += [step - version for version in generation.token_versions or whole]
     if not lags:
-        raise ExperienceError(f"none of the responses of step {step} has a token")
+        raise UserError(f"none of the responses of step {step} has a token")
     return {
         "rollout/staleness_mean": statistics.fmean(lags),
         "rollout/staleness_max": float(max(lags)),

@@ -2,7 +2,6 @@
 
 from megatron_rlsd.hf_bridge.buckets import Bucket, buckets, check_bucket
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
-from megatron_rlsd.hf_bridge.errors import HFBridgeError, HFCheckpointError, HFConfigError
 from megatron_rlsd.hf_bridge.export import export_hf_tensors
 from megatron_rlsd.hf_bridge.families import FAMILIES, family_for, register_family
 from megatron_rlsd.hf_bridge.family import Family
@@ -15,9 +14,6 @@ __all__ = [
     "FAMILIES",
     "Bucket",
     "Family",
-    "HFBridgeError",
-    "HFCheckpointError",
-    "HFConfigError",
     "ModelDims",
     "SafetensorsFolder",
     "ShardLayout",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_rlsd.hf_bridge.errors import HFBridgeError
 from megatron_rlsd.hf_bridge.hashing import tensor_hash
+from megatron_rlsd.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ def buckets(
     more than one bucket and the next tensor are held. Where the stream is collective every rank
     must run this to its end, too; only ranks that use the hashes need to ask for them.
 
-    Raises HFBridgeError for a limit below one byte or a name that comes twice.
+    Raises UserError for a limit below one byte or a name that comes twice.
     """
     if bucket_bytes < 1:
-        raise HFBridgeError(f"bucket_bytes={bucket_bytes}: expected at least 1")
+        raise UserError(f"bucket_bytes={bucket_bytes}: expected at least 1")
     seen: set[str] = set()
     pending: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
         if name in seen:
-            raise HFBridgeError(f"tensor {name} came twice")
+            raise UserError(f"tensor {name} came twice")
         seen.add(name)
         if pending and size + tensor.nbytes > bucket_bytes:
             yield _bucket(pending, with_hashes)
@@ -55,16 +55,16 @@ def buckets(
 
 
 def check_bucket(bucket: Bucket) -> None:
-    """For the receiver: raise HFBridgeError naming the tensors that are not what was sent."""
+    """For the receiver: raise UserError naming the tensors that are not what was sent."""
     if len(bucket.hashes) != len(bucket.tensors):
-        raise HFBridgeError(f"{len(bucket.hashes)} hashes for {len(bucket.tensors)} tensors")
+        raise UserError(f"{len(bucket.hashes)} hashes for {len(bucket.tensors)} tensors")
     changed = [
         name
         for (name, tensor), sent in zip(bucket.tensors, bucket.hashes, strict=True)
         if tensor_hash(tensor) != sent
     ]
     if changed:
-        raise HFBridgeError(f"tensors that differ from what was sent: {', '.join(changed)}")
+        raise UserError(f"tensors that differ from what was sent: {', '.join(changed)}")
 
 
 def _bucket(tensors: list[tuple[str, Tensor]], with_hashes: bool) -> Bucket:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_rlsd.hf_bridge.errors import HFConfigError
 from megatron_rlsd.hf_bridge.rope import DEFAULT_THETA, ROPE_KEYS
+from megatron_rlsd.runtime.errors import UserError
 
 HFConfig = dict[str, Any]
 """The parsed config.json."""
@@ -92,7 +92,7 @@ class ConfigTable:
     def checked(self, hf_config: HFConfig) -> HFConfig:
         """The config in the tables' spelling.
 
-        Raises HFConfigError naming every key that is missing, unknown or has another value.
+        Raises UserError naming every key that is missing, unknown or has another value.
         """
         config, problems = self._spelled(hf_config)
         for key in (*self.required, "vocab_size", "max_position_embeddings"):
@@ -117,7 +117,7 @@ class ConfigTable:
             elif problem := self._problem(key, value):
                 problems.append(problem)
         if problems:
-            raise HFConfigError("config.json does not fit the model:\n  " + "\n  ".join(problems))
+            raise UserError("config.json does not fit the model:\n  " + "\n  ".join(problems))
         return config
 
     def _problem(self, key: str, value: Any) -> str | None:

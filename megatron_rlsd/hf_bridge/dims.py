@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_rlsd.hf_bridge.errors import HFConfigError
+from megatron_rlsd.runtime.errors import UserError
 
 Size = Literal[
     "hidden_size",
@@ -123,21 +123,21 @@ class ModelDims:
     @property
     def _latent(self) -> LatentAttention:
         if self.latent is None:
-            raise HFConfigError("a latent attention size was asked of a model without MLA")
+            raise UserError("a latent attention size was asked of a model without MLA")
         return self.latent
 
     def size(self, name: Size) -> int:
         return int(getattr(self, name))
 
     def check(self, layout: ShardLayout) -> None:
-        """Raise HFConfigError, with the numbers, where ``layout`` cannot split the sizes."""
+        """Raise UserError, with the numbers, where ``layout`` cannot split the sizes."""
         if self.num_attention_heads % self.num_query_groups:
-            raise HFConfigError(
+            raise UserError(
                 f"num_key_value_heads={self.num_query_groups} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
         if self.padded_vocab_size < self.vocab_size:
-            raise HFConfigError(
+            raise UserError(
                 f"the model's vocabulary of {self.padded_vocab_size} rows cannot hold the "
                 f"checkpoint's vocab_size={self.vocab_size}"
             )
@@ -155,7 +155,7 @@ class ModelDims:
                 ("expert tensor parallel size", layout.etp_size, "expert_ffn_size"),
             ]
         elif layout.ep_size > 1:
-            raise HFConfigError(
+            raise UserError(
                 f"expert parallel size {layout.ep_size} needs a mixture of experts; "
                 "the model has none"
             )
@@ -166,4 +166,4 @@ class ModelDims:
             if getattr(self, name) % ranks
         ]
         if problems:
-            raise HFConfigError("\n".join(problems))
+            raise UserError("\n".join(problems))

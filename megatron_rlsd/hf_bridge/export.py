@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
-from megatron_rlsd.hf_bridge.errors import HFBridgeError, listed
 from megatron_rlsd.hf_bridge.family import Family, HFConfig, ParameterEntry
 from megatron_rlsd.hf_bridge.parameters import local_parameters, model_dims, unwrap
 from megatron_rlsd.hf_bridge.quantized import values
+from megatron_rlsd.hf_bridge.wording import listed
+from megatron_rlsd.runtime.errors import UserError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -71,7 +72,7 @@ def export_hf_tensors(
     (default: the parameter's own), so they stay valid when training goes on. Parameters in full
     precision stay float32.
 
-    Raises HFBridgeError, before the first tensor, if the model is not of this family or if no
+    Raises UserError, before the first tensor, if the model is not of this family or if no
     or more than one stage holds a parameter.
     """
     groups = Groups(tp_group, pp_group, ep_group, etp_group)
@@ -106,7 +107,7 @@ def _owners(
         if entry.megatron_names in held:
             stored = held[entry.megatron_names].dtype
             if stored not in _DTYPES:
-                raise HFBridgeError(f"{entry.megatron_names[0]} has dtype {stored}: no export")
+                raise UserError(f"{entry.megatron_names[0]} has dtype {stored}: no export")
             table[stage, column] = 1 + _DTYPES.index(stored)
     if groups.pp is not None:
         dist.all_reduce(table, group=groups.pp)
@@ -119,9 +120,7 @@ def _owners(
         if count != 1
     ]
     if wrong:
-        raise HFBridgeError(
-            f"parameters that are not on exactly one pipeline stage: {listed(wrong)}"
-        )
+        raise UserError(f"parameters that are not on exactly one pipeline stage: {listed(wrong)}")
     experts_per_rank = dims.num_experts // groups.layout().ep_size
     codes, stages_of = table.max(dim=0)
     owners = []

@@ -10,10 +10,10 @@ import torch
 
 from megatron_rlsd.hf_bridge.config_table import ConfigTable, HFConfig
 from megatron_rlsd.hf_bridge.dims import LatentAttention, ModelDims, ShardLayout
-from megatron_rlsd.hf_bridge.errors import HFBridgeError
 from megatron_rlsd.hf_bridge.mappings import Mapping as ParameterMapping
 from megatron_rlsd.hf_bridge.mappings import Shape
 from megatron_rlsd.hf_bridge.rope import rope_model_fields
+from megatron_rlsd.runtime.errors import UserError
 
 __all__ = ["Family", "HFConfig", "ParameterEntry", "ParameterRow", "ParameterTable"]
 
@@ -99,7 +99,7 @@ class Family:
     """Tensors that old checkpoints hold and that follow from the config."""
 
     def transformer_config_fields(self, hf_config: HFConfig) -> dict[str, Any]:
-        """Keyword arguments of Megatron's TransformerConfig. Raises HFConfigError.
+        """Keyword arguments of Megatron's TransformerConfig. Raises UserError.
 
         With ``multi_latent_attention`` true they are those of MLATransformerConfig.
         """
@@ -121,7 +121,7 @@ class Family:
         }
 
     def model_fields(self, hf_config: HFConfig) -> dict[str, Any]:
-        """Keyword arguments of GPTModel; vocab_size is not padded. Raises HFConfigError."""
+        """Keyword arguments of GPTModel; vocab_size is not padded. Raises UserError."""
         config = self.config.checked(hf_config)
         fields = {
             "vocab_size": config["vocab_size"],
@@ -199,10 +199,10 @@ class Family:
         )
         return hf_name.endswith(self.ignored_hf_suffixes) or hf_name.startswith(mtp)
 
-    def unknown_parameter(self, name: str) -> HFBridgeError:
+    def unknown_parameter(self, name: str) -> UserError:
         """The error for a Megatron parameter that no row of the table names."""
         known = ", ".join(row.megatron for row in self.parameters.rows)
-        return HFBridgeError(
+        return UserError(
             f"unknown Megatron parameter {name} in a model of family {self.name}; known: {known}"
         )
 

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError, listed
 from megatron_rlsd.hf_bridge.family import Family, HFConfig, ParameterEntry
 from megatron_rlsd.hf_bridge.parameters import local_parameters, model_dims
 from megatron_rlsd.hf_bridge.quantized import set_values
 from megatron_rlsd.hf_bridge.reader import SafetensorsFolder, Weights
+from megatron_rlsd.hf_bridge.wording import listed
+from megatron_rlsd.runtime.errors import UserError
 
 FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 COMPARED_BYTES = 16 * 2**20
@@ -35,9 +36,9 @@ def load_hf_weights(
     only its own slices. Load before the optimizer takes its copy of the weights.
 
     Everything is checked before the first value is copied, so a failed load leaves the model as it
-    was: HFCheckpointError for a damaged folder or for missing, extra, ill-shaped or non-float
-    tensors anywhere in the checkpoint; HFBridgeError for Megatron parameters that the family does
-    not know or that the model lacks; HFConfigError for sizes that ``layout`` does not divide.
+    was: UserError for a damaged folder; for missing, extra, ill-shaped or non-float tensors
+    anywhere in the checkpoint; for Megatron parameters that the family does not know or that the
+    model lacks; and for sizes that ``layout`` does not divide.
     """
     dims = model_dims(model_chunks, family, hf_config)
     dims.check(layout)
@@ -66,7 +67,7 @@ def check_tensors(
 ) -> None:
     """Names, shapes and dtypes of the whole checkpoint, other ranks' tensors included.
 
-    Raises HFCheckpointError that lists every tensor that is missing, extra, of another shape or of
+    Raises UserError that lists every tensor that is missing, extra, of another shape or of
     no floating-point dtype.
     """
     expected = family.hf_shapes(dims)
@@ -101,7 +102,7 @@ def check_tensors(
                     f"{name} has dtype {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
                 )
     if problems:
-        raise HFCheckpointError(
+        raise UserError(
             f"the tensors in {folder.path} are not the model's:\n  " + "\n  ".join(problems)
         )
 
@@ -114,7 +115,7 @@ def check_tied_aliases(
 ) -> None:
     """A tied output layer's own tensor may be in the checkpoint only if it equals the embedding.
 
-    Each rank compares its rows, a block at a time. Raises HFCheckpointError.
+    Each rank compares its rows, a block at a time. Raises UserError where the two differ.
     """
     rows_per_rank = dims.padded_vocab_size // layout.tp_size
     first = min(layout.tp_rank * rows_per_rank, dims.vocab_size)
@@ -127,7 +128,7 @@ def check_tied_aliases(
         for row in range(first, last, step):
             rows = ((row, min(last, row + step)),)
             if not torch.equal(folder.slice(alias, rows), folder.slice(entry.hf_names[0], rows)):
-                raise HFCheckpointError(
+                raise UserError(
                     f"tie_word_embeddings is true but {alias} differs from {entry.hf_names[0]} "
                     f"in {folder.path}"
                 )

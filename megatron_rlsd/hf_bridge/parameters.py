@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
-from megatron_rlsd.hf_bridge.errors import HFBridgeError, listed
 from megatron_rlsd.hf_bridge.family import Family, HFConfig, ParameterEntry
+from megatron_rlsd.hf_bridge.wording import listed
+from megatron_rlsd.runtime.errors import UserError
 
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.\w+?))(\d+)(\..+)?")
@@ -22,7 +23,7 @@ def unwrap(chunk: nn.Module) -> Any:
     while not hasattr(inner, "decoder"):
         inner = getattr(inner, "module", None)
         if inner is None:
-            raise HFBridgeError(f"{type(chunk).__name__} neither is nor wraps a GPTModel")
+            raise UserError(f"{type(chunk).__name__} neither is nor wraps a GPTModel")
     return inner
 
 
@@ -39,7 +40,7 @@ def model_dims(model_chunks: Sequence[nn.Module], family: Family, hf_config: HFC
         ),
     ):
         if built != wanted:
-            raise HFBridgeError(f"the model has {name}={built}, its config.json says {wanted}")
+            raise UserError(f"the model has {name}={built}, its config.json says {wanted}")
     return dims
 
 
@@ -51,7 +52,7 @@ def local_parameters(
     Buffers that Megatron saves (the router's expert bias) count as parameters. Those of entries in
     full precision are float32 afterwards, even if a 16-bit wrapper has cast them.
 
-    Raises HFBridgeError that names each parameter the table does not know, one that is there
+    Raises UserError that names each parameter the table does not know, one that is there
     twice, one whose shape is not the entry's share, and one that the table wants for a layer,
     stage or expert of this rank and the model lacks.
     """
@@ -63,13 +64,13 @@ def local_parameters(
             raise family.unknown_parameter(name)
         index = by_name[name]
         if index in found:
-            raise HFBridgeError(f"parameter {name} is on this rank twice")
+            raise UserError(f"parameter {name} is on this rank twice")
         entry = entries[index]
         _, size = entry.ranks(layout)
         shape = entry.mapping.shard_shape(dims, size)
         if tuple(parameter.shape) != shape:
             kind = "tensor" if entry.expert is None else "expert tensor"
-            raise HFBridgeError(
+            raise UserError(
                 f"parameter {name} has shape {tuple(parameter.shape)}, expected {shape} "
                 f"at {kind} parallel size {size}"
             )
@@ -82,9 +83,7 @@ def local_parameters(
         if index not in found
     ]
     if lacking:
-        raise HFBridgeError(
-            f"the model lacks parameters of family {family.name}: {listed(lacking)}"
-        )
+        raise UserError(f"the model lacks parameters of family {family.name}: {listed(lacking)}")
     return [(entries[index], found[index]) for index in sorted(found)]
 
 

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_rlsd.hf_bridge.errors import HFBridgeError
 from megatron_rlsd.runtime.durable import partial_of, put_in_place, sync_tree
+from megatron_rlsd.runtime.errors import UserError
 
 
 class PartialFolder:
@@ -19,10 +19,10 @@ class PartialFolder:
     Use as a context manager. Where an earlier attempt with the same ``fingerprint`` was
     interrupted, its finished files are kept; anything else that was left there is removed. At the
     end of the block the folder is synced and renamed to ``out``, replacing it if it exists. An
-    HFBridgeError (the input is at fault) removes the folder; any other exception, such as a full
+    UserError (the input is at fault) removes the folder; any other exception, such as a full
     disk or an interrupt, leaves it for the next attempt.
 
-    Raises HFBridgeError while another process writes the same folder.
+    Raises UserError while another process writes the same folder.
     """
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ class PartialFolder:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._journal.close()
-            raise HFBridgeError(f"another conversion is writing {self.out}") from None
+            raise UserError(f"another conversion is writing {self.out}") from None
         self._resume()
         return self
 
@@ -50,7 +50,7 @@ class PartialFolder:
                 sync_tree(self.path)
                 put_in_place(self.path, self.out)
                 self._journal_path.unlink()
-            elif issubclass(kind, HFBridgeError):
+            elif issubclass(kind, UserError):
                 shutil.rmtree(self.path, ignore_errors=True)
                 self._journal_path.unlink()
         finally:
@@ -90,19 +90,19 @@ class PartialFolder:
 
 
 def check_replaceable(out: Path, source: Path | None, mark: str) -> None:
-    """Raise HFBridgeError unless ``out`` may be written: absent, empty, or with a file ``mark``."""
+    """Raise UserError unless ``out`` may be written: absent, empty, or with a file ``mark``."""
     if source is not None and out.resolve() == source.resolve():
-        raise HFBridgeError(f"{out} is the source folder; choose another output folder")
+        raise UserError(f"{out} is the source folder; choose another output folder")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / mark).is_file())):
-        raise HFBridgeError(f"{out} exists and holds no {mark}; it is left alone")
+        raise UserError(f"{out} exists and holds no {mark}; it is left alone")
 
 
 def check_free_space(out: Path, needed: int) -> None:
-    """Raise HFBridgeError unless ``needed`` bytes fit beside ``out``, what is there reused."""
+    """Raise UserError unless ``needed`` bytes fit beside ``out``, what is there reused."""
     have = sum(p.stat().st_size for p in partial_of(out.absolute()).rglob("*") if p.is_file())
     existing = next(p for p in out.absolute().parents if p.exists())
     free = shutil.disk_usage(existing).free
     if free + have < needed:
-        raise HFBridgeError(
+        raise UserError(
             f"{out} needs {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free"
         )

@@ -9,25 +9,26 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError, HFConfigError, listed
 from megatron_rlsd.hf_bridge.mappings import Ranges
 from megatron_rlsd.hf_bridge.safetensors_file import SafetensorsFile, TensorInfo
+from megatron_rlsd.hf_bridge.wording import listed
+from megatron_rlsd.runtime.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
 def load_hf_config(hf_path: str | Path) -> dict[str, Any]:
-    """The parsed config.json. Raises HFCheckpointError if absent, HFConfigError if malformed."""
+    """The parsed config.json. Raises UserError if it is absent or malformed."""
     path = hf_folder(hf_path) / "config.json"
     if not path.is_file():
-        raise HFCheckpointError(f"{path} is missing: not a Hugging Face model folder")
+        raise UserError(f"{path} is missing: not a Hugging Face model folder")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise HFConfigError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise HFConfigError(f"{path} must hold an object, got {type(config).__name__}")
+        raise UserError(f"{path} must hold an object, got {type(config).__name__}")
     return config
 
 
@@ -47,7 +48,7 @@ class Weights(Protocol):
 class SafetensorsFolder:
     """The tensors of one folder: names, shapes and dtypes at once, values by slice on demand.
 
-    Opening reads headers only. Raises HFCheckpointError that names the damaged file or tensor: no
+    Opening reads headers only. Raises UserError that names the damaged file or tensor: no
     safetensors file, a shard that the index names and the folder lacks, a file that is cut short
     or corrupt, a tensor that the index promises and its file lacks, a tensor in two places.
     """
@@ -59,16 +60,14 @@ class SafetensorsFolder:
         files = sorted(set(weight_map.values())) if weight_map else [_single_file(self.path)]
         missing = [name for name in files if not (self.path / name).is_file()]
         if missing:
-            raise HFCheckpointError(
-                f"{index} names shards that are not in the folder: {listed(missing)}"
-            )
+            raise UserError(f"{index} names shards that are not in the folder: {listed(missing)}")
         self._files = {name: SafetensorsFile(self.path / name) for name in files}
         self.tensors: dict[str, TensorInfo] = {}
         """Tensor name -> header."""
         for file in self._files.values():
             for name, info in file.tensors.items():
                 if name in self.tensors:
-                    raise HFCheckpointError(
+                    raise UserError(
                         f"tensor {name} is in both {self.tensors[name].file} and {info.file} "
                         f"of {self.path}"
                     )
@@ -94,21 +93,21 @@ class SafetensorsFolder:
             found = self.tensors[name].file if name in self.tensors else None
             if found != file:
                 where = f"it is in {found}" if found else "it is nowhere"
-                raise HFCheckpointError(
+                raise UserError(
                     f"{self.path / INDEX_NAME} places tensor {name} in {file}, but {where}"
                 )
         extra = sorted(self.tensors.keys() - weight_map.keys())
         if extra:
-            raise HFCheckpointError(
+            raise UserError(
                 f"tensors in the files but not in {self.path / INDEX_NAME}: {listed(extra)}"
             )
 
 
 def hf_folder(path: str | Path) -> Path:
-    """The folder at ``path``. Raises HFCheckpointError if there is none."""
+    """The folder at ``path``. Raises UserError if there is none."""
     folder = Path(path)
     if not folder.is_dir():
-        raise HFCheckpointError(f"{folder} is not a folder with a Hugging Face model")
+        raise UserError(f"{folder} is not a folder with a Hugging Face model")
     return folder
 
 
@@ -118,21 +117,19 @@ def read_index(path: Path) -> dict[str, str]:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = [name for name, count in Counter(key for key, _ in pairs).items() if count > 1]
         if repeated:
-            raise HFCheckpointError(f"{path} names more than once: {listed(repeated)}")
+            raise UserError(f"{path} names more than once: {listed(repeated)}")
         return dict(pairs)
 
     try:
         index = json.loads(path.read_text(), object_pairs_hook=without_duplicates)
-    except HFCheckpointError:
-        raise
     except ValueError as error:
-        raise HFCheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise HFCheckpointError(f"{path} has no weight_map")
+        raise UserError(f"{path} has no weight_map")
     outside = [str(name) for name in weight_map.values() if Path(str(name)).name != name]
     if outside:
-        raise HFCheckpointError(f"{path} names files outside the folder: {listed(outside)}")
+        raise UserError(f"{path} names files outside the folder: {listed(outside)}")
     return weight_map
 
 
@@ -143,15 +140,15 @@ def _single_file(folder: Path) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise HFCheckpointError(
+        raise UserError(
             f"{folder} has {len(found)} safetensors files ({listed(found)}) and no {INDEX_NAME}"
         )
     pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
     if pickled:
-        raise HFCheckpointError(
+        raise UserError(
             f"{folder} has only pickled weights ({listed(pickled)}), which are not read because "
             "unpickling can run code; convert them once with transformers: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), or give "
             "the converter --allow-pickle"
         )
-    raise HFCheckpointError(f"{folder} has no safetensors file")
+    raise UserError(f"{folder} has no safetensors file")

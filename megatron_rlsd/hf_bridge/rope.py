@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_rlsd.hf_bridge.errors import HFConfigError
+from megatron_rlsd.runtime.errors import UserError
 
 ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 
@@ -26,7 +26,7 @@ def rope_model_fields(
     """rotary_base, rotary_percent, rope_scaling and rope_scaling_factor for GPTModel.
 
     Reads the ``rope_parameters`` of transformers 5 as well as the older ``rope_theta`` plus
-    ``rope_scaling``. Raises HFConfigError on a type outside ``rope_types``, on a setting that
+    ``rope_scaling``. Raises UserError on a type outside ``rope_types``, on a setting that
     Megatron fixes to another value, and on a key it does not know.
     """
     key, rope_type, theta, settings = _opened(hf_config, rope_types, default_theta)
@@ -39,13 +39,13 @@ def rope_model_fields(
         for name, fixed in MEGATRON_LLAMA3.items():
             value = settings.pop(name, None)
             if value != fixed:
-                raise HFConfigError(
+                raise UserError(
                     f"{key}.{name}={value!r} is not supported: Megatron's rope scaling is fixed "
                     f"to {fixed}"
                 )
         factor = settings.pop("factor", None)
         if not isinstance(factor, int | float) or factor < 1:
-            raise HFConfigError(f"{key}.factor={factor!r} must be a number of at least 1")
+            raise UserError(f"{key}.factor={factor!r} must be a number of at least 1")
         fields["rope_scaling_factor"] = float(factor)
     _check_spent(key, rope_type, settings)
     return fields
@@ -54,7 +54,7 @@ def rope_model_fields(
 def latent_rope_fields(hf_config: dict[str, Any]) -> dict[str, Any]:
     """The RoPE fields of Megatron's MLATransformerConfig: plain RoPE, or YaRN as DeepSeek has it.
 
-    Raises HFConfigError on another type, on a setting without a counterpart in Megatron, and on
+    Raises UserError on another type, on a setting without a counterpart in Megatron, and on
     ``mscale`` without ``mscale_all_dim`` or the reverse, which the two take differently.
     """
     key, rope_type, theta, settings = _opened(hf_config, ("default", "yarn"), DEFAULT_THETA)
@@ -72,12 +72,12 @@ def latent_rope_fields(hf_config: dict[str, Any]) -> dict[str, Any]:
     keys = ("mscale", "mscale_all_dim")
     scales: dict[str, Any] = {name: settings.pop(name) for name in keys if name in settings}
     if len(scales) == 1:
-        raise HFConfigError(f"{key} must have both mscale and mscale_all_dim or neither: {scales}")
+        raise UserError(f"{key} must have both mscale and mscale_all_dim or neither: {scales}")
     for name, value in {**values, **scales}.items():
         if not isinstance(value, int | float) or value <= 0:
-            raise HFConfigError(f"{key}.{name}={value!r} must be a positive number")
+            raise UserError(f"{key}.{name}={value!r} must be a positive number")
     if settings.pop("truncate", True) is not True:
-        raise HFConfigError(f"{key}.truncate must be true: Megatron rounds the correction range")
+        raise UserError(f"{key}.truncate must be true: Megatron rounds the correction range")
     _check_spent(key, rope_type, settings)
     return {
         **fields,
@@ -96,21 +96,21 @@ def _opened(
     key, settings = _settings(hf_config)
     theta = settings.pop("rope_theta", default_theta)
     if not isinstance(theta, int | float) or theta <= 0:
-        raise HFConfigError(f"rope_theta={theta!r} must be a positive number")
+        raise UserError(f"rope_theta={theta!r} must be a positive number")
     rope_type = settings.pop("rope_type", "default")
     if rope_type not in rope_types:
-        raise HFConfigError(
+        raise UserError(
             f"{key}.rope_type={rope_type!r} is not supported; supported: {', '.join(rope_types)}"
         )
     if settings.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise HFConfigError(f"{key}.partial_rotary_factor must be 1.0")
+        raise UserError(f"{key}.partial_rotary_factor must be 1.0")
     return key, rope_type, int(theta) if theta == int(theta) else theta, settings
 
 
 def _check_spent(key: str, rope_type: str, settings: dict[str, Any]) -> None:
     if settings:
         unknown = ", ".join(f"{key}.{name}={value!r}" for name, value in settings.items())
-        raise HFConfigError(f"the model would ignore {unknown} (rope type {rope_type})")
+        raise UserError(f"the model would ignore {unknown} (rope type {rope_type})")
 
 
 def _settings(hf_config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -121,7 +121,7 @@ def _settings(hf_config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     for key in present:
         value = hf_config[key]
         if not isinstance(value, dict):
-            raise HFConfigError(f"{key}={value!r} must be an object")
+            raise UserError(f"{key}={value!r} must be an object")
         for name, setting in value.items():
             _merge(merged, origin, "rope_type" if name == "type" else name, setting, key)
     if hf_config.get("rope_theta") is not None:
@@ -133,7 +133,5 @@ def _merge(
     merged: dict[str, Any], origin: dict[str, str], name: str, setting: Any, key: str
 ) -> None:
     if merged.setdefault(name, setting) != setting:
-        raise HFConfigError(
-            f"{key} says {name}={setting!r} but {origin[name]} says {merged[name]!r}"
-        )
+        raise UserError(f"{key} says {name}={setting!r} but {origin[name]} says {merged[name]!r}")
     origin.setdefault(name, key)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError, listed
 from megatron_rlsd.hf_bridge.mappings import Ranges, Shape
+from megatron_rlsd.hf_bridge.wording import listed
+from megatron_rlsd.runtime.errors import UserError
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -60,7 +61,7 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """An open file. Raises HFCheckpointError that says how its header and its size disagree."""
+    """An open file. Raises UserError that says how its header and its size disagree."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,7 +70,7 @@ class SafetensorsFile:
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as self)
         except OSError as error:
-            raise HFCheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         size = os.fstat(self._file.fileno()).st_size
         header, self._payload = self._read_header(size)
         self.tensors: dict[str, TensorInfo] = {}
@@ -124,7 +125,7 @@ class SafetensorsFile:
     def torch_dtype(self, name: str) -> torch.dtype:
         dtype = self.tensors[name].dtype
         if dtype not in TORCH_DTYPES:
-            raise HFCheckpointError(f"{name} in {self.path} has dtype {dtype}, which is not read")
+            raise UserError(f"{name} in {self.path} has dtype {dtype}, which is not read")
         return TORCH_DTYPES[dtype]
 
     def close(self) -> None:
@@ -135,7 +136,7 @@ class SafetensorsFile:
         while done < len(target):
             count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
             if count == 0:
-                raise HFCheckpointError(f"{self.path} ended inside {name}: was it overwritten?")
+                raise UserError(f"{self.path} ended inside {name}: was it overwritten?")
             done += count
         self.bytes_read += done
 
@@ -158,8 +159,6 @@ class SafetensorsFile:
         raw = os.pread(self._file.fileno(), length, 8)
         try:
             header = json.loads(raw.decode(), object_pairs_hook=without_duplicates)
-        except HFCheckpointError:
-            raise
         except (ValueError, RecursionError) as error:
             raise self._damaged(f"the header is not valid JSON: {error}") from error
         if not isinstance(header, dict):
@@ -203,8 +202,8 @@ class SafetensorsFile:
         if position < payload:
             raise self._damaged(f"{payload - position} bytes that belong to no tensor")
 
-    def _damaged(self, what: str) -> HFCheckpointError:
-        return HFCheckpointError(f"{self.path} is cut short or corrupt: {what}")
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.path} is cut short or corrupt: {what}")
 
 
 def _whole_numbers(value: Any) -> bool:

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rlsd.hf_bridge.errors import HFBridgeError, listed
 from megatron_rlsd.hf_bridge.mappings import Shape
 from megatron_rlsd.hf_bridge.safetensors_file import DTYPE_NAMES
+from megatron_rlsd.hf_bridge.wording import listed
+from megatron_rlsd.runtime.errors import UserError
 
 WRITE_BYTES = 128 * 2**10
 """Given to the system at once. Linux caches a larger write in larger pieces of memory, which it has
@@ -38,7 +39,7 @@ def write_safetensors(
 ) -> None:
     """Write a file whose tensors are known beforehand and arrive in any order; sync it.
 
-    Raises HFBridgeError for a tensor that is not as described, comes twice, or does not come.
+    Raises UserError for a tensor that is not as described, comes twice, or does not come.
     """
     # Wide dtypes first: then every tensor begins at a multiple of its own item size.
     order = sorted(described, key=lambda name: -described[name].dtype.itemsize)
@@ -61,10 +62,10 @@ def write_safetensors(
         _write(descriptor, memoryview(len(encoded).to_bytes(8, "little") + encoded), 0)
         for name, tensor in tensors:
             if name not in offsets:
-                raise HFBridgeError(f"tensor {name} came twice or was not to be written")
+                raise UserError(f"tensor {name} came twice or was not to be written")
             about = described[name]
             if (tuple(tensor.shape), tensor.dtype) != (about.shape, about.dtype):
-                raise HFBridgeError(
+                raise UserError(
                     f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                     f"expected {about.dtype} {about.shape}"
                 )
@@ -72,7 +73,7 @@ def write_safetensors(
             _write(descriptor, flat.view(torch.uint8).numpy().data, start + offsets[name])
             del offsets[name], tensor, flat  # not to be held while the next one is made
         if offsets:
-            raise HFBridgeError(f"tensors that did not come: {listed(list(offsets))}")
+            raise UserError(f"tensors that did not come: {listed(list(offsets))}")
         os.fsync(descriptor)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rlsd.hf_bridge.errors import HFCheckpointError
 from megatron_rlsd.hf_bridge.partial import check_replaceable
 from megatron_rlsd.hf_bridge.reader import INDEX_NAME, SINGLE_NAME, load_hf_config
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_name, write_safetensors
 from megatron_rlsd.runtime.durable import atomic_folder
+from megatron_rlsd.runtime.errors import UserError
 
 COPIED_FILES = (
     "tokenizer*",
@@ -50,7 +50,7 @@ def save_hf_folder(
     the writer. ``dtype`` casts the tensors; config.json is told the dtype written.
 
     A crash leaves the old folder or none, never a part. An ``out_dir`` that exists is replaced if
-    it is a model folder or empty; HFBridgeError if it is something else or the source.
+    it is a model folder or empty; UserError if it is something else or the source.
     """
     if not is_writer:
         for _ in tensors:
@@ -86,7 +86,7 @@ def _write_shards(
 
     for name, tensor in tensors:
         if name in seen:
-            raise HFCheckpointError(f"tensor {name} was to be written twice")
+            raise UserError(f"tensor {name} was to be written twice")
         seen.add(name)
         value = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
         dtypes.append(value.dtype)
@@ -96,7 +96,7 @@ def _write_shards(
         shard_bytes += value.nbytes
         total_bytes += value.nbytes
     if not shard:
-        raise HFCheckpointError("no tensors to write")
+        raise UserError("no tensors to write")
     flush()
 
     count = len(shards)

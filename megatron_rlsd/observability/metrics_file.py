@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_rlsd.runtime.errors import UserError
+
 GROUP_ORDER = (
     "rollout",
     "reward",
@@ -66,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):  # every finished line ends in a line break
                 break
-            raise ValueError(f"{path}:{number} is no line of metrics: {line[:80]!r}") from error
+            raise UserError(f"{path}:{number} is no line of metrics: {line[:80]!r}") from error
         records.append(record)
     return records
 

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_rlsd.observability.leakage import leakage
 from megatron_rlsd.observability.metrics_file import finite_or_none
 from megatron_rlsd.observability.token_text import token_texts
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Group, TokenCredit, Trajectory
 
 SIGNIFICANT_DIGITS = 5
@@ -39,7 +40,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
                 row["response"], row["problem_id"]
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}:{number} is no sample: {line[:80]!r}") from error
+                raise UserError(f"{path}:{number} is no sample: {line[:80]!r}") from error
             rows.append(row)
     return rows
 

@@ -9,10 +9,11 @@ from typing import Any
 from megatron_rlsd.config import ParallelConfig
 from megatron_rlsd.hf_bridge import Family
 from megatron_rlsd.hf_bridge.dims import LatentAttention
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.megatron_versions import expert_tensor_problem
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """The parallel sizes do not fit the model or the number of processes."""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from megatron_rlsd.runtime.errors import UserError
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -31,18 +33,18 @@ class Rates:
     """Of one decoding step of the engine, whatever its batch."""
 
     def with_given(self, given: list[str]) -> Rates:
-        """Replace rates by ``name=number`` texts; ValueError names an unknown or bad one."""
+        """Replace rates by ``name=number`` texts; UserError names an unknown or bad one."""
         known = {each.name for each in fields(self)}
         changes = {}
         for text in given:
             name, _, value = text.partition("=")
             if name not in known:
-                raise ValueError(f"no rate {name!r}; known: {', '.join(sorted(known))}")
+                raise UserError(f"no rate {name!r}; known: {', '.join(sorted(known))}")
             try:
                 number = float(value)
             except ValueError:
-                raise ValueError(f"rate {text!r} must look like {name}=NUMBER") from None
+                raise UserError(f"rate {text!r} must look like {name}=NUMBER") from None
             if not number > 0:
-                raise ValueError(f"rate {text!r} must be above 0")
+                raise UserError(f"rate {text!r} must be above 0")
             changes[name] = number
         return replace(self, **changes)

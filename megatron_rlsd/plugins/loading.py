@@ -15,24 +15,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from megatron_rlsd.runtime.errors import UserError
+
 FILE_MODULE = "user_file:"
 """Modules made of a user's file are named by this and the file's absolute path."""
-
-
-class PluginError(ValueError):
-    """A plug-in is not there, or its own code failed."""
 
 
 def load_plugins(names: Sequence[str]) -> None:
     """Import each plug-in once: ``path/to/file.py``, or the name of an importable module.
 
-    Raises PluginError that names the plug-in and what went wrong in it, with the place.
+    Raises UserError that names the plug-in and what went wrong in it, with the place.
     """
     for name in names:
         is_file = name.endswith(".py") or "/" in name
         path = Path(name).absolute()
         if is_file and not path.is_file():
-            raise PluginError(f"plugin {name!r}: there is no file {path}")
+            raise UserError(f"plugin {name!r}: there is no file {path}")
         try:
             if is_file:
                 import_file(path)
@@ -40,12 +38,12 @@ def load_plugins(names: Sequence[str]) -> None:
                 importlib.import_module(name)
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name == name:
-                raise PluginError(
+                raise UserError(
                     f"plugin {name!r}: there is no module of this name; a file is named by its "
                     "path, which ends in .py"
                 ) from None
             place = traceback.extract_tb(error.__traceback__)[-1]
-            raise PluginError(
+            raise UserError(
                 f"plugin {name!r} could not be imported: {type(error).__name__}: {error} "
                 f"({place.filename}, line {place.lineno})"
             ) from error

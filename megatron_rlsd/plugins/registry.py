@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megatron_rlsd.plugins.loading import file_of, import_file
+from megatron_rlsd.runtime.errors import UserError
 
 Code = TypeVar("Code", bound=Callable[..., Any])
 """A function or a class."""
@@ -49,34 +50,33 @@ class Registry(dict[str, Registered[Code]]):
         kind: str,
         *,
         one: str,
-        error: type[Exception],
         check: Callable[[str, Code, dict[str, Any]], None],
     ) -> None:
         """``kind``: what messages call it, with its article; ``one``: ``function`` or ``Class``.
 
-        ``check(name, code, params)`` raises ``error`` where the code is none of its kind or does
+        ``check(name, code, params)`` raises UserError where the code is none of its kind or does
         not take the params.
         """
         super().__init__()
         self._a_kind, self._kind, self._one = kind, kind.partition(" ")[2], one
-        self._error, self._check = error, check
+        self._check = check
 
     def add(self, name: str, registered: Registered[Code]) -> None:
         if name in self:
-            raise self._error(f"{self._a_kind} named {name!r} is registered already")
+            raise UserError(f"{self._a_kind} named {name!r} is registered already")
         self[name] = registered
 
     def locate(self, name: str, params: dict[str, Any]) -> Reference:
         """Find code without running any of a file that is named by its path.
 
-        Raises ``error`` for an unknown name (listing the known ones), a missing or unparsable file,
+        Raises UserError for an unknown name (listing the known ones), a missing or unparsable file,
         a name the file does not define, and params that registered code does not take.
         """
         if name in self:
             return self._locate_registered(name, self[name], params)
         path, separator, attribute = name.rpartition(":")
         if not separator or not path.endswith(".py"):
-            raise self._error(
+            raise UserError(
                 f"unknown {self._kind} {name!r}; known {self._kind}s: {', '.join(sorted(self))}, "
                 f"or a {self._one.lower()} of your own as path/to/file.py:{self._one}"
             )
@@ -102,7 +102,7 @@ class Registry(dict[str, Registered[Code]]):
     ) -> Reference:
         module = registered.code.__module__
         if module == "__main__":
-            raise self._error(
+            raise UserError(
                 f"{self._kind} {name!r} is registered by the main script, which workers cannot "
                 f"import; name it as path/to/file.py:{self._one}"
             )
@@ -111,22 +111,22 @@ class Registry(dict[str, Registered[Code]]):
             try:
                 registered.check(**params)
             except (ValueError, TypeError) as error:
-                raise self._error(f"{self._kind} {name!r}: {error}") from error
+                raise UserError(f"{self._kind} {name!r}: {error}") from error
         plugin = file_of(module)
         return Reference(name, name, module, None if plugin is None else str(plugin))
 
     def _check_file_defines(self, name: str, path: Path, attribute: str) -> None:
         about = f"{self._kind} {name!r}"
         if not path.is_file():
-            raise self._error(f"{about}: there is no file {path.resolve()}")
+            raise UserError(f"{about}: there is no file {path.resolve()}")
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         except (SyntaxError, UnicodeDecodeError) as error:
-            raise self._error(f"{about}: {path} is no valid Python: {error}") from error
+            raise UserError(f"{about}: {path} is no valid Python: {error}") from error
         defined = _names_bound_by(tree.body)
         # After a star import only running the file would tell; the worker will.
         if attribute not in defined and "*" not in defined:
-            raise self._error(
+            raise UserError(
                 f"{about}: {path} does not define {attribute!r}; "
                 f"it defines: {', '.join(sorted(defined)) or 'nothing'}"
             )

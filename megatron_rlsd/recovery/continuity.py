@@ -18,8 +18,9 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.learner import Scores
 from megatron_rlsd.observability.metrics_file import move_aside
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.recovery.recording import BAD_STEPS, RECORDED_STEPS, BadStepsError, StepRecorder
+from megatron_rlsd.recovery.recording import BAD_STEPS, RECORDED_STEPS, StepRecorder
 from megatron_rlsd.recovery.watchdog import Watchdog
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import Preempted, StopSignals
 from megatron_rlsd.types import TrainBatch
 
@@ -87,7 +88,7 @@ class Continuity:
     ) -> None:
         """Keep the step's batch if it went wrong or is wanted.
 
-        Raises BadStepsError after ``train.max_bad_steps`` bad ones in a row; their weights, which
+        Raises UserError after ``train.max_bad_steps`` bad ones in a row; their weights, which
         none of them changed, are then in run_dir/bad_steps/checkpoint.
         """
         path = self._recorder.after_update(step, batch, scores, rlsd_lambda, metrics)
@@ -101,7 +102,7 @@ class Continuity:
             weights = Path(self._config.run_dir) / BAD_STEPS / "checkpoint"
             self.checkpoints.save(self._state, step + 1, weights)
             self.checkpoints.finish()
-            raise BadStepsError(
+            raise UserError(
                 f"{bad} steps in a row had a loss or gradient that is no finite number "
                 f"(train.max_bad_steps); the last batch is {path}, the weights are {weights}"
             )

@@ -23,19 +23,12 @@ from megatron_rlsd.parallel.exchange import (
     unpack_message,
 )
 from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import TrainBatch
 
 KINDS = ("teacher", "contrast", "old", "ref")
 BAD_STEPS = "bad_steps"
 RECORDED_STEPS = "recorded_steps"
-
-
-class BadStepsError(RuntimeError):
-    """Several steps in a row had a loss or gradients that are no finite numbers."""
-
-
-class RecordingError(ValueError):
-    """A recorded step is missing or damaged."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +89,18 @@ def step_file(folder: Path, step: int) -> Path:
 
 
 def read_step(run_dir: Path, step: int) -> RecordedStep:
-    """The recorded step ``step`` of a run; RecordingError when there is none."""
+    """The recorded step ``step`` of a run; UserError when there is none."""
     paths = [step_file(run_dir / folder, step) for folder in (BAD_STEPS, RECORDED_STEPS)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise RecordingError(
+        raise UserError(
             f"step {step} of {run_dir} was not recorded: neither {paths[0]} nor {paths[1]} exists; "
             "set train.record_steps (all, or a list of steps)"
         )
     try:
         header, tensors = unpack_message(path.read_bytes())
     except Exception as error:
-        raise RecordingError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}") from error
     rows: dict[str, Any] = {
         kind: {index: tensors[f"{kind}.{index}"] for index in indices}
         for kind, indices in header["scored"].items()

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
-from megatron_rlsd.checkpoint.manifest import CheckpointError, read_manifest, whole_checkpoints
+from megatron_rlsd.checkpoint.manifest import read_manifest, whole_checkpoints
 from megatron_rlsd.checkpoint.start import STATE_NAME, Start, checkpoints_of
 from megatron_rlsd.config import Config, TeacherServerConfig
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.learner import Learner
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.parallel.layout import model_shape
-from megatron_rlsd.recovery.recording import BAD_STEPS, RecordedStep, RecordingError, read_step
+from megatron_rlsd.recovery.recording import BAD_STEPS, RecordedStep, read_step
+from megatron_rlsd.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def replay(config: Config, step: int, checkpoint: Path | None = None) -> Replaye
     algorithm compares distributions the teacher reads the responses again, with the weights that it
     had: its hidden states are too many to be recorded.
 
-    Raises RecordingError when the step, or one needed on the way, was not recorded, or such a
+    Raises UserError when the step, or one needed on the way, was not recorded, or such a
     teacher's weights are not known.
     """
     run_dir = Path(config.run_dir)
@@ -84,7 +85,7 @@ def _check_teacher_is_known(config: Config, folder: Path | None, first: int) -> 
     not show."""
     follows = config.teacher.mode in ("periodic", "ema")
     if folder is not None and follows and read_manifest(folder).step != first:
-        raise RecordingError(
+        raise UserError(
             f"the weights of the teacher (teacher.mode={config.teacher.mode}) before step {first} "
             f"are not known: {folder} holds those after {read_manifest(folder).step} steps"
         )
@@ -105,13 +106,13 @@ def choose_base(config: Config, step: int, checkpoint: Path | None) -> tuple[Pat
         default=None,
     )
     if best is None and checkpoint is not None:
-        raise RecordingError(
+        raise UserError(
             f"{checkpoint} holds the weights after {read_manifest(checkpoint).step} steps; step "
             f"{step} needs earlier ones"
         )
     if best is None:
         if config.train.resume not in ("auto", "never"):
-            raise RecordingError(
+            raise UserError(
                 f"no checkpoint in {run_dir} is from step {step} or earlier; name one with "
                 "--checkpoint"
             )
@@ -120,10 +121,10 @@ def choose_base(config: Config, step: int, checkpoint: Path | None) -> tuple[Pat
     for earlier in range(best[1], step):
         try:
             read_step(run_dir, earlier)
-        except RecordingError:
+        except UserError:
             missing.append(earlier)
     if missing:
-        raise RecordingError(
+        raise UserError(
             f"the weights before step {step} are not known: the nearest are those before step "
             f"{best[1]} ({best[0] or config.model.hf_path}), and steps {missing} were not recorded "
             "(train.record_steps=all records every step)"
@@ -136,7 +137,7 @@ def _checkpoints(config: Config, run_dir: Path) -> list[Path]:
     stopped = run_dir / BAD_STEPS / "checkpoint"
     try:
         read_manifest(stopped)
-    except CheckpointError:
+    except UserError:
         return found
     return [*found, stopped]
 

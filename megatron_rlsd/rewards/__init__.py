@@ -7,13 +7,12 @@ from megatron_rlsd.rewards import (
     reasoning_gym_scorer,
     response_shape,
 )
-from megatron_rlsd.rewards.errors import RewardError, TimeLimitExceeded
+from megatron_rlsd.rewards.errors import TimeLimitExceeded
 from megatron_rlsd.rewards.pool import RewardPool
 from megatron_rlsd.rewards.registry import REWARDS, register_reward
 
 __all__ = [
     "REWARDS",
-    "RewardError",
     "RewardPool",
     "TimeLimitExceeded",
     "environment_reward",

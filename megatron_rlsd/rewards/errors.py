@@ -1,12 +1,6 @@
 """What goes wrong with a reward, told apart by who has to act."""
 
 
-class RewardError(RuntimeError):
-    """The run cannot go on: a wrong configuration, a worker that does not start, or a function
-    that fails more than the configuration allows. The message names function, problem and reason.
-    """
-
-
 class TimeLimitExceeded(Exception):
     """Raised by a reward function that gives up on a response after its own time limit.
 

@@ -6,7 +6,6 @@ from collections import Counter, deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from megatron_rlsd.rewards.errors import RewardError
 from megatron_rlsd.rewards.registry import REWARDS
 from megatron_rlsd.rewards.tally import PoolFunction, Tally
 from megatron_rlsd.types import RewardInput, RewardResult
@@ -20,12 +19,11 @@ class RewardPool(WorkerPool):
     """Scores responses with the functions of a RewardConfig; a call that fails counts 0.
 
     ``with RewardPool(config) as pool: results = pool.score(samples)``. Building it checks names,
-    files and params (RewardError) without running user code.
+    files and params (UserError) without running user code.
     """
 
     module = "megatron_rlsd.rewards.worker"
     worker = "a reward worker"
-    error = RewardError
 
     def __init__(
         self, config: RewardConfig, *, memory_limit_bytes: int = WORKER_MEMORY_BYTES
@@ -52,7 +50,7 @@ class RewardPool(WorkerPool):
     def score(self, samples: list[RewardInput]) -> list[RewardResult]:
         """Results in the order of the samples. One caller at a time; others wait.
 
-        Raises RewardError: a worker does not start; with on_error=stop, a function failed (but not
+        Raises UserError: a worker does not start; with on_error=stop, a function failed (but not
         for a time limit); more than max_error_share of the calls failed, time limits included; a
         problem's metadata is no JSON.
         """

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_rlsd.plugins import Registered, Registry
-from megatron_rlsd.rewards.errors import RewardError
+from megatron_rlsd.runtime.errors import UserError
 
 RewardFunction = Callable[..., float]
 
@@ -20,15 +20,13 @@ def _check_params(name: str, function: RewardFunction, params: dict[str, Any]) -
     try:
         signature.bind(None, **params)
     except TypeError as error:
-        raise RewardError(
+        raise UserError(
             f"reward {name!r} cannot be called with params {params}: {error}; "
             f"it is {function.__name__}{signature}"
         ) from None
 
 
-REWARDS: Registry[RewardFunction] = Registry(
-    "a reward", one="function", error=RewardError, check=_check_params
-)
+REWARDS: Registry[RewardFunction] = Registry("a reward", one="function", check=_check_params)
 
 
 def register_reward(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlsd.plugins import Reference
-from megatron_rlsd.rewards.errors import RewardError
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import RewardInput, RewardResult
 
 
@@ -48,11 +48,11 @@ class Tally:
     def failure(
         self, sample: int, function: int, reason: str, detail: str = "", timed_out: bool = False
     ) -> None:
-        """Count the call 0; raises RewardError where the configuration says to stop."""
+        """Count the call 0; raises UserError where the configuration says to stop."""
         entry = self._functions[function]
         problem = self._samples[sample].problem.id
         if self._stop_on_error and not timed_out:
-            raise RewardError(
+            raise UserError(
                 f"reward function {entry.reference.name!r} failed on problem {problem!r}: {reason}"
                 f"{_indented(detail)}"
             )
@@ -62,7 +62,7 @@ class Tally:
         failed = self._reasons.total()
         if failed > self._max_error_share * self._total:
             (label, most_frequent), count = self._reasons.most_common(1)[0]
-            raise RewardError(
+            raise UserError(
                 f"{failed} of {self._total} reward calls have failed, more than "
                 f"reward.max_error_share={self._max_error_share:g} allows; most frequent "
                 f"({count} times): {label}: {most_frequent}; for example on "

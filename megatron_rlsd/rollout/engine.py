@@ -7,12 +7,13 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest
 
 Result = TypeVar("Result")
 
 
-class EngineError(RuntimeError):
+class EngineError(UserError):
     """A request the engine cannot serve, or weights it cannot take; the message names which."""
 
 

@@ -11,13 +11,7 @@ from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.slow_paths import slow_paths
 from megatron_rlsd.checkpoint.start import Program
 from megatron_rlsd.config import Config, dump_config
-from megatron_rlsd.data import (
-    PromptBuilder,
-    TokenizerError,
-    build_sources,
-    evaluation_problems,
-    load_tokenizer,
-)
+from megatron_rlsd.data import PromptBuilder, build_sources, evaluation_problems, load_tokenizer
 from megatron_rlsd.environments import EnvironmentPool
 from megatron_rlsd.experience import Experience, RolloutStream
 from megatron_rlsd.experience.episodes import Episodes
@@ -32,6 +26,7 @@ from megatron_rlsd.rollout.served import ServedEngine
 from megatron_rlsd.rollout.sglang import set_nccl_switches
 from megatron_rlsd.run.engines import rollout_engine
 from megatron_rlsd.run.run import Run
+from megatron_rlsd.runtime.errors import UserError
 
 
 @contextmanager
@@ -58,7 +53,7 @@ def assemble(
         kept = stack.enter_context(continuity(config, hf_config, groups, program))
         tokenizer = load_tokenizer(config.tokenizer, hf_path)
         if tokenizer.vocab_size > hf_config["vocab_size"]:
-            raise TokenizerError(
+            raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids but the model in {hf_path} embeds "
                 f"{hf_config['vocab_size']}"
             )

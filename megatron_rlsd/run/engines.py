@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_rlsd.config import Config, ConfigError
+from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder
 from megatron_rlsd.hf_bridge import family_for
 from megatron_rlsd.parallel.groups import ParallelGroups
@@ -19,6 +19,7 @@ from megatron_rlsd.rollout.engine import TrainerEngine
 from megatron_rlsd.rollout.routes import RoutesShape, recording
 from megatron_rlsd.rollout.served import ServedEngine
 from megatron_rlsd.rollout.sglang import SGLangEngine, agreeing, giving_memory_back
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.weight_sync import Publisher, build_transport
 
 
@@ -73,12 +74,12 @@ def rollout_engine(
 
 
 def routes_shape(hf_config: dict[str, Any]) -> RoutesShape:
-    """Of what an engine records; ConfigError for a model without routed experts."""
+    """Of what an engine records; UserError for a model without routed experts."""
     family = family_for(hf_config)
     fields = family.transformer_config_fields(hf_config)
     experts = fields.get("num_moe_experts")
     if not experts:
-        raise ConfigError(
+        raise UserError(
             f"algorithm.routing_replay=rollout needs a model with routed experts; {family.name} "
             "has none"
         )

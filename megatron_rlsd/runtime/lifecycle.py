@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 EXIT_FAILED = 1
-EXIT_USER_ERROR = 2
 EXIT_LOST_RANK = 69
 """EX_UNAVAILABLE: another rank died or stalled; starting again resumes."""
 EXIT_PREEMPTED = 75

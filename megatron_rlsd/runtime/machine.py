@@ -11,15 +11,15 @@ import os
 import torch
 
 from megatron_rlsd.runtime import cpu
-from megatron_rlsd.runtime.megatron_versions import PlatformError, check_megatron_version
+from megatron_rlsd.runtime.megatron_versions import check_megatron_version
 
-__all__ = ["PlatformError", "collectives_backend", "device", "enable_megatron"]
+__all__ = ["collectives_backend", "device", "enable_megatron"]
 
 
 def enable_megatron() -> None:
     """Make ``import megatron.core`` work on this machine; call before the first such import.
 
-    Raises PlatformError when Megatron-Core is missing or outside the supported range.
+    Raises UserError when Megatron-Core is missing or outside the supported range.
     """
     check_megatron_version()
     if not torch.cuda.is_available():

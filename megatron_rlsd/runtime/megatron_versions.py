@@ -8,30 +8,24 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from megatron_rlsd.runtime.errors import UserError
+
 SUPPORTED = ((0, 16, 1), (0, 20, 0))
 """Lowest supported release, and the first one that is not."""
 
 
-class PlatformError(RuntimeError):
-    """The machine or its installed versions cannot run this program."""
-
-
 def check_megatron_version() -> tuple[int, ...]:
-    """The installed release, as (0, 16, 1). PlatformError when it is missing or not supported."""
+    """The installed release, as (0, 16, 1). UserError when it is missing or not supported."""
     low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
     try:
         installed = version("megatron-core")
     except PackageNotFoundError:
-        raise PlatformError(
-            f"megatron-core is not installed; expected >= {low}, < {high}"
-        ) from None
+        raise UserError(f"megatron-core is not installed; expected >= {low}, < {high}") from None
     release = tuple(
         int("".join(filter(str.isdigit, part)) or 0) for part in installed.split(".")[:3]
     )
     if not SUPPORTED[0] <= release < SUPPORTED[1]:
-        raise PlatformError(
-            f"megatron-core {installed} is not supported; expected >= {low}, < {high}"
-        )
+        raise UserError(f"megatron-core {installed} is not supported; expected >= {low}, < {high}")
     return release
 
 

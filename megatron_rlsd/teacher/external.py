@@ -10,10 +10,7 @@ import transformers
 from torch import Tensor
 
 from megatron_rlsd.ops import token_log_probs
-
-
-class ExternalTeacherError(ValueError):
-    """The teacher's model does not go with the student's."""
+from megatron_rlsd.runtime.errors import UserError
 
 
 class ExternalTeacher:
@@ -26,22 +23,22 @@ class ExternalTeacher:
     def __init__(
         self, hf_path: str, *, vocab_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Raises ExternalTeacherError where the folder or its vocabulary does not fit."""
+        """Raises UserError where the folder or its vocabulary does not fit."""
         if not (Path(hf_path) / "config.json").is_file():
-            raise ExternalTeacherError(f"teacher.hf_path={hf_path}: no config.json there")
+            raise UserError(f"teacher.hf_path={hf_path}: no config.json there")
         model = transformers.AutoModelForCausalLM.from_pretrained(
             hf_path, dtype=dtype, attn_implementation="sdpa"
         )
         found = model.config.vocab_size
         if found != vocab_size:
-            raise ExternalTeacherError(
+            raise UserError(
                 f"teacher.hf_path={hf_path} embeds {found} tokens and the student {vocab_size}: "
                 "on-policy distillation needs the same tokenizer"
             )
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
         if not self._has_plain_head():
-            raise ExternalTeacherError(
+            raise UserError(
                 f"teacher.hf_path={hf_path}: {type(model).__name__} does more to its logits than "
                 "one product with the head's weight (a cap, a scale, a bias), which is all that "
                 "the scoring of teachers does"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_rlsd.runtime.errors import UserError
 
-class WeightSyncError(RuntimeError):
+
+class WeightSyncError(UserError):
     """The servers did not get the weights that the trainer has; the message says where."""

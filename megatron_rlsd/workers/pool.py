@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Self
 
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.workers.jobs import Job, encode
 from megatron_rlsd.workers.process import WorkerProcess
 
@@ -45,8 +46,6 @@ class WorkerPool:
     """Run by the workers with ``python -m``; it calls ``serve``."""
     worker: ClassVar[str]
     """What messages call one of them, with its article."""
-    error: ClassVar[type[Exception]]
-    """Raised where the run cannot go on."""
 
     def __init__(
         self,
@@ -77,7 +76,7 @@ class WorkerPool:
     def wait_until_ready(self) -> None:
         """Wait until every worker has loaded what it needs.
 
-        Raises the pool's error, with the worker's traceback, where one cannot.
+        Raises UserError, with the worker's traceback, where one cannot.
         """
         with self._lock:
             self._start_missing_workers()
@@ -98,7 +97,7 @@ class WorkerPool:
     def _do(self, queues: Queues) -> None:
         """Every call of these jobs gets its outcome. One caller at a time; others wait.
 
-        Raises what an outcome raises, and the pool's error: a worker does not start; a problem's
+        Raises what an outcome raises, and UserError: a worker does not start; a problem's
         metadata is no JSON.
         """
         if not any(queues):
@@ -163,7 +162,7 @@ class WorkerPool:
                     try:
                         worker.give(job, self._timeout_seconds)
                     except (TypeError, ValueError) as error:
-                        raise self.error(
+                        raise UserError(
                             f"problem {job.problem.id!r} cannot be sent to {self.worker}, its "
                             f"metadata must be plain JSON data: {error}"
                         ) from error
@@ -215,7 +214,7 @@ class WorkerPool:
     ) -> None:
         if "fatal" in message:
             self._end(slot)
-            raise self.error(f"{self._load_failure}:\n{message['fatal']}")
+            raise UserError(f"{self._load_failure}:\n{message['fatal']}")
         if "ready" in message:
             self._failed_starts = 0
             worker.become_ready()
@@ -253,7 +252,7 @@ class WorkerPool:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
                 kind = self.worker.partition(" ")[2]
-                raise self.error(
+                raise UserError(
                     f"{self._failed_starts} {kind}s in a row did not start: {reason}\n"
                     f"{worker.last_words()}"
                 )

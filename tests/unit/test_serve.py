@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_rlsd.config import Config, ConfigError, SGLangConfig
+from megatron_rlsd.config import Config, SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.process import FREE_PORTS, free_port
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.serve import (
     Stopped,
     announced_urls,
@@ -47,20 +48,20 @@ def served(make_config: Callable[..., Config]) -> Callable[..., Config]:
 def test_what_is_no_server_configuration_is_refused(
     make_config: Callable[..., Config], served: Callable[..., Config], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.engine=embedded: only sglang has servers"):
+    with pytest.raises(UserError, match=r"rollout\.engine=embedded: only sglang has servers"):
         serve(make_config())
-    with pytest.raises(ConfigError, match=r"urls=\['http://n:1'\]: these servers run already"):
+    with pytest.raises(UserError, match=r"urls=\['http://n:1'\]: these servers run already"):
         serve(served(urls=["http://n:1"]))
     without = served()
     without.model.hf_path = str(tmp_path)
-    with pytest.raises(ConfigError, match=f"model.hf_path={tmp_path}: no config.json"):
+    with pytest.raises(UserError, match=f"model.hf_path={tmp_path}: no config.json"):
         serve(without)
 
 
 def test_more_gpus_than_the_node_has_are_refused(served: Callable[..., Config]) -> None:
     """On any machine: it would have to have ten thousand of them."""
     config = served(device="cuda", first_gpu=4, num_servers=2500, tensor_parallel=4)
-    with pytest.raises(ConfigError, match=r"first_gpu=4 \+ num_servers=2500 x .* = 10004 GPUs"):
+    with pytest.raises(UserError, match=r"first_gpu=4 \+ num_servers=2500 x .* = 10004 GPUs"):
         settings_to_serve(config)
 
 

@@ -5,7 +5,6 @@ Users' own are registered by a file under ``plugins`` of the configuration (docs
 
 from __future__ import annotations
 
-from megatron_rlsd.hf_bridge.errors import HFConfigError
 from megatron_rlsd.hf_bridge.families import (
     deepseek_v3,
     llama,
@@ -16,6 +15,7 @@ from megatron_rlsd.hf_bridge.families import (
     qwen3_moe,
 )
 from megatron_rlsd.hf_bridge.family import Family, HFConfig
+from megatron_rlsd.runtime.errors import UserError
 
 __all__ = ["FAMILIES", "Family", "family_for", "register_family"]
 
@@ -33,24 +33,24 @@ FAMILIES: list[Family] = [
 def register_family(family: Family) -> Family:
     """Make a family known by its architectures.
 
-    Raises HFConfigError where one of them, or the name, belongs to another family.
+    Raises UserError where one of them, or the name, belongs to another family.
     """
     for other in FAMILIES:
         shared = set(family.architectures).intersection(other.architectures)
         if family.name == other.name or shared:
             what = ", ".join(sorted(shared)) or f"the name {family.name}"
-            raise HFConfigError(f"{what} belongs to the registered family {other.name} already")
+            raise UserError(f"{what} belongs to the registered family {other.name} already")
     FAMILIES.append(family)
     return family
 
 
 def family_for(hf_config: HFConfig) -> Family:
-    """The family that ``architectures`` names. Raises HFConfigError listing the known ones."""
+    """The family that ``architectures`` names. Raises UserError listing the known ones."""
     known = {name: family for family in FAMILIES for name in family.architectures}
     named = hf_config.get("architectures") or []
     if len(named) == 1 and named[0] in known:
         return known[named[0]]
-    raise HFConfigError(
+    raise UserError(
         f"config.json has architectures={named!r}, expected one of: {', '.join(sorted(known))}; "
         "a table of your own is named under plugins (docs/extending.md)"
     )

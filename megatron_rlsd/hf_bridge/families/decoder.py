@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_rlsd.hf_bridge.config_table import HFConfig
-from megatron_rlsd.hf_bridge.errors import HFConfigError
 from megatron_rlsd.hf_bridge.family import ParameterRow
 from megatron_rlsd.hf_bridge.mappings import (
     FusedGateUp,
@@ -14,6 +13,7 @@ from megatron_rlsd.hf_bridge.mappings import (
     RowParallel,
     VocabParallel,
 )
+from megatron_rlsd.runtime.errors import UserError
 
 REQUIRED = {
     "num_hidden_layers": "num_layers",
@@ -104,7 +104,7 @@ def head_dim(hf_config: HFConfig) -> int:
     """Channels of a head where ``head_dim`` is absent."""
     hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
     if hidden % heads:
-        raise HFConfigError(
+        raise UserError(
             f"head_dim is missing and hidden_size={hidden} is no multiple of "
             f"num_attention_heads={heads}"
         )

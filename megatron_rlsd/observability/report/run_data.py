@@ -13,6 +13,7 @@ from megatron_rlsd.observability.metrics_file import read_metrics
 from megatron_rlsd.observability.report.phases import phase_data, trace_data
 from megatron_rlsd.observability.report.reduce import evenly, keep_extremes, shorter
 from megatron_rlsd.observability.samples import read_samples, sample_files
+from megatron_rlsd.runtime.errors import UserError
 
 SAMPLE_FIELDS = (
     "problem_id",
@@ -52,7 +53,7 @@ def run_data(run_dir: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        raise ValueError(f"{run_dir} is no run folder: it has no metrics.jsonl")
+        raise UserError(f"{run_dir} is no run folder: it has no metrics.jsonl")
     records = read_metrics(metrics)
     settings = _settings(run_dir / "config.yaml")
     return {
@@ -130,4 +131,4 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         names = ["/".join(path.parts[-count:]) for path in resolved]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"the same run is named twice: {', '.join(map(str, paths))}")
+    raise UserError(f"the same run is named twice: {', '.join(map(str, paths))}")

@@ -16,7 +16,7 @@ import torch
 
 from megatron_rlsd.actor import engine_attention
 from megatron_rlsd.actor.engine_attention import SWITCH, require_fused_attention
-from megatron_rlsd.runtime.machine import PlatformError
+from megatron_rlsd.runtime.errors import UserError
 
 from megatron.core.transformer.transformer_config import (  # isort: skip
     MLATransformerConfig,
@@ -91,7 +91,7 @@ def test_whole_matrices_of_scores_are_refused_with_the_libraries(engine, tmp_pat
     monkeypatch.setattr(engine_attention, "MAPPED_FILES", maps)
     sys.modules["transformer_engine.pytorch"].DotProductAttention.fused = False
     with pytest.raises(
-        PlatformError,
+        UserError,
         match=r"no fused attention .*4 heads: No dot product.*in this process: "
         r"/site/nvidia/cudnn/lib/libcudnn.so.9, /usr/lib/libcudnn.so.9.14.0\. Let CUDNN_PATH",
     ):

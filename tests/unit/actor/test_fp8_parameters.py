@@ -21,13 +21,13 @@ from megatron_rlsd.actor import actor as actor_module
 from megatron_rlsd.actor.actor import Actor, TokenValues
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
-from megatron_rlsd.checkpoint.manifest import CheckpointError
 from megatron_rlsd.checkpoint.optimizer_state import optimizer_shards
 from megatron_rlsd.checkpoint.settings import check_settings
 from megatron_rlsd.checkpoint.start import Start
 from megatron_rlsd.config import Config, TeacherConfig, parse_config
 from megatron_rlsd.hf_bridge.quantized import is_quantized, set_values, values
 from megatron_rlsd.ops import PolicyLossConfig
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.teacher import Teacher
 from tests.actors import actor_of
 from tests.distributed.ranks import next_world, run_on_ranks
@@ -100,7 +100,7 @@ def test_a_resume_may_round_weights_but_not_begin_with_rounded_ones() -> None:
     before_the_key = {"model": {"precision": {}}, "teacher": {}, "train": {}}
     assert len(check_settings(stored[False], stored[True], "here")) == 1
     assert len(check_settings(before_the_key, stored[True], "here")) == 1
-    with pytest.raises(CheckpointError, match="its weights are rounded to 8 bits"):
+    with pytest.raises(UserError, match="its weights are rounded to 8 bits"):
         check_settings(stored[True], stored[False], "here")
 
 

@@ -13,7 +13,6 @@ from megatron_rlsd.actor.model import dispatcher_fields, fusion_fields
 from megatron_rlsd.actor.precision import check_fp8, layer_kind, precision_fields
 from megatron_rlsd.config import (
     Config,
-    ConfigError,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -23,7 +22,7 @@ from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes, saved_bytes
 from megatron_rlsd.parallel.layout import LayoutError, model_shape
 from megatron_rlsd.parallel.memory import layer_products
-from megatron_rlsd.runtime.machine import PlatformError
+from megatron_rlsd.runtime.errors import UserError
 from tests.unit.tiny_hf import MODELS, save_tiny
 
 CPU = torch.device("cpu")
@@ -33,9 +32,9 @@ BFLOAT16 = {"dtype": "bfloat16"}
 def test_on_a_cpu_the_layers_are_local_unless_that_is_refused() -> None:
     assert layer_kind(PrecisionConfig(), CPU) == "local"
     assert layer_kind(PrecisionConfig(layers="local"), CPU) == "local"
-    with pytest.raises(PlatformError, match=r"layers=transformer_engine: .*needs a CUDA device"):
+    with pytest.raises(UserError, match=r"layers=transformer_engine: .*needs a CUDA device"):
         layer_kind(PrecisionConfig(layers="transformer_engine"), CPU)
-    with pytest.raises(PlatformError, match=r"precision.fp8=current: .*needs a CUDA device"):
+    with pytest.raises(UserError, match=r"precision.fp8=current: .*needs a CUDA device"):
         layer_kind(PrecisionConfig(fp8="current"), CPU)
 
 
@@ -50,7 +49,7 @@ def test_on_a_cpu_the_layers_are_local_unless_that_is_refused() -> None:
     ],
 )
 def test_what_a_device_or_a_release_lacks_is_named(fp8, capability, engine, message) -> None:
-    with pytest.raises(PlatformError, match=message):
+    with pytest.raises(UserError, match=message):
         check_fp8(PrecisionConfig(fp8=fp8), capability, engine, "13.0")
 
 
@@ -62,7 +61,7 @@ def test_hopper_has_all_but_mxfp8() -> None:
 
 @pytest.mark.parametrize("cuda", ["12.8", "12.1", None])
 def test_scales_of_blocks_need_a_cuda_that_has_them(cuda: str | None) -> None:
-    with pytest.raises(PlatformError, match=f"CUDA >= 12.9, .*built with {cuda}"):
+    with pytest.raises(UserError, match=f"CUDA >= 12.9, .*built with {cuda}"):
         check_fp8(PrecisionConfig(fp8="blockwise"), (9, 0), "2.15.0", cuda)
     check_fp8(PrecisionConfig(fp8="current"), (9, 0), "2.15.0", cuda)
     check_fp8(PrecisionConfig(fp8="blockwise"), (9, 0), "2.15.0", "12.9")
@@ -99,7 +98,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, message) -> N
 def test_8_bit_products_need_bfloat16_weights(make_config: Callable[..., Config]) -> None:
     raw = make_config().model_dump(mode="json")
     raw["model"]["precision"] = {"fp8": "current"}
-    with pytest.raises(ConfigError, match="needs dtype=bfloat16, got dtype=float32"):
+    with pytest.raises(UserError, match="needs dtype=bfloat16, got dtype=float32"):
         parse_config(raw)
 
 
@@ -159,12 +158,12 @@ def test_parameters_in_8_bits_need_the_distributed_optimizer(
 ) -> None:
     raw = make_config().model_dump(mode="json")
     raw["model"] |= {**BFLOAT16, "precision": {"fp8": "blockwise", "fp8_parameters": True}}
-    with pytest.raises(ConfigError, match=r"fp8_parameters=true needs optimizer.distributed=true"):
+    with pytest.raises(UserError, match=r"fp8_parameters=true needs optimizer.distributed=true"):
         parse_config(raw)
     raw["optimizer"] = {"distributed": True}
     assert parse_config(raw).model.precision.fp8_parameters
     raw["optimizer"] |= {"overlap_grad_reduce": True, "overlap_param_gather": True}
-    with pytest.raises(ConfigError, match=r"does not go with optimizer.overlap_param_gather=true"):
+    with pytest.raises(UserError, match=r"does not go with optimizer.overlap_param_gather=true"):
         parse_config(raw)
 
 
@@ -173,10 +172,10 @@ def test_parameters_in_8_bits_need_a_release_and_powers_of_two(
 ) -> None:
     precision = PrecisionConfig(fp8="blockwise", fp8_parameters=True)
     check_fp8(precision, (9, 0), "2.8.0", "13.0")
-    with pytest.raises(PlatformError, match=r"transformer-engine >= 2\.8, found 2\.7\.1"):
+    with pytest.raises(UserError, match=r"transformer-engine >= 2\.8, found 2\.7\.1"):
         check_fp8(precision, (9, 0), "2.7.1", "13.0")
     monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
-    with pytest.raises(PlatformError, match="SCALES unset or 0: with scales that are no powers"):
+    with pytest.raises(UserError, match="SCALES unset or 0: with scales that are no powers"):
         check_fp8(precision, (9, 0), "2.8.0", "13.0")
 
 
@@ -230,7 +229,7 @@ def test_deepep_is_refused_by_name_where_it_is_missing() -> None:
     assert dispatcher_fields(ParallelConfig()) == {"moe_token_dispatcher_type": "alltoall"}
     with pytest.raises(ValueError, match="dispatcher=deepep needs expert > 1"):
         ParallelConfig(dispatcher="deepep")
-    with pytest.raises(PlatformError, match="dispatcher=deepep: the package deep_ep is not"):
+    with pytest.raises(UserError, match="dispatcher=deepep: the package deep_ep is not"):
         dispatcher_fields(ParallelConfig(expert=2, dispatcher="deepep"))
 
 

@@ -24,11 +24,11 @@ from megatron_rlsd.actor.userbuffers import (
     overlap_fields,
     quantization_modes,
 )
-from megatron_rlsd.config import Config, ConfigError, PrecisionConfig, parse_config
+from megatron_rlsd.config import Config, PrecisionConfig, parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.layout import LayoutError, model_shape
-from megatron_rlsd.runtime.machine import PlatformError
+from megatron_rlsd.runtime.errors import UserError
 from tests.actors import actor_of
 from tests.distributed.ranks import next_world, run_on_ranks
 from tests.models import save_random_model
@@ -66,7 +66,7 @@ def overlapping(
 def test_what_userbuffers_do_not_serve_is_refused(
     make_config: Callable[..., Config], model, parallel, tokens, message
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         overlapping(make_config, model, parallel, tokens)
 
 
@@ -75,7 +75,7 @@ def test_without_a_hint_a_micro_batch_need_not_hold_one(
 ) -> None:
     raw = overlapping(make_config, {}, SPLIT, 4096).model_dump(mode="json")
     raw["train"]["max_tokens_per_microbatch"] = 1536
-    with pytest.raises(ConfigError, match="1792"):
+    with pytest.raises(UserError, match="1792"):
         parse_config(raw)
     raw["teacher"]["hint"] = "none"
     assert parse_config(raw).fixed_pack_length == 1536
@@ -120,7 +120,7 @@ def test_models_and_ranks_that_it_cannot_serve_are_named(
     hf_config = load_hf_config(path)
     shape = model_shape(family_for(hf_config), hf_config)
     check_overlap(shape, "transformer_engine", [4, 5])
-    with pytest.raises(PlatformError, match="need a CUDA device"):
+    with pytest.raises(UserError, match="need a CUDA device"):
         check_overlap(shape, "local", [4, 5])
     with pytest.raises(LayoutError, match=r"takes ranks 4 to 5 .* which is \[5, 6\]"):
         check_overlap(shape, "transformer_engine", [5, 6])

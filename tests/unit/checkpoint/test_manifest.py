@@ -6,14 +6,9 @@ import json
 
 import pytest
 
-from megatron_rlsd.checkpoint.manifest import (
-    CheckpointError,
-    Manifest,
-    last_whole,
-    read_manifest,
-    write_manifest,
-)
+from megatron_rlsd.checkpoint.manifest import Manifest, last_whole, read_manifest, write_manifest
 from megatron_rlsd.runtime.durable import atomic_folder, clean_up, remove
+from megatron_rlsd.runtime.errors import UserError
 
 
 def checkpoint(folder, step, content=b"0123456789"):
@@ -40,10 +35,10 @@ def test_an_error_leaves_nothing_and_keeps_the_older_folder(tmp_path):
 def test_a_file_cut_short_or_missing_is_named(tmp_path):
     folder = checkpoint(tmp_path / "a", 1)
     (folder / "shard").write_bytes(b"0123")
-    with pytest.raises(CheckpointError, match="shard has 4 bytes, expected 10"):
+    with pytest.raises(UserError, match="shard has 4 bytes, expected 10"):
         read_manifest(folder)
     (folder / "shard").unlink()
-    with pytest.raises(CheckpointError, match="shard is missing"):
+    with pytest.raises(UserError, match="shard is missing"):
         read_manifest(folder)
 
 
@@ -59,7 +54,7 @@ def test_a_file_cut_short_or_missing_is_named(tmp_path):
 def test_a_manifest_of_another_kind_is_refused(tmp_path, change, message):
     path = checkpoint(tmp_path / "a", 1) / "checkpoint.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(UserError, match=message):
         read_manifest(tmp_path / "a")
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlsd.checkpoint.manifest import CheckpointError, Manifest, write_manifest
+from megatron_rlsd.checkpoint.manifest import Manifest, write_manifest
 from megatron_rlsd.checkpoint.start import STATE_NAME, choose_start
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.runtime.durable import atomic_folder
+from megatron_rlsd.runtime.errors import UserError
 
 
 def save(config, folder: Path, step: int, *, kind="training", program="train", **hf):
@@ -62,14 +63,14 @@ def test_settings_that_cannot_change_are_named(make_config, change):
     save(config, own(config, 2), 2)
     ((section, keys),) = change.items()
     ((key, value),) = keys.items()
-    with pytest.raises(CheckpointError, match=rf"{section}\.{key}: .* {value!r} configured"):
+    with pytest.raises(UserError, match=rf"{section}\.{key}: .* {value!r} configured"):
         start_of(make_config(**change))
 
 
 def test_another_model_is_refused_by_the_key_that_differs(make_config):
     config = make_config()
     save(config, own(config, 2), 2, hidden_size=48, transformers_version="0")
-    with pytest.raises(CheckpointError, match="hidden_size: 48 in the checkpoint, 32") as error:
+    with pytest.raises(UserError, match="hidden_size: 48 in the checkpoint, 32") as error:
         start_of(config)
     assert "transformers_version" not in str(error.value)
 
@@ -89,7 +90,7 @@ def test_a_given_checkpoint_is_where_a_run_starts_but_its_own_come_first(make_co
     assert (start.folder, start.step, start.continues) == (str(other), 7, False)
     save(config, own(config, 9), 9)  # written since: a requeued job must not begin anew
     assert (start_of(config).step, start_of(config).continues) == (9, True)
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         start_of(make_config(train={"resume": str(tmp_path / "missing")}))
 
 
@@ -109,5 +110,5 @@ def test_of_weights_and_of_another_programs_checkpoint_the_weights_are_taken(mak
         assert (start.folder, start.kind, start.step) == (str(folder), "weights", 0)
     config = make_config(run_dir=make_config().run_dir + "_sft")
     save(config, own(config, 30), 30, program="sft")
-    with pytest.raises(CheckpointError, match="holds checkpoints of sft, not of train"):
+    with pytest.raises(UserError, match="holds checkpoints of sft, not of train"):
         start_of(config)

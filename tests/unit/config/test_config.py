@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from megatron_rlsd.config import ConfigError, dump_config, load_config
+from megatron_rlsd.config import dump_config, load_config
+from megatron_rlsd.runtime.errors import UserError
 
 VALID = {
     "run_dir": "runs/x",
@@ -67,37 +68,37 @@ def test_a_dumped_config_reads_back_equal(write, tmp_path):
     ],
 )
 def test_mistakes_are_named_with_what_was_expected(write, override, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         load_config(write(), [override])
 
 
 def test_every_mistake_is_listed_at_once(write):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_config(write(model={"hf_paht": "x"}, train={"steps": "many"}))
     for key in ("model.hf_path", "model.hf_paht", "train.steps"):
         assert key in str(error.value)
 
 
 def test_missing_files_and_bad_yaml(tmp_path):
-    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
+    with pytest.raises(UserError, match=r"absent\.yaml does not exist"):
         load_config(tmp_path / "absent.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1, 2")
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    with pytest.raises(UserError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(ConfigError, match="mapping of config sections, got list"):
+    with pytest.raises(UserError, match="mapping of config sections, got list"):
         load_config(tmp_path / "list.yaml")
 
 
 @pytest.mark.parametrize("override", ["rollout.top_p=0.9", "rollout.top_k=50"])
 def test_truncated_sampling_is_refused_with_the_reason(write, override):
-    with pytest.raises(ConfigError, match=r"rollout: .*top_p=1 and top_k=0.*full softmax"):
+    with pytest.raises(UserError, match=r"rollout: .*top_p=1 and top_k=0.*full softmax"):
         load_config(write(), [override])
 
 
 def test_servers_must_be_given_up_before_the_other_ranks_give_up_rank_zero(write):
     overrides = ["rollout.engine=sglang", "rollout.sglang.generate_timeout_seconds=1800"]
-    with pytest.raises(ConfigError, match=r"generate_timeout_seconds=1800 must be below distr"):
+    with pytest.raises(UserError, match=r"generate_timeout_seconds=1800 must be below distr"):
         load_config(write(), overrides)
     load_config(write(), [*overrides, "distributed.timeout_seconds=1900"])
     load_config(write(), overrides[1:])
@@ -115,13 +116,13 @@ def test_servers_must_be_given_up_before_the_other_ranks_give_up_rank_zero(write
 def test_colocated_servers_need_an_arrangement_that_can_take_turns(write, overrides, message):
     colocated = ["rollout.engine=sglang", "rollout.colocated=true", "weight_sync.transport=ipc"]
     load_config(write(), colocated)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         load_config(write(), [*colocated, *overrides])
 
 
 def test_routes_are_not_replayed_where_no_engine_sampled_the_response(write):
     overrides = ["algorithm.routing_replay=rollout", "algorithm.name=sft"]
-    with pytest.raises(ConfigError, match=r"routing_replay=rollout has nothing to replay with"):
+    with pytest.raises(UserError, match=r"routing_replay=rollout has nothing to replay with"):
         load_config(write(), [*overrides, "rollout.n_samples_per_prompt=1"])
-    with pytest.raises(ConfigError, match=r"routing_replay=rollout: the environment's tokens"):
+    with pytest.raises(UserError, match=r"routing_replay=rollout: the environment's tokens"):
         load_config(write(), [overrides[0], "environment.name=guessing"])

@@ -7,13 +7,13 @@ import pytest
 from megatron_rlsd.config import (
     AlgorithmConfig,
     Config,
-    ConfigError,
     TeacherConfig,
     dump_config,
     load_config,
     parse_config,
 )
 from megatron_rlsd.config.variants import VARIANTS
+from megatron_rlsd.runtime.errors import UserError
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "examples/configs/algorithms"
@@ -96,19 +96,19 @@ def test_a_dumped_config_reads_back_equal(name, tmp_path):
     ],
 )
 def test_contradictions_are_named_with_the_reason(algorithm, teacher, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         parse(algorithm, teacher=teacher)
 
 
 def test_a_served_teacher_scores_at_temperature_one():
     served = {"sglang": {"url": "http://node7:30000"}}
     parse({"name": "opd"}, teacher=served)
-    with pytest.raises(ConfigError, match=r"needs rollout.temperature=1, not 0.7: SGLang"):
+    with pytest.raises(UserError, match=r"needs rollout.temperature=1, not 0.7: SGLang"):
         parse({"name": "opd"}, teacher=served, rollout={"temperature": 0.7})
 
 
 def test_one_sample_is_nothing_to_compare_with():
-    with pytest.raises(ConfigError, match="nothing to compare a response with"):
+    with pytest.raises(UserError, match="nothing to compare a response with"):
         parse({"name": "grpo"}, rollout={"n_samples_per_prompt": 1})
     parse({"name": "opsd"}, rollout={"n_samples_per_prompt": 1})
 

@@ -25,9 +25,6 @@ from transformers import AutoModelForCausalLM
 from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
 from megatron_rlsd.hf_bridge import (
-    HFBridgeError,
-    HFCheckpointError,
-    HFConfigError,
     SafetensorsFolder,
     Weights,
     family_for,
@@ -35,6 +32,7 @@ from megatron_rlsd.hf_bridge import (
     load_hf_weights,
     tensor_hash,
 )
+from megatron_rlsd.runtime.errors import UserError
 from tests.unit import tiny_hf
 
 LAYOUTS = {
@@ -177,7 +175,7 @@ def test_number_too_large_for_the_dtype_is_named(
         tensors[name][3, 5] = 1e6
 
     source = changed(tiny_folders["llama_tied_mqa"], tmp_path / "source", grow)
-    with pytest.raises(HFCheckpointError, match=f"{name} holds 1e.06, which torch.float16"):
+    with pytest.raises(UserError, match=f"{name} holds 1e.06, which torch.float16"):
         to_megatron(source, tmp_path / "out", Sizes(), dtype=torch.float16)
     assert visible(tmp_path) == {"source"}
     to_megatron(source, tmp_path / "out", Sizes(), dtype=torch.bfloat16)
@@ -286,7 +284,7 @@ def test_two_conversions_into_one_folder(tiny_folders: dict[str, Path], tmp_path
     source = tiny_folders["llama_tied_mqa"]
 
     def meanwhile(done: int, total: int) -> None:
-        with pytest.raises(HFBridgeError, match="another conversion is writing"):
+        with pytest.raises(UserError, match="another conversion is writing"):
             to_megatron(source, tmp_path / "out", Sizes())
 
     to_megatron(source, tmp_path / "out", Sizes(), progress=meanwhile)
@@ -298,13 +296,13 @@ def test_what_is_in_the_way(
 ) -> None:
     source = tiny_folders["llama_tied_mqa"]
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(HFBridgeError, match="left alone"):
+    with pytest.raises(UserError, match="left alone"):
         to_megatron(source, tmp_path, Sizes())
-    with pytest.raises(HFBridgeError, match="is the source folder"):
+    with pytest.raises(UserError, match="is the source folder"):
         to_megatron(source, source, Sizes())
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(HFBridgeError, match=r"needs 0\.00 GB and .* has 0\.00 GB free"):
+    with pytest.raises(UserError, match=r"needs 0\.00 GB and .* has 0\.00 GB free"):
         to_megatron(source, tmp_path / "out", Sizes())
     assert visible(tmp_path) == {"thesis.txt"}
 
@@ -321,7 +319,7 @@ def test_what_is_in_the_way(
 def test_sizes_that_do_not_divide_the_model(
     tiny_folders: dict[str, Path], tmp_path: Path, name: str, sizes: Sizes, message: str
 ) -> None:
-    with pytest.raises(HFConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         to_megatron(tiny_folders[name], tmp_path / "out", sizes)
     assert visible(tmp_path) == set()
 
@@ -336,7 +334,7 @@ def pickled_copy(source: Path, out: Path, content: Any = None) -> Path:
 def test_pickled_weights_only_where_allowed(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     source = tiny_folders["qwen3_tied_gqa"]
     folder = pickled_copy(source, tmp_path / "pickled")
-    with pytest.raises(HFCheckpointError, match=r"pytorch_model\.bin.*--allow-pickle"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin.*--allow-pickle"):
         to_megatron(folder, tmp_path / "out", Sizes())
     to_megatron(folder, tmp_path / "out", Sizes(tensor=2), allow_pickle=True)
     assert hashes(MegatronWeights(tmp_path / "out")) == hashes(SafetensorsFolder(source))
@@ -355,12 +353,12 @@ def test_pickles_never_run_code(
     monkeypatch.setenv("HARM", str(tmp_path / "harm"))
     source = tiny_folders["qwen3_tied_gqa"]
     folder = pickled_copy(source, tmp_path / "pickled", {"a": Harmful()})
-    with pytest.raises(HFCheckpointError, match=r"pytorch_model\.bin holds more than tensors"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin holds more than tensors"):
         to_megatron(folder, tmp_path / "out", Sizes(), allow_pickle=True)
     to_megatron(source, tmp_path / "out", Sizes())
     with open(tmp_path / "out" / ".metadata", "wb") as file:
         pickle.dump(Harmful(), file)
-    with pytest.raises(HFCheckpointError, match=r"must not refer to posix\.mkdir"):
+    with pytest.raises(UserError, match=r"must not refer to posix\.mkdir"):
         to_hf(tmp_path / "out", tmp_path / "hf")
     assert visible(tmp_path) == {"pickled", "out"}
 
@@ -385,7 +383,7 @@ def test_tokenizer_that_does_not_fit_the_embedding(
     (source / file).write_text(json.dumps(fitting))
     to_megatron(source, tmp_path / "out", Sizes())
     (source / file).write_text(json.dumps(content))
-    with pytest.raises(HFCheckpointError, match=rf"embedding of 157 rows: {file}.*157"):
+    with pytest.raises(UserError, match=rf"embedding of 157 rows: {file}.*157"):
         to_megatron(source, tmp_path / "out2", Sizes())
     assert visible(tmp_path) == {"source", "out"}
 
@@ -417,7 +415,7 @@ def test_damaged_megatron_checkpoint(
 ) -> None:
     to_megatron(tiny_folders["llama_tied_mqa"], tmp_path / "megatron", Sizes())
     damage(tmp_path / "megatron")
-    with pytest.raises(HFCheckpointError, match=message):
+    with pytest.raises(UserError, match=message):
         to_hf(tmp_path / "megatron", tmp_path / "hf")
     assert visible(tmp_path) == {"megatron"}
 
@@ -428,7 +426,7 @@ def test_config_of_another_model_beside_a_megatron_checkpoint(
     to_megatron(tiny_folders["llama_tied_mqa"], tmp_path / "megatron", Sizes())
     config = tiny_folders["qwen3_untied_mqa"] / "config.json"
     shutil.copyfile(config, tmp_path / "megatron" / "hf" / "config.json")
-    with pytest.raises(HFCheckpointError) as raised:
+    with pytest.raises(UserError) as raised:
         to_hf(tmp_path / "megatron", tmp_path / "hf")
     for part in ("missing", "decoder.layers.self_attention.q_layernorm.weight", "output_layer"):
         assert part in str(raised.value)

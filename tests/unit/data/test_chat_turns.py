@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rlsd.config import TokenizerConfig
-from megatron_rlsd.data import ChatTurns, Tokenizer, TokenizerError, load_tokenizer
+from megatron_rlsd.data import ChatTurns, Tokenizer, load_tokenizer
+from megatron_rlsd.runtime.errors import UserError
 
 TOOL_HIDDEN = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>"
@@ -53,9 +54,9 @@ def test_a_model_that_ends_with_another_stop_token_still_gets_the_templates(hf_f
 
 def test_a_role_that_the_template_hides_or_refuses_is_named(hf_folder):
     hiding = load_tokenizer(TokenizerConfig(chat_template=TOOL_HIDDEN), hf_folder)
-    with pytest.raises(TokenizerError, match="does not show messages of role 'tool'"):
+    with pytest.raises(UserError, match="does not show messages of role 'tool'"):
         ChatTurns(hiding, "tool")
     refusing = "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     template = load_tokenizer(TokenizerConfig(chat_template=refusing + THINKING), hf_folder)
-    with pytest.raises(TokenizerError, match=r"refuses messages of roles.*'tool'.*no tools"):
+    with pytest.raises(UserError, match=r"refuses messages of roles.*'tool'.*no tools"):
         ChatTurns(template, "tool")

@@ -13,7 +13,6 @@ from examples.experiments.scripted_play import play
 from megatron_rlsd.config import JsonlSource, TokenizerConfig, load_config
 from megatron_rlsd.data import (
     Conversations,
-    DataError,
     PromptBuilder,
     Tokenizer,
     build_sources,
@@ -23,6 +22,7 @@ from megatron_rlsd.data import (
 from megatron_rlsd.data.jsonl import JsonlProblems
 from megatron_rlsd.environments import EnvironmentPool
 from megatron_rlsd.experience.episodes import Episodes
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest, Problem, SamplingParams
 from tests.environment_runs import CONFIGS, NAMES
 from tests.unit.data.test_chat_turns import THINKING
@@ -135,7 +135,7 @@ def test_what_no_episode_could_hold_is_named(small_tokenizer, tmp_path, override
     ids, mask = Conversations(roomy, small_tokenizer).target(conversation)
     assert 0 < sum(mask) < len(ids)
     config = load_config(path, ["environment.max_turn_tokens=30", *overrides])
-    with pytest.raises(DataError, match=rf"play\.jsonl:1: {expected}"):
+    with pytest.raises(UserError, match=rf"play\.jsonl:1: {expected}"):
         Conversations(config, small_tokenizer).target(conversation)
 
 
@@ -155,5 +155,5 @@ def test_without_an_environment_any_role_may_answer(small_tokenizer, tmp_path):
 def test_a_conversation_is_nothing_to_be_solved(tmp_path):
     written(tmp_path, said("#### 5"))
     source = JsonlSource(kind="jsonl", path=str(tmp_path / "play.jsonl"))
-    with pytest.raises(DataError, match=r"play\.jsonl:1 ends with the assistant's turn.*sft only"):
+    with pytest.raises(UserError, match=r"play\.jsonl:1 ends with the assistant's turn.*sft only"):
         evaluation_problems(source, 1)

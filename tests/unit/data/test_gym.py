@@ -13,8 +13,8 @@ from reasoning_gym import create_dataset, get_score_answer_fn
 from reasoning_gym.factory import DATASETS
 
 from megatron_rlsd.config import ReasoningGymSource
-from megatron_rlsd.data import DataError
 from megatron_rlsd.data.gym import HASH_ORDER_TASKS, GymProblems
+from megatron_rlsd.runtime.errors import UserError
 
 NEEDS_TUPLES = ("arc_agi", "rearc")
 NO_REFERENCE_ANSWER = ("boxnet", "rush_hour")
@@ -102,19 +102,19 @@ def test_nothing_is_generated_ahead() -> None:
 
 
 def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="'chain_sums'; did you mean chain_sum"):
+    with pytest.raises(UserError, match="'chain_sums'; did you mean chain_sum"):
         problems_of("chain_sums")
-    with pytest.raises(DataError, match=r"chain_sum.*max_trems"):
+    with pytest.raises(UserError, match=r"chain_sum.*max_trems"):
         problems_of("chain_sum", params={"max_trems": 3})
-    with pytest.raises(DataError, match=r"chain_sum.*max_terms must be >= min_terms"):
+    with pytest.raises(UserError, match=r"chain_sum.*max_terms must be >= min_terms"):
         problems_of("chain_sum", params={"min_terms": 5, "max_terms": 3})
-    with pytest.raises(DataError, match="seed must stand beside params"):
+    with pytest.raises(UserError, match="seed must stand beside params"):
         problems_of("chain_sum", params={"seed": 3})
     for refused in REFUSED:
-        with pytest.raises(DataError, match=f"'{refused}' is not supported"):
+        with pytest.raises(UserError, match=f"'{refused}' is not supported"):
             problems_of(refused)
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    with pytest.raises(DataError, match=r"word_ladder.*size 100000"):
+    with pytest.raises(UserError, match=r"word_ladder.*size 100000"):
         problems_of("word_ladder")
 
 
@@ -123,12 +123,12 @@ def test_items_that_differ_between_processes_need_a_hash_seed(
     task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    with pytest.raises(DataError, match="PYTHONHASHSEED=0"):
+    with pytest.raises(UserError, match="PYTHONHASHSEED=0"):
         problems_of(task, size=40)
 
 
 def test_arithmetic_with_wrong_answers_is_refused() -> None:
-    with pytest.raises(DataError, match="allow_parentheses"):
+    with pytest.raises(UserError, match="allow_parentheses"):
         problems_of("basic_arithmetic", params={"allow_parentheses": False})
     harmless = {"allow_parentheses": False, "operators": ["+", "-"]}
     assert problems_of("basic_arithmetic", params=harmless)[3].reference_solution

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rlsd.config import JsonlSource
-from megatron_rlsd.data import DataError
 from megatron_rlsd.data.jsonl import JsonlProblems
+from megatron_rlsd.runtime.errors import UserError
 
 GOOD = {"prompt": "1 + 1?", "answer": "2"}
 
@@ -129,7 +129,7 @@ def test_answers_become_text(tmp_path: Path, answer: object, text: str) -> None:
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: object, expected: str) -> None:
-    with pytest.raises(DataError, match=rf"train\.jsonl:3: .*{expected}"):
+    with pytest.raises(UserError, match=rf"train\.jsonl:3: .*{expected}"):
         open_lines(tmp_path, GOOD, "", line, GOOD)
 
 
@@ -147,26 +147,26 @@ def test_malformed_lines_can_be_skipped(tmp_path: Path) -> None:
 
 
 def test_a_second_use_of_an_id_is_malformed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r":2: id 'a' is taken"):
+    with pytest.raises(UserError, match=r":2: id 'a' is taken"):
         open_lines(tmp_path, {**GOOD, "id": "a"}, {**GOOD, "id": "a"})
 
 
 @pytest.mark.parametrize("on_malformed", ["stop", "skip"])
 def test_a_file_without_problems_is_refused(tmp_path: Path, on_malformed: str) -> None:
-    with pytest.raises(DataError, match="holds no problem: it is empty"):
+    with pytest.raises(UserError, match="holds no problem: it is empty"):
         open_lines(tmp_path, "", "  ", on_malformed=on_malformed)
     missing = JsonlSource(kind="jsonl", path=str(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
         JsonlProblems(missing)
 
 
 def test_a_file_of_malformed_lines_is_refused_even_when_skipping(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"all 2 lines are malformed(.|\n)*train\.jsonl:1"):
+    with pytest.raises(UserError, match=r"all 2 lines are malformed(.|\n)*train\.jsonl:1"):
         open_lines(tmp_path, "x", "y", on_malformed="skip")
 
 
 def test_a_file_changed_while_in_use_is_noticed(tmp_path: Path) -> None:
     problems = open_lines(tmp_path, GOOD, GOOD)
     (tmp_path / "train.jsonl").write_text("short")
-    with pytest.raises(DataError, match=r"train\.jsonl:2: the file was changed"):
+    with pytest.raises(UserError, match=r"train\.jsonl:2: the file was changed"):
         problems[1]

@@ -9,13 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_rlsd.config import PromptConfig, TeacherConfig, TokenizerConfig
-from megatron_rlsd.data import (
-    DataError,
-    PromptBuilder,
-    PromptTooLong,
-    SentencePieceTokenizer,
-    load_tokenizer,
-)
+from megatron_rlsd.data import PromptBuilder, PromptTooLong, SentencePieceTokenizer, load_tokenizer
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
 PROBLEM = Problem(
@@ -197,7 +192,7 @@ def test_the_supervised_target_ends_its_turn(small_tokenizer: SentencePieceToken
 
 def test_a_target_without_its_solution_is_refused(small_tokenizer: SentencePieceTokenizer) -> None:
     unsolved = replace(PROBLEM, reference_solution=None)
-    with pytest.raises(DataError, match=r"p/1 has no reference_solution"):
+    with pytest.raises(UserError, match=r"p/1 has no reference_solution"):
         builder(small_tokenizer).sft_target(unsolved)
     answer_only = builder(small_tokenizer, sft_response="{answer}")
     assert small_tokenizer.decode(answer_only.sft_target(unsolved)) == "3"
@@ -207,5 +202,5 @@ def test_a_target_without_its_solution_is_refused(small_tokenizer: SentencePiece
 def test_a_wrong_target_format_is_refused_at_once(
     small_tokenizer: SentencePieceTokenizer, sft_response: str
 ) -> None:
-    with pytest.raises(DataError, match=r"prompts\.sft_response"):
+    with pytest.raises(UserError, match=r"prompts\.sft_response"):
         builder(small_tokenizer, sft_response=sft_response)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rlsd.config import JsonlSource, ReasoningGymSource
-from megatron_rlsd.data import DataError, build_sources, evaluation_problems
+from megatron_rlsd.data import build_sources, evaluation_problems
+from megatron_rlsd.runtime.errors import UserError
 
 
 def jsonl(folder: Path, name: str, count: int, **settings: object) -> JsonlSource:
@@ -96,9 +97,9 @@ def test_any_stretch_is_mixed_by_weight(tmp_path: Path) -> None:
 
 def test_state_of_other_data_is_refused(tmp_path: Path) -> None:
     state = build_sources([jsonl(tmp_path, "a", 5)], seed=0).state()
-    with pytest.raises(DataError, match=r"a \(5 problems\).*a \(6 problems\)"):
+    with pytest.raises(UserError, match=r"a \(5 problems\).*a \(6 problems\)"):
         build_sources([jsonl(tmp_path, "a", 6)], seed=0).load_state(state)
-    with pytest.raises(DataError, match=r"seed 0 .* seed 1"):
+    with pytest.raises(UserError, match=r"seed 0 .* seed 1"):
         build_sources([jsonl(tmp_path, "a", 5)], seed=1).load_state(state)
 
 

@@ -13,10 +13,10 @@ from megatron_rlsd.config import TokenizerConfig
 from megatron_rlsd.data import (
     SentencePieceTokenizer,
     Tokenizer,
-    TokenizerError,
     load_tokenizer,
     train_sentencepiece,
 )
+from megatron_rlsd.runtime.errors import UserError
 
 TRICKY_TEXTS = [
     "",
@@ -184,29 +184,29 @@ def test_user_defined_markers_cannot_be_forged_either(tmp_path: Path) -> None:
 def test_a_template_can_refuse_messages(tmp_path: Path) -> None:
     folder = third_party_model(tmp_path / "third")
     tokenizer = load_tokenizer(TokenizerConfig(chat_template=INST_TEMPLATE), folder)
-    with pytest.raises(TokenizerError, match=r"'system', 'user'.*no system messages"):
+    with pytest.raises(UserError, match=r"'system', 'user'.*no system messages"):
         tokenizer.apply_chat_template([{"role": "system", "content": "x"}, *user("y")])
 
 
 def test_templates_run_in_a_sandbox(sentencepiece_folder: Path) -> None:
     escape = "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}"
-    with pytest.raises(TokenizerError, match="refuses"):
+    with pytest.raises(UserError, match="refuses"):
         load_tokenizer(TokenizerConfig(chat_template=escape), sentencepiece_folder)
 
 
 def test_missing_pieces_are_named(sentencepiece_folder: Path, hf_folder: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"/none \(model\.hf_path.* does not exist"):
+    with pytest.raises(UserError, match=r"/none \(model\.hf_path.* does not exist"):
         load_tokenizer(TokenizerConfig(), "/none")
-    with pytest.raises(TokenizerError, match=r"/none \(tokenizer\.path\) does not exist"):
+    with pytest.raises(UserError, match=r"/none \(tokenizer\.path\) does not exist"):
         load_tokenizer(TokenizerConfig(path="/none"), hf_folder)
-    with pytest.raises(TokenizerError, match=r"has no tokenizer\.model"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.model"):
         load_tokenizer(TokenizerConfig(kind="sentencepiece"), hf_folder)
-    with pytest.raises(TokenizerError, match="no HF tokenizer can be loaded"):
+    with pytest.raises(UserError, match="no HF tokenizer can be loaded"):
         load_tokenizer(TokenizerConfig(kind="hf"), sentencepiece_folder.parent)
     (hf_folder / "chat_template.jinja").unlink()
-    with pytest.raises(TokenizerError, match=r"set tokenizer\.chat_template"):
+    with pytest.raises(UserError, match=r"set tokenizer\.chat_template"):
         load_tokenizer(TokenizerConfig(), hf_folder)
-    with pytest.raises(TokenizerError, match="not valid Jinja"):
+    with pytest.raises(UserError, match="not valid Jinja"):
         load_tokenizer(TokenizerConfig(chat_template="{% if %}"), sentencepiece_folder)
 
 
@@ -215,13 +215,13 @@ def test_a_bare_model_needs_a_template_and_may_be_named_by_file(
 ) -> None:
     bare = tmp_path / "bare.model"
     shutil.copy(sentencepiece_folder / "tokenizer.model", bare)
-    with pytest.raises(TokenizerError, match=r"set tokenizer\.chat_template"):
+    with pytest.raises(UserError, match=r"set tokenizer\.chat_template"):
         load_tokenizer(TokenizerConfig(), bare)
     template = "<|user|>{{ messages[-1].content }}<|end|>"
     tokenizer = load_tokenizer(TokenizerConfig(path=str(bare), chat_template=template), "/unused")
     assert tokenizer.decode(tokenizer.apply_chat_template(user("x"))) == "x"
     bare.write_bytes(b"not a model")
-    with pytest.raises(TokenizerError, match="not a sentencepiece model"):
+    with pytest.raises(UserError, match="not a sentencepiece model"):
         load_tokenizer(TokenizerConfig(), bare)
 
 
@@ -231,5 +231,5 @@ def test_every_digit_and_newline_is_a_token_even_when_unseen(tmp_path: Path) -> 
 
 
 def test_a_vocabulary_too_small_for_the_texts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="20 pieces"):
+    with pytest.raises(UserError, match="20 pieces"):
         train_sentencepiece(["abc"], tmp_path, vocab_size=20)

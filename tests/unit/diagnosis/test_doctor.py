@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from megatron_rlsd.diagnosis import collective, versions
-from megatron_rlsd.diagnosis.check import Check, Trouble
+from megatron_rlsd.diagnosis.check import Check
 from megatron_rlsd.diagnosis.collective import check_collectives
 from megatron_rlsd.diagnosis.doctor import Doctor
+from megatron_rlsd.runtime.errors import UserError
 from tests.conftest import ROOT, raw_config
 
 Raw = dict[str, Any]
@@ -235,14 +236,14 @@ def test_versions_outside_the_matrix_fail_by_name(monkeypatch: pytest.MonkeyPatc
 def test_ranks_that_never_answer_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collective, "_RANK", "import time; time.sleep(60)")
     monkeypatch.setattr(collective, "SECONDS", 1.0)
-    with pytest.raises(Trouble, match=r"ranks \[0, 1\] did not finish"):
+    with pytest.raises(UserError, match=r"ranks \[0, 1\] did not finish"):
         check_collectives()
 
 
 def test_a_wrong_sum_names_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import json,sys; json.dump(dict(good=sys.argv[1]=='0', seconds=0), open(sys.argv[5]"
     monkeypatch.setattr(collective, "_RANK", code + "+'/'+sys.argv[1],'w'))")
-    with pytest.raises(Trouble, match=r"ranks \[1\] got a wrong sum"):
+    with pytest.raises(UserError, match=r"ranks \[1\] got a wrong sum"):
         check_collectives()
 
 

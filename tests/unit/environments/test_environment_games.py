@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rlsd.config import ConfigError, GuessingGameSource
+from megatron_rlsd.config import GuessingGameSource
 from megatron_rlsd.data import evaluation_problems
-from megatron_rlsd.environments import ENVIRONMENTS, EpisodeError, Observation
+from megatron_rlsd.environments import ENVIRONMENTS, Observation
 from megatron_rlsd.environments.calculator import Calculator
 from megatron_rlsd.environments.guessing_game import GuessingGame
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
 PRODUCT = Problem("p", ({"role": "user", "content": "12 * 7 + 1?"},), "85")
@@ -77,31 +78,31 @@ def test_the_games_problems_are_seeded_and_their_solutions_win():
 
 
 def test_settings_that_make_no_sense_are_named():
-    with pytest.raises(EpisodeError, match=r"guessing_game.*turn_penalty must lie in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"guessing_game.*turn_penalty must lie in \[0, 1\]"):
         ENVIRONMENTS.locate("guessing_game", {"turn_penalty": 2})
-    with pytest.raises(EpisodeError, match=r"calculator.*has no group"):
+    with pytest.raises(UserError, match=r"calculator.*has no group"):
         ENVIRONMENTS.locate("calculator", {"pattern": "x"})
-    with pytest.raises(EpisodeError, match=r"calculator.*'<<' has no group"):
+    with pytest.raises(UserError, match=r"calculator.*'<<' has no group"):
         ENVIRONMENTS.locate("calculator", {"call": "<<"})
-    with pytest.raises(EpisodeError, match=r"cannot be made with params.*'colour'"):
+    with pytest.raises(UserError, match=r"cannot be made with params.*'colour'"):
         ENVIRONMENTS.locate("calculator", {"colour": 1})
-    with pytest.raises(EpisodeError, match="known environments: calculator, guessing_game"):
+    with pytest.raises(UserError, match="known environments: calculator, guessing_game"):
         ENVIRONMENTS.locate("chess", {})
 
 
 def test_contradictory_configurations_are_refused(make_config):
     game_source = {"kind": "guessing_game"}
-    with pytest.raises(ConfigError, match="low < high, got low=5 and high=5"):
+    with pytest.raises(UserError, match="low < high, got low=5 and high=5"):
         make_config(data={"train": [{**game_source, "low": 5, "high": 5}]})
-    with pytest.raises(ConfigError, match=r"reward environment needs environment\.name"):
+    with pytest.raises(UserError, match=r"reward environment needs environment\.name"):
         make_config(reward={"functions": [{"name": "environment"}]})
-    with pytest.raises(ConfigError, match=r"environment\.name='calculator' does not go with.*sft"):
+    with pytest.raises(UserError, match=r"environment\.name='calculator' does not go with.*sft"):
         make_config(
             environment={"name": "calculator"},
             algorithm={"name": "sft", "rlsd_lambda": 0.0},
             rollout={"n_samples_per_prompt": 1},
         )
-    with pytest.raises(ConfigError, match=r"calculator.*needs rollout\.asynchronous\.max_stale"):
+    with pytest.raises(UserError, match=r"calculator.*needs rollout\.asynchronous\.max_stale"):
         make_config(
             environment={"name": "calculator"},
             rollout={"engine": "sglang", "asynchronous": {"max_staleness": 1}},

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_rlsd.config import EnvironmentConfig
-from megatron_rlsd.environments import Call, EnvironmentPool, EpisodeError, Failure, Observation
+from megatron_rlsd.environments import Call, EnvironmentPool, Failure, Observation
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
 PROBLEM = Problem("p", ({"role": "user", "content": "?"},), "1", metadata={"start": 3})
@@ -187,23 +188,23 @@ def test_too_many_failures_stop_the_run_with_the_most_frequent_reason(make):
     game = Game(make(max_error_share=0.5), 4)
     game.step(e0="raise")
     with pytest.raises(
-        EpisodeError, match=r"(?s)3 of 4 episodes.*2 times.*missing thing.*SystemExit: leaving"
+        UserError, match=r"(?s)3 of 4 episodes.*2 times.*missing thing.*SystemExit: leaving"
     ):
         game.step(e1="raise", e2="leave")
     strict = Game(make(on_error="stop"), 2)
     assert isinstance(strict.step(e0="sleep")["e0"], Failure)
-    with pytest.raises(EpisodeError, match=r"(?s)Adder', problem 'p', turn 1: KeyError.*in step"):
+    with pytest.raises(UserError, match=r"(?s)Adder', problem 'p', turn 1: KeyError.*in step"):
         strict.step(e1="raise")
 
 
 def test_what_cannot_work_is_refused_before_anything_runs(make, tmp_path):
-    with pytest.raises(EpisodeError, match="does not define 'Ader'; it defines: Adder, NoStep"):
+    with pytest.raises(UserError, match="does not define 'Ader'; it defines: Adder, NoStep"):
         make("Ader")
-    with pytest.raises(EpisodeError, match=r"there is no file .*nowhere\.py"):
+    with pytest.raises(UserError, match=r"there is no file .*nowhere\.py"):
         EnvironmentPool(EnvironmentConfig(name=f"{tmp_path}/nowhere.py:A"))
-    with pytest.raises(EpisodeError, match=r"(?s)could not load.*has no method step"):
+    with pytest.raises(UserError, match=r"(?s)could not load.*has no method step"):
         make("NoStep").wait_until_ready()
-    with pytest.raises(EpisodeError, match=r"(?s)could not load.*cannot be made with params"):
+    with pytest.raises(UserError, match=r"(?s)could not load.*cannot be made with params"):
         make(params={"size": 2}).wait_until_ready()
-    with pytest.raises(EpisodeError, match="metadata must be plain JSON data"):
+    with pytest.raises(UserError, match="metadata must be plain JSON data"):
         Game(make(), 1, odd={1, 2})

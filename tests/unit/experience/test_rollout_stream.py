@@ -14,9 +14,10 @@ import torch
 
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, build_sources, load_tokenizer
-from megatron_rlsd.experience import Experience, ExperienceError, RolloutStream
+from megatron_rlsd.experience import Experience, RolloutStream
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout import EmbeddedEngine, EngineError
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest, Group
 
 BATCH = 2
@@ -170,7 +171,7 @@ def test_what_was_let_in_and_not_used_is_asked_again_after_a_resume(start) -> No
             publish(stream, engine, step)
             whole += questions(stream.collect(step)[0])
     assert sorted(used) == sorted(whole)
-    with start(2) as (stream, _), pytest.raises(ExperienceError, match="max_staleness"):
+    with start(2) as (stream, _), pytest.raises(UserError, match="max_staleness"):
         stream._experience.load_state(state)  # a synchronous run
 
 

@@ -21,7 +21,8 @@ from real_configs import (
 from transformers import LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from megatron_rlsd.hf_bridge import HFBridgeError, HFConfigError, family_for
+from megatron_rlsd.hf_bridge import family_for
+from megatron_rlsd.runtime.errors import UserError
 
 
 def fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def test_old_and_new_spelling_give_the_same_model(name: str) -> None:
 def test_a_value_the_model_would_ignore_is_refused_by_name(
     base: dict[str, Any], key: str, value: Any
 ) -> None:
-    with pytest.raises(HFConfigError) as error:
+    with pytest.raises(UserError) as error:
         fields(base | {key: value})
     assert f"{key}={value!r}" in str(error.value)
 
@@ -268,7 +269,7 @@ def test_a_value_the_model_would_ignore_is_refused_by_name(
 def test_a_key_that_transformers_would_fill_with_its_own_value_must_be_there(
     config: dict[str, Any], key: str
 ) -> None:
-    with pytest.raises(HFConfigError, match="rope_theta=None|num_experts is missing|" + key):
+    with pytest.raises(UserError, match="rope_theta=None|num_experts is missing|" + key):
         fields({k: v for k, v in config.items() if k != key})
 
 
@@ -305,7 +306,7 @@ def test_yarn_settings_that_megatron_would_not_follow(
     scaling = {**DEEPSEEK_V3["rope_scaling"], **changes}
     if scaling["mscale"] is None:
         del scaling["mscale"]
-    with pytest.raises(HFConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         fields(DEEPSEEK_V3 | {"rope_scaling": scaling})
 
 
@@ -315,12 +316,12 @@ def test_a_missing_key_is_named(key: str, absent: bool) -> None:
     config = {k: v for k, v in LLAMA_31_70B.items() if k != key or not absent}
     if not absent:
         config[key] = None
-    with pytest.raises(HFConfigError, match=f"{key} is missing"):
+    with pytest.raises(UserError, match=f"{key} is missing"):
         fields(config)
 
 
 def test_all_problems_are_listed_at_once() -> None:
-    with pytest.raises(HFConfigError) as error:
+    with pytest.raises(UserError) as error:
         fields(LLAMA_31_70B | {"mlp_bias": True, "novelty": 3, "hidden_size": None})
     for part in ("mlp_bias=True", "novelty=3", "hidden_size is missing"):
         assert part in str(error.value)
@@ -348,18 +349,18 @@ def test_rope_settings_that_megatron_would_not_follow(
     changes: dict[str, Any], message: str
 ) -> None:
     scaling = LLAMA_31_70B["rope_scaling"] | changes
-    with pytest.raises(HFConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         fields(LLAMA_31_70B | {"rope_scaling": scaling})
 
 
 def test_llama3_scaling_is_refused_where_the_family_has_not_been_checked_with_it() -> None:
-    with pytest.raises(HFConfigError, match="rope_type='llama3' is not supported"):
+    with pytest.raises(UserError, match="rope_type='llama3' is not supported"):
         fields(QWEN3_8B | {"rope_scaling": LLAMA_31_70B["rope_scaling"]})
 
 
 @pytest.mark.parametrize("named", [["MambaForCausalLM"], [], None])
 def test_an_unknown_architecture_lists_the_known_ones(named: Any) -> None:
-    with pytest.raises(HFConfigError) as error:
+    with pytest.raises(UserError) as error:
         family_for(LLAMA_31_70B | {"architectures": named})
     for known in ("LlamaForCausalLM", "Qwen3ForCausalLM", repr(named or [])):
         assert known in str(error.value)
@@ -367,6 +368,6 @@ def test_an_unknown_architecture_lists_the_known_ones(named: Any) -> None:
 
 def test_an_unknown_megatron_parameter_is_named() -> None:
     error = family_for(QWEN3_8B).unknown_parameter("decoder.layers.0.mlp.router.weight")
-    assert isinstance(error, HFBridgeError)
+    assert isinstance(error, UserError)
     assert "decoder.layers.0.mlp.router.weight" in str(error)
     assert "self_attention.q_layernorm.weight" in str(error)

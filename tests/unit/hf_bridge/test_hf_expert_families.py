@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from megatron_rlsd.hf_bridge import (
-    HFBridgeError,
-    HFCheckpointError,
-    HFConfigError,
     ShardLayout,
     export_hf_tensors,
     family_for,
@@ -25,6 +22,7 @@ from megatron_rlsd.hf_bridge import (
     tensor_hash,
 )
 from megatron_rlsd.hf_bridge.parameters import local_parameters
+from megatron_rlsd.runtime.errors import UserError
 from tests.unit import tiny_hf
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -115,7 +113,7 @@ def test_layers_for_multi_token_prediction_are_left_out(
             copy_of(folder, tmp_path / "none_announced", {}, **mtp),
             copy_of(folder, tmp_path / "one_too_many", one, **beyond),
         ):
-            with pytest.raises(HFCheckpointError, match=r"no part .*eh_proj"):
+            with pytest.raises(UserError, match=r"no part .*eh_proj"):
                 load(chunks, refused)
 
 
@@ -126,7 +124,7 @@ def test_quantized_weights_are_refused(tiny_folders: dict[str, Path], tmp_path: 
     scaled = copy_of(
         folder, tmp_path / "fp8", {}, **eighth, **{f"{name}_scale_inv": torch.ones(1, 1)}
     )
-    with tiny_hf.megatron_model(folder) as chunks, pytest.raises(HFCheckpointError) as error:
+    with tiny_hf.megatron_model(folder) as chunks, pytest.raises(UserError) as error:
         load(chunks, scaled)
     for part in (f"{name} has dtype F8_E4M3", f"{name}_scale_inv"):
         assert part in str(error.value)
@@ -164,7 +162,7 @@ def test_a_rank_without_its_experts_is_told_which(tiny_folders: dict[str, Path])
         second = ShardLayout(ep_rank=1, ep_size=3)
         held = local_parameters(chunks, family, dims, second)
         assert {entry.expert for entry, _ in held} == {None, 2, 3}
-        with pytest.raises(HFBridgeError, match=r"local_experts\.2\.linear_fc1") as error:
+        with pytest.raises(UserError, match=r"local_experts\.2\.linear_fc1") as error:
             local_parameters(chunks, family, dims, ShardLayout(ep_rank=0, ep_size=2))
         assert "local_experts.1." not in str(error.value)
 
@@ -181,7 +179,7 @@ def test_layouts_that_cannot_split_the_experts(
     layout: ShardLayout, message: str, tiny_folders: dict[str, Path]
 ) -> None:
     hf_config = load_hf_config(tiny_folders["qwen3_moe_gqa"])
-    with pytest.raises(HFConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         family_for(hf_config).dims(hf_config).check(layout)
 
 
@@ -197,5 +195,5 @@ def test_experts_of_a_dense_model() -> None:
     hf_config = tiny_hf.tiny_config("llama_tied_mqa").to_dict()
     hf_config["architectures"] = ["LlamaForCausalLM"]
     dims = family_for(hf_config).dims(hf_config)
-    with pytest.raises(HFConfigError, match="expert parallel size 2 needs a mixture"):
+    with pytest.raises(UserError, match="expert parallel size 2 needs a mixture"):
         dims.check(ShardLayout(ep_size=2))

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megatron_rlsd.conversion.convert import Sizes, to_megatron
 from megatron_rlsd.conversion.describe import check_hashes, hashes
-from megatron_rlsd.hf_bridge import HFBridgeError, SafetensorsFolder, family_for
+from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for
+from megatron_rlsd.runtime.errors import UserError
 
 CASES = 500
 INDEX = "model.safetensors.index.json"
@@ -300,7 +301,7 @@ def test_every_damage_is_named_and_nothing_is_left_behind(whole: Path, tmp_path:
         named = damage(Case(source, random.Random(number)))
         try:
             to_megatron(source, tmp_path / "out", Sizes(tensor=2))
-        except HFBridgeError as error:
+        except UserError as error:
             refused[damage.__name__] += 1
             if named not in str(error):
                 failures.append(f"{number} {damage.__name__}: {named!r} is not in: {error}")

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rlsd.hf_bridge import (
-    HFBridgeError,
-    HFCheckpointError,
-    HFConfigError,
     SafetensorsFolder,
     ShardLayout,
     export_hf_tensors,
@@ -24,6 +21,7 @@ from megatron_rlsd.hf_bridge import (
     load_hf_weights,
     tensor_hash,
 )
+from megatron_rlsd.runtime.errors import UserError
 from tests.unit import tiny_hf
 
 SMOLLM2 = Path(__file__).parents[3] / "models" / "SmolLM2-135M-Instruct"
@@ -137,7 +135,7 @@ def test_wrapped_chunks(tiny_folders: dict[str, Path]) -> None:
         wrapped = [Wrapper(Wrapper(chunks[0]))]
         load(wrapped, folder)
         assert hashes(export(wrapped, folder)) == hashes(stored(folder))
-        with pytest.raises(HFBridgeError, match="Linear neither is nor wraps"):
+        with pytest.raises(UserError, match="Linear neither is nor wraps"):
             load([nn.Linear(2, 2)], folder)
 
 
@@ -201,20 +199,20 @@ NORM = "model.norm.weight"
 def test_wrong_tensors_are_named_and_the_model_is_untouched(
     untied: Model, tmp_path: Path, change: Callable, parts: tuple[str, ...]
 ) -> None:
-    untied.assert_refuses(HFCheckpointError, *parts, folder=damaged(untied, tmp_path, change))
+    untied.assert_refuses(UserError, *parts, folder=damaged(untied, tmp_path, change))
 
 
 def test_truncated_file_leaves_the_model_untouched(untied: Model, tmp_path: Path) -> None:
     folder = damaged(untied, tmp_path, lambda t: None)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    untied.assert_refuses(HFCheckpointError, str(path), "cut short", folder=folder)
+    untied.assert_refuses(UserError, str(path), "cut short", folder=folder)
 
 
 def test_other_sizes_than_the_models(untied: Model, tiny_folders: dict[str, Path]) -> None:
     other = tiny_folders["qwen3_tied_gqa"]
-    untied.assert_refuses(HFBridgeError, "num_layers=5", "3", folder=other)
-    untied.assert_refuses(HFConfigError, "parallel size 2", "num_query_groups=1", tp_size=2)
+    untied.assert_refuses(UserError, "num_layers=5", "3", folder=other)
+    untied.assert_refuses(UserError, "parallel size 2", "num_query_groups=1", tp_size=2)
 
 
 def test_parameter_outside_the_table(untied: Model, tiny_folders: dict[str, Path]) -> None:
@@ -224,7 +222,7 @@ def test_parameter_outside_the_table(untied: Model, tiny_folders: dict[str, Path
         layer.adapter.weight.fill_(0.25)
         layer.adapter.bias.fill_(0.25)
     try:
-        untied.assert_refuses(HFBridgeError, "unknown", "decoder.layers.1.adapter.weight")
+        untied.assert_refuses(UserError, "unknown", "decoder.layers.1.adapter.weight")
     finally:
         del layer.adapter
 
@@ -234,7 +232,7 @@ def test_family_parameter_the_model_lacks(untied: Model) -> None:
     norm, attention.q_layernorm = attention.q_layernorm, None
     try:
         missing = "decoder.layers.3.self_attention.q_layernorm.weight"
-        untied.assert_refuses(HFBridgeError, "lacks", missing)
+        untied.assert_refuses(UserError, "lacks", missing)
     finally:
         attention.q_layernorm = norm
 
@@ -267,7 +265,7 @@ def test_head_of_a_tied_checkpoint_must_equal_the_embedding(
     with tiny_hf.megatron_model(tiny_folders["llama_tied_mqa"]) as chunks:
         model = Model(chunks, tiny_folders["llama_tied_mqa"])
         other = damaged(model, tmp_path / "other", add_other_head)
-        model.assert_refuses(HFCheckpointError, "lm_head.weight", embedding, folder=other)
+        model.assert_refuses(UserError, "lm_head.weight", embedding, folder=other)
         folder = damaged(model, tmp_path / "equal", add_head)
         load(chunks, folder)
         assert hashes(export(chunks, folder)) == hashes(stored(model.folder))

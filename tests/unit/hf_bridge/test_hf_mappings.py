@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
-from megatron_rlsd.hf_bridge.errors import HFConfigError
 from megatron_rlsd.hf_bridge.mappings import (
     ColumnParallel,
     FusedGateUp,
@@ -16,6 +15,7 @@ from megatron_rlsd.hf_bridge.mappings import (
     RowParallel,
     VocabParallel,
 )
+from megatron_rlsd.runtime.errors import UserError
 
 TP_SIZES = (1, 3)
 DIMS = ModelDims(
@@ -132,5 +132,5 @@ def test_vocabulary_padding_is_zero_even_where_a_rank_holds_nothing_else() -> No
 def test_sizes_that_cannot_be_split_are_refused_with_the_numbers(
     change: dict[str, int], tp_size: int, message: str
 ) -> None:
-    with pytest.raises(HFConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         ModelDims(**{**DIMS.__dict__, **change}).check(ShardLayout(tp_size=tp_size))

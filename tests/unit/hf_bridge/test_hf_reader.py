@@ -9,12 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_rlsd.hf_bridge import (
-    HFCheckpointError,
-    HFConfigError,
-    SafetensorsFolder,
-    load_hf_config,
-)
+from megatron_rlsd.hf_bridge import SafetensorsFolder, load_hf_config
+from megatron_rlsd.runtime.errors import UserError
 
 TENSORS = {
     "a": torch.arange(35, dtype=torch.float32).view(7, 5),
@@ -54,7 +50,7 @@ def test_headers_and_slices(sharded: Path) -> None:
 
 def test_index_that_names_a_missing_shard(sharded: Path) -> None:
     (sharded / "two.safetensors").unlink()
-    with pytest.raises(HFCheckpointError, match=r"not in the folder: two\.safetensors"):
+    with pytest.raises(UserError, match=r"not in the folder: two\.safetensors"):
         SafetensorsFolder(sharded)
 
 
@@ -62,31 +58,31 @@ def test_index_that_names_a_missing_shard(sharded: Path) -> None:
 def test_truncated_file(sharded: Path, keep: int) -> None:
     path = sharded / "two.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(HFCheckpointError, match=r"two\.safetensors is cut short or corrupt"):
+    with pytest.raises(UserError, match=r"two\.safetensors is cut short or corrupt"):
         SafetensorsFolder(sharded)
 
 
 def test_index_that_promises_a_tensor_its_file_lacks(sharded: Path) -> None:
     write_index(sharded, {**WEIGHT_MAP, "d": "one.safetensors"})
-    with pytest.raises(HFCheckpointError, match=r"tensor d in one\.safetensors, but it is nowhere"):
+    with pytest.raises(UserError, match=r"tensor d in one\.safetensors, but it is nowhere"):
         SafetensorsFolder(sharded)
 
 
 def test_index_that_points_to_the_wrong_file(sharded: Path) -> None:
     write_index(sharded, {**WEIGHT_MAP, "b": "one.safetensors"})
-    with pytest.raises(HFCheckpointError, match=r"tensor b in one.*it is in two\.safetensors"):
+    with pytest.raises(UserError, match=r"tensor b in one.*it is in two\.safetensors"):
         SafetensorsFolder(sharded)
 
 
 def test_tensor_the_index_does_not_know(sharded: Path) -> None:
     write_index(sharded, {name: WEIGHT_MAP[name] for name in ("a", "b")})
-    with pytest.raises(HFCheckpointError, match=r"not in .*index\.json: c"):
+    with pytest.raises(UserError, match=r"not in .*index\.json: c"):
         SafetensorsFolder(sharded)
 
 
 def test_tensor_in_two_files(sharded: Path) -> None:
     save_file({"a": TENSORS["a"], "c": TENSORS["c"]}, sharded / "one.safetensors")
-    with pytest.raises(HFCheckpointError, match=r"tensor c is in both one.* and two"):
+    with pytest.raises(UserError, match=r"tensor c is in both one.* and two"):
         SafetensorsFolder(sharded)
 
 
@@ -94,7 +90,7 @@ def test_tensor_named_twice_by_the_index(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}'
     )
-    with pytest.raises(HFCheckpointError, match="more than once: a"):
+    with pytest.raises(UserError, match="more than once: a"):
         SafetensorsFolder(sharded)
 
 
@@ -108,37 +104,37 @@ def test_tensor_named_twice_by_the_index(sharded: Path) -> None:
 )
 def test_malformed_index(sharded: Path, content: str, message: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(HFCheckpointError, match=message):
+    with pytest.raises(UserError, match=message):
         SafetensorsFolder(sharded)
 
 
 def test_shards_without_an_index(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").unlink()
-    with pytest.raises(HFCheckpointError, match=r"2 safetensors files .* and no model"):
+    with pytest.raises(UserError, match=r"2 safetensors files .* and no model"):
         SafetensorsFolder(sharded)
 
 
 def test_pickled_weights_are_refused_with_advice(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(HFCheckpointError, match=r"pytorch_model\.bin.*save_pretrained"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin.*save_pretrained"):
         SafetensorsFolder(tmp_path)
 
 
 def test_folder_without_weights_and_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(HFCheckpointError, match="has no safetensors file"):
+    with pytest.raises(UserError, match="has no safetensors file"):
         SafetensorsFolder(tmp_path)
-    with pytest.raises(HFCheckpointError, match="absent is not a folder"):
+    with pytest.raises(UserError, match="absent is not a folder"):
         SafetensorsFolder(tmp_path / "absent")
 
 
 def test_config_that_is_missing_or_malformed(tmp_path: Path) -> None:
-    with pytest.raises(HFCheckpointError, match=r"config\.json is missing"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         load_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(HFConfigError, match="not valid JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         load_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(HFConfigError, match="must hold an object, got list"):
+    with pytest.raises(UserError, match="must hold an object, got list"):
         load_hf_config(tmp_path)
 
 
@@ -186,7 +182,7 @@ def test_file_that_shrinks_after_it_was_opened(sharded: Path) -> None:
     folder = SafetensorsFolder(sharded)
     with open(sharded / "one.safetensors", "r+b") as file:
         file.truncate(100)
-    with pytest.raises(HFCheckpointError, match=r"one\.safetensors ended inside a"):
+    with pytest.raises(UserError, match=r"one\.safetensors ended inside a"):
         folder.slice("a")
 
 
@@ -217,7 +213,7 @@ def test_header_that_contradicts_itself_or_the_file(
     encoded = json.dumps(header).encode()
     content = len(encoded).to_bytes(8, "little") + encoded + payload
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(HFCheckpointError, match=rf"model\.safetensors is cut short.*{message}"):
+    with pytest.raises(UserError, match=rf"model\.safetensors is cut short.*{message}"):
         SafetensorsFolder(tmp_path)
 
 
@@ -225,7 +221,7 @@ def test_header_that_contradicts_itself_or_the_file(
 def test_header_length_beyond_the_file(sharded: Path, length: int) -> None:
     path = sharded / "one.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
-    with pytest.raises(HFCheckpointError, match=f"a header of {length} bytes in a file of"):
+    with pytest.raises(UserError, match=f"a header of {length} bytes in a file of"):
         SafetensorsFolder(sharded)
 
 
@@ -236,5 +232,5 @@ def test_dtype_that_torch_does_not_have_is_listed_but_not_read(tmp_path: Path) -
     (tmp_path / "model.safetensors").write_bytes(content)
     folder = SafetensorsFolder(tmp_path)
     assert folder.tensors["a"].dtype == "F6_E2M3"
-    with pytest.raises(HFCheckpointError, match=r"a in .* has dtype F6_E2M3, which is not read"):
+    with pytest.raises(UserError, match=r"a in .* has dtype F6_E2M3, which is not read"):
         folder.slice("a")

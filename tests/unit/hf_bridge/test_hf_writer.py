@@ -12,13 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_rlsd.hf_bridge import (
-    HFBridgeError,
-    HFCheckpointError,
-    SafetensorsFolder,
-    save_hf_folder,
-    tensor_hash,
-)
+from megatron_rlsd.hf_bridge import SafetensorsFolder, save_hf_folder, tensor_hash
+from megatron_rlsd.runtime.errors import UserError
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -137,11 +132,11 @@ def test_leftover_of_a_killed_writer_is_no_obstacle(
 def test_folders_that_are_left_alone(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     source = tiny_folders["llama_tied_mqa"]
     before = content(source)
-    with pytest.raises(HFBridgeError, match="is the source folder"):
+    with pytest.raises(UserError, match="is the source folder"):
         save_hf_folder(tensors_of(source), source, source)
     assert content(source) == before
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(HFBridgeError, match=r"holds no config\.json; it is left alone"):
+    with pytest.raises(UserError, match=r"holds no config\.json; it is left alone"):
         save_hf_folder(tensors_of(source), tmp_path, source)
     assert content(tmp_path) == {"thesis.txt": b"years of work"}
 
@@ -163,7 +158,7 @@ def test_other_ranks_run_the_iterator_to_its_end_and_write_nothing(tmp_path: Pat
     ("pairs", "message"), [([], "no tensors"), ([("a", torch.ones(1))] * 2, "a was to be written")]
 )
 def test_nothing_or_a_name_twice_is_refused(pairs: list, message: str, tmp_path: Path) -> None:
-    with pytest.raises(HFCheckpointError, match=message):
+    with pytest.raises(UserError, match=message):
         save_hf_folder(iter(pairs), tmp_path / "out", {}, max_shard_bytes=1)
     assert list(tmp_path.iterdir()) == []
 

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_rlsd.config import ConfigError, ParallelConfig, parse_config
+from megatron_rlsd.config import ParallelConfig, parse_config
 from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout, layers_of_stage
 from megatron_rlsd.runtime import megatron_versions
+from megatron_rlsd.runtime.errors import UserError
 
 SHAPE = ModelShape(
     num_layers=6,
@@ -203,7 +204,7 @@ def test_layers_of_each_stage(parallel, expected):
     ],
 )
 def test_settings_that_need_each_other(parallel, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_config(
             {
                 "run_dir": "unused",

@@ -43,7 +43,7 @@ def test_a_users_file_with_old_names_loads(tmp_path: Path) -> None:
         "from megatron_rlsd.platform import enable_megatron\n"
         "from megatron_rlsd.plugins import PluginError, load_plugins\n"
         "from megatron_rlsd.registry import Registry\n"
-        "from megatron_rlsd.run import USER_ERRORS, Run, assemble, main\n"
+        "from megatron_rlsd.run import Run, assemble, main\n"
         "from megatron_rlsd.runtime.lifecycle import Preempted as same\n"
         "assert Preempted is same\n"
         "assert callable(main) and callable(assemble)\n"

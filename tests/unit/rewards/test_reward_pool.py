@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlsd.rewards import RewardError, RewardPool
+from megatron_rlsd.rewards import RewardPool
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import RewardInput
 
 Sample = Callable[..., RewardInput]
@@ -187,7 +188,7 @@ def echo(sample, text): return sample.problem.metadata == {"text": text, "n": [1
 def test_on_error_stop_names_function_problem_and_reason(pool: Pool, sample: Sample) -> None:
     scorer = pool("reward", source=MISBEHAVING, on_error="stop")
     samples = [sample("fine"), sample("raise", id="train.jsonl:17"), sample("fine")]
-    with pytest.raises(RewardError) as caught:
+    with pytest.raises(UserError) as caught:
         scorer.score(samples)
     message = str(caught.value)
     assert "user_rewards.py:reward' failed on problem 'train.jsonl:17'" in message
@@ -206,7 +207,7 @@ def test_too_many_failures_stop_with_the_most_frequent_reason(pool: Pool, sample
     scorer = pool("reward", source=MISBEHAVING, max_error_share=0.5)
     half = [sample("raise", id="r"), sample("nan", id="n"), sample("fine"), sample("fine")]
     assert [r.value for r in scorer.score(half)] == [0, 0, 1, 1]
-    with pytest.raises(RewardError) as caught:
+    with pytest.raises(UserError) as caught:
         scorer.score([sample("nan", id="n"), *half[:2], sample("fine")])
     message = str(caught.value)
     assert "3 of 4 reward calls have failed" in message
@@ -216,7 +217,7 @@ def test_too_many_failures_stop_with_the_most_frequent_reason(pool: Pool, sample
 
 def test_import_failure_in_the_worker_is_reported_with_its_traceback(pool: Pool) -> None:
     scorer = pool("reward", source="import absent_package\ndef reward(sample): return 1")
-    with pytest.raises(RewardError) as caught:
+    with pytest.raises(UserError) as caught:
         scorer.wait_until_ready()
     assert "No module named 'absent_package'" in str(caught.value)
     assert 'user_rewards.py", line 1' in str(caught.value)
@@ -224,21 +225,21 @@ def test_import_failure_in_the_worker_is_reported_with_its_traceback(pool: Pool)
 
 def test_wrong_params_of_a_users_function_are_found_at_the_start(pool: Pool) -> None:
     scorer = pool({"name": "reward", "params": {"y": 1}}, source="def reward(sample, x): return x")
-    with pytest.raises(RewardError, match=r"missing a required argument: 'x'; it is reward\("):
+    with pytest.raises(UserError, match=r"missing a required argument: 'x'; it is reward\("):
         scorer.wait_until_ready()
 
 
 def test_workers_that_never_start_end_the_attempts(pool: Pool, sample: Sample) -> None:
     source = "import os, sys\nprint('my last words', file=sys.stderr, flush=True)\nos._exit(9)"
     scorer = pool("reward", source=source + "\ndef reward(sample): return 1")
-    with pytest.raises(RewardError, match=r"(?s)3 reward workers in a row.*code 9.*my last words"):
+    with pytest.raises(UserError, match=r"(?s)3 reward workers in a row.*code 9.*my last words"):
         scorer.score([sample("")])
 
 
 def test_start_has_its_own_limit(pool: Pool, sample: Sample) -> None:
     scorer = pool("reward", source="while True: pass\ndef reward(sample): return 1")
     scorer._start_seconds = 0.3
-    with pytest.raises(RewardError, match=r"took longer than 0\.3 s"):
+    with pytest.raises(UserError, match=r"took longer than 0\.3 s"):
         scorer.wait_until_ready()
 
 
@@ -350,7 +351,7 @@ def reward(sample):
 
 def test_metadata_that_is_no_json_names_the_problem(pool: Pool, sample: Sample) -> None:
     scorer = pool("exact_match")
-    with pytest.raises(RewardError, match=r"problem 'odd' .* plain JSON data: .*set"):
+    with pytest.raises(UserError, match=r"problem 'odd' .* plain JSON data: .*set"):
         scorer.score([sample("", id="odd", metadata={"a": {1}})])
 
 

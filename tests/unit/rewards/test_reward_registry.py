@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_rlsd.rewards import RewardError, RewardPool, register_reward
+from megatron_rlsd.rewards import RewardPool, register_reward
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import RewardInput
 
 Pool = Callable[..., RewardPool]
@@ -12,7 +13,7 @@ Pool = Callable[..., RewardPool]
 
 def test_unknown_name_lists_the_known_ones(pool: Pool) -> None:
     with pytest.raises(
-        RewardError, match=r"'exact'; known rewards: environment, exact_match, format"
+        UserError, match=r"'exact'; known rewards: environment, exact_match, format"
     ):
         pool("exact")
 
@@ -32,14 +33,14 @@ def test_unknown_name_lists_the_known_ones(pool: Pool) -> None:
 def test_what_cannot_work_is_refused_when_the_pool_is_built(
     pool: Pool, entry: dict, message: str
 ) -> None:
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(UserError, match=message):
         pool(entry)
 
 
 def test_missing_function_and_broken_file_are_refused_without_running_the_file(pool: Pool) -> None:
-    with pytest.raises(RewardError, match=r"does not define 'reward'; it defines: helper, other"):
+    with pytest.raises(UserError, match=r"does not define 'reward'; it defines: helper, other"):
         pool("reward", source="raise SystemExit\nimport os as helper\ndef other(s): return 1")
-    with pytest.raises(RewardError, match=r"is no valid Python: .*line 1"):
+    with pytest.raises(UserError, match=r"is no valid Python: .*line 1"):
         pool("reward", source="def reward(:")
 
 
@@ -66,5 +67,5 @@ def test_user_file_may_import_its_neighbours(
 
 
 def test_a_name_is_registered_once() -> None:
-    with pytest.raises(RewardError, match="'exact_match' is registered already"):
+    with pytest.raises(UserError, match="'exact_match' is registered already"):
         register_reward("exact_match")(lambda sample: 1.0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_rlsd.runtime import cpu, machine, megatron_versions
+from megatron_rlsd.runtime.errors import UserError
 
 machine.enable_megatron()
 
@@ -138,7 +139,7 @@ def test_installing_after_megatron_is_refused():
 @pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.20.0", "1.0.0rc1"])
 def test_unsupported_megatron_is_named(monkeypatch, version):
     monkeypatch.setattr(megatron_versions, "version", lambda name: version)
-    with pytest.raises(machine.PlatformError, match=rf"{version}.*expected >= 0.16.1, < 0.20.0"):
+    with pytest.raises(UserError, match=rf"{version}.*expected >= 0.16.1, < 0.20.0"):
         megatron_versions.check_megatron_version()
 
 
@@ -153,5 +154,5 @@ def test_missing_megatron_is_named(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(megatron_versions, "version", absent)
-    with pytest.raises(machine.PlatformError, match="not installed"):
+    with pytest.raises(UserError, match="not installed"):
         megatron_versions.check_megatron_version()

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from megatron_rlsd.teacher.external import ExternalTeacher, ExternalTeacherError
+from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.teacher.external import ExternalTeacher
 from tests.models import save_random_model
 
 SEQUENCES = [([3, 1, 4], [1, 5, 9]), ([2], [6]), ([5, 3], [5, 8, 9, 7])]
@@ -49,9 +50,9 @@ def test_scores_are_those_of_the_models_own_logits(tmp_path, tied):
 
 
 def test_what_does_not_fit_the_student_is_named(tmp_path):
-    with pytest.raises(ExternalTeacherError, match="no config"):
+    with pytest.raises(UserError, match="no config"):
         load(str(tmp_path / "missing"))
-    with pytest.raises(ExternalTeacherError, match="embeds 40 tokens and the student 41"):
+    with pytest.raises(UserError, match="embeds 40 tokens and the student 41"):
         load(save(tmp_path / "plain"), vocab_size=41)
-    with pytest.raises(ExternalTeacherError, match="GraniteForCausalLM does more to its logits"):
+    with pytest.raises(UserError, match="GraniteForCausalLM does more to its logits"):
         load(save(tmp_path / "scaled", "Granite", logits_scaling=4.0))

