@@ -35,7 +35,6 @@ from megatron_rlsd.config import parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config, save_hf_folder
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.planning.activations import Pack
 from megatron_rlsd.planning.memory import Workload, rank_memory
 
@@ -137,7 +136,7 @@ def measure(args: argparse.Namespace, model: Path, out: ResultsFile) -> None:
     )
     hf_config = load_hf_config(model)
     family = family_for(hf_config)
-    shape = model_shape(family, hf_config)
+    shape = family.dims(hf_config)
     length = args.prompt + args.response - 1
     sequences = random_sequences(args, hf_config["vocab_size"])
     tokens = args.sequences * args.response

@@ -9,7 +9,6 @@ from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 
 
 @contextmanager
@@ -20,6 +19,6 @@ def actor_of(
     ``model.hf_path``'s weights, in process groups that end with the block."""
     hf_config = load_hf_config(config.model.hf_path)
     family = family_for(hf_config)
-    shape = model_shape(family, hf_config)
+    shape = family.dims(hf_config)
     with parallel_world(config.parallel, shape, timeout_seconds=seconds, seed=seed) as groups:
         yield Actor(config, family, hf_config, groups, updates)

@@ -182,7 +182,6 @@ def log_prob_difference(
     from megatron_rlsd.config import ModelConfig, ParallelConfig
     from megatron_rlsd.hf_bridge import family_for, load_hf_weights
     from megatron_rlsd.parallel.groups import parallel_world
-    from megatron_rlsd.parallel.layout import model_shape
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_folder)
@@ -197,7 +196,7 @@ def log_prob_difference(
     config = transformer_config(
         ModelConfig(hf_path=str(hf_folder), dtype="float32"), parallel, family, hf_config
     )
-    shape = model_shape(family, hf_config)
+    shape = family.dims(hf_config)
     with (
         torch.no_grad(),
         parallel_world(parallel, shape, timeout_seconds=600, seed=0) as groups,

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from megatron_rlsd.config import Config, load_config
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
+from megatron_rlsd.hf_bridge import ModelDims, family_for, load_hf_config
+from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.planning.memory import GIB
 from megatron_rlsd.planning.plan import Machine, Plan, make_plan, remedies
 from megatron_rlsd.planning.rates import Rates
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
             raise UserError(
                 f"{error}; a plan reads the config.json in it, and no weights"
             ) from None
-        model = model_shape(family_for(hf_config), hf_config)
+        model = family_for(hf_config).dims(hf_config)
         rates = Rates().with_given(args.rate)
     except UserError as error:
         return tell(error)
@@ -115,7 +115,7 @@ def assumed_lengths(args: argparse.Namespace, config: Config) -> Lengths:
 
 
 def print_search(
-    config: Config, model: ModelShape, machine: Machine, lengths: Lengths, best: int
+    config: Config, model: ModelDims, machine: Machine, lengths: Lengths, best: int
 ) -> int:
     found = search(config, model, machine, lengths)
     print(f"{found.tried} layouts are possible on {machine.gpus} GPUs, {len(found.plans)} fit")

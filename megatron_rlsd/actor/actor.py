@@ -55,7 +55,6 @@ from megatron_rlsd.ops import (
 )
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.parallel.layout import model_shape
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Actor:
         self._pack_shape = pack_shape(
             config.parallel, config.pack_multiple, config.fixed_pack_length
         )
-        shape = model_shape(family, hf_config)
+        shape = family.dims(hf_config)
         check_eight_bit(shape, config.parallel, config.model.precision)
         kind = layer_kind(config.model.precision, groups.device)
         self._config = transformer_config(config.model, config.parallel, family, hf_config, kind)

@@ -30,6 +30,7 @@ from megatron_rlsd.actor.context_parallel import gather_pack, held_chunks
 from megatron_rlsd.actor.latent_attention import LatentAttention
 from megatron_rlsd.actor.packing import PackBounds
 from megatron_rlsd.actor.precision import LayerKind
+from megatron_rlsd.hf_bridge.dims import layers_with_experts
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -131,6 +132,7 @@ def block_spec(
     """
     offset = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
+    routed = layers_with_experts(config.num_layers, config.moe_layer_freq, config.num_moe_experts)
     layer_spec, norm = _local_layer_spec, RMSNorm
     if kind == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -138,21 +140,10 @@ def block_spec(
         layer_spec, norm = _engine_layer_spec, TENorm
     return TransformerBlockSubmodules(
         layer_specs=[
-            layer_spec(config, has_experts(config, layer))
-            for layer in range(offset, offset + count)
+            layer_spec(config, layer in routed) for layer in range(offset, offset + count)
         ],
         layer_norm=norm,
     )
-
-
-def has_experts(config: TransformerConfig, layer: int) -> bool:
-    """Is the feed-forward part of layer ``layer`` (from 0) a mixture of experts?"""
-    if not config.num_moe_experts:
-        return False
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return layer % frequency == 0
-    return bool(frequency[layer])
 
 
 def _engine_layer_spec(config: TransformerConfig, with_experts: bool) -> ModuleSpec:

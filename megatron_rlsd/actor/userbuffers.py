@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from megatron_rlsd.actor.precision import LayerKind
 from megatron_rlsd.config import Config, ModelConfig, PrecisionConfig
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape
+from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.runtime.errors import UserError
 
 ENGINE_VERSION = (2, 8)
@@ -34,7 +35,7 @@ def overlap_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def start_userbuffers(
-    config: Config, model: ModelShape, kind: LayerKind, groups: ParallelGroups
+    config: Config, model: ModelDims, kind: LayerKind, groups: ParallelGroups
 ) -> None:
     """Register this process's buffers, before its layers are built; nothing without the key.
 
@@ -58,14 +59,14 @@ def start_userbuffers(
     base.initialize_ub(**buffer_arguments(config, model), quantization_modes=modes)
 
 
-def check_overlap(model: ModelShape, kind: LayerKind, tp_ranks: list[int]) -> None:
+def check_overlap(model: ModelDims, kind: LayerKind, tp_ranks: list[int]) -> None:
     """``tp_ranks``: the global ranks of this process's tensor-parallel group, in its order."""
     if kind != "transformer_engine":
         raise UserError(
             "model.tp_comm_overlap=true needs Transformer Engine's layers, which need a CUDA "
             "device and the package transformer-engine"
         )
-    if model.latent_attention:
+    if model.latent:
         raise LayoutError(
             "model.tp_comm_overlap=true is not possible with latent attention: Megatron-Core "
             "switches it off for the whole model at the first of its down projections, which have "
@@ -79,7 +80,7 @@ def check_overlap(model: ModelShape, kind: LayerKind, tp_ranks: list[int]) -> No
         )
 
 
-def buffer_arguments(config: Config, model: ModelShape) -> dict[str, Any]:
+def buffer_arguments(config: Config, model: ModelDims) -> dict[str, Any]:
     """Of ``initialize_ub``, the modes left out. ``shape``: [tokens of a rank, hidden size]."""
     tokens = config.fixed_pack_length
     assert tokens is not None

@@ -55,10 +55,8 @@ class CheckpointTensor:
 
 
 def layers_are_alike(family: Family, hf_config: HFConfig) -> bool:
-    """Whether Megatron stacks this model's layers on one axis."""
-    return not isinstance(
-        family.transformer_config_fields(hf_config).get("moe_layer_freq", 1), list
-    )
+    """Whether Megatron stacks this model's layers on one axis: none or every one has experts."""
+    return bool(family.transformer_config_fields(hf_config).get("moe_layer_freq", 1) == 1)
 
 
 def checkpoint_tensors(

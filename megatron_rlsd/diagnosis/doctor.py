@@ -12,8 +12,7 @@ from megatron_rlsd.diagnosis import inputs, machine, model, servers, versions
 from megatron_rlsd.diagnosis.agreement import check_agreement
 from megatron_rlsd.diagnosis.check import Check, Skip, run_check
 from megatron_rlsd.diagnosis.collective import check_collectives
-from megatron_rlsd.hf_bridge import Family, family_for, load_hf_config
-from megatron_rlsd.parallel.layout import ModelShape, model_shape
+from megatron_rlsd.hf_bridge import Family, ModelDims, family_for, load_hf_config
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
@@ -38,7 +37,7 @@ class Doctor:
         self._config: Config | None = None
         self._hf_config: dict[str, Any] | None = None
         self._family: Family | None = None
-        self._model: ModelShape | None = None
+        self._model: ModelDims | None = None
 
     def checks(self, *, machine_too: bool = True) -> Iterator[Check]:
         """One after the other, as they are done."""
@@ -111,7 +110,7 @@ class Doctor:
         hf_config = load_hf_config(config.model.hf_path)
         self._family = family_for(hf_config)
         self._hf_config = hf_config
-        self._model = model_shape(self._family, hf_config)
+        self._model = self._family.dims(hf_config)
         return model.check_hf_config(self._family, hf_config)
 
     def _check_agreement(self, config: Config) -> str:

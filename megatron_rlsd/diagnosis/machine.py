@@ -11,7 +11,7 @@ import torch
 
 from megatron_rlsd.config import Config
 from megatron_rlsd.diagnosis.check import Doubt, Skip
-from megatron_rlsd.parallel.layout import ModelShape
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.memory import rank_parameters
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.machine import device
@@ -59,7 +59,7 @@ def check_fast_kernels(config: Config | None = None) -> str:
     return "the head runs on Triton, the layers are Transformer Engine's"
 
 
-def check_space(config: Config, model: ModelShape | None) -> str:
+def check_space(config: Config, model: ModelDims | None) -> str:
     """run_dir can be written, and holds the checkpoints and the export that the run will keep."""
     run_dir = Path(config.run_dir).absolute()
     parent = run_dir
@@ -85,7 +85,7 @@ def check_space(config: Config, model: ModelShape | None) -> str:
     return text
 
 
-def wanted_bytes(config: Config, model: ModelShape) -> int:
+def wanted_bytes(config: Config, model: ModelDims) -> int:
     """Of the checkpoints kept, one more while it is written, and the final export."""
     count = rank_parameters(model, type(config.parallel)(), 0).total
     item = 2 if config.model.dtype == "bfloat16" else 4

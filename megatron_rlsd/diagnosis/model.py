@@ -10,9 +10,9 @@ from megatron_rlsd.conversion.describe import describe
 from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
 from megatron_rlsd.data import Tokenizer, load_tokenizer
 from megatron_rlsd.diagnosis.check import Skip
-from megatron_rlsd.hf_bridge import Family, SafetensorsFolder, load_hf_config
+from megatron_rlsd.hf_bridge import Family, ModelDims, SafetensorsFolder, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
+from megatron_rlsd.parallel.layout import LayoutError, check_layout
 from megatron_rlsd.parallel.memory import rank_parameters
 from megatron_rlsd.rollout.sglang import SGLangScorer
 from megatron_rlsd.runtime.errors import UserError
@@ -98,7 +98,7 @@ def _check_template(tokenizer: Tokenizer) -> str:
     return f"the chat template keeps the message and ends turns with {tokenizer.end_of_turn_id}"
 
 
-def check_parallel(config: Config, model: ModelShape, world_size: int | None) -> str:
+def check_parallel(config: Config, model: ModelDims, world_size: int | None) -> str:
     """``world_size`` None: of the trainer is not known, so any that the layout can have."""
     parallel = config.parallel
     product = parallel.tensor * parallel.context * parallel.pipeline

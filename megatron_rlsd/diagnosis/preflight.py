@@ -17,9 +17,9 @@ from pathlib import Path
 
 from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.diagnosis.agreement import agreement_problems
-from megatron_rlsd.hf_bridge import family_for, load_hf_config
+from megatron_rlsd.hf_bridge import ModelDims, family_for, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout, model_shape
+from megatron_rlsd.parallel.layout import LayoutError, check_layout
 from megatron_rlsd.runtime.errors import EXIT_USER_ERROR, UserError, tell
 
 EXIT_TOO_FEW = 3
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     try:
         config = load_config(args.config, args.overrides)
         hf_config = load_hf_config(config.model.hf_path)
-        model = model_shape(family_for(hf_config), hf_config)
+        model = family_for(hf_config).dims(hf_config)
     except UserError as error:
         return tell(error)
     problems = [*server_problems(config, model, args.gpus_per_node)]
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     return EXIT_TOO_FEW if more_would_do and not problems else EXIT_USER_ERROR
 
 
-def layout_problem(config: Config, model: ModelShape, tasks: int) -> list[str]:
+def layout_problem(config: Config, model: ModelDims, tasks: int) -> list[str]:
     """What speaks against the layout, if anything does."""
     try:
         check_layout(config.parallel, tasks, model)
@@ -66,7 +66,7 @@ def layout_problem(config: Config, model: ModelShape, tasks: int) -> list[str]:
     return []
 
 
-def server_problems(config: Config, model: ModelShape, gpus_per_node: int) -> Iterator[str]:
+def server_problems(config: Config, model: ModelDims, gpus_per_node: int) -> Iterator[str]:
     """Why a node cannot hold rollout.sglang's servers, or they cannot split the model."""
     settings = config.rollout.sglang
     if config.rollout.engine != "sglang":
@@ -84,10 +84,10 @@ def server_problems(config: Config, model: ModelShape, gpus_per_node: int) -> It
     yield from _split_problems(model, size)
 
 
-def _split_problems(model: ModelShape, size: int) -> Iterator[str]:
+def _split_problems(model: ModelDims, size: int) -> Iterator[str]:
     heads = {"attention heads": model.num_attention_heads}
     # The engine copies KV heads where it has more ranks than there are of them.
-    if model.latent_attention is None and size % model.num_query_groups:
+    if model.latent is None and size % model.num_query_groups:
         heads["KV heads"] = model.num_query_groups
     for name, count in heads.items():
         if count % size:

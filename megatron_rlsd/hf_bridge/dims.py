@@ -1,4 +1,4 @@
-"""The sizes that the shapes of a decoder-only model's weights are made of."""
+"""The sizes of a decoder-only model: its weights are made of them and layouts divide them."""
 
 from __future__ import annotations
 
@@ -54,6 +54,21 @@ class LatentAttention:
     value_head_dim: int
 
 
+def layers_with_experts(
+    num_layers: int, frequency: int | list[int], num_experts: int | None
+) -> frozenset[int]:
+    """The layers (from 0) whose feed-forward part is a mixture of experts.
+
+    ``frequency`` is Megatron's moe_layer_freq: every n-th layer from the first on, or 0 or 1 for
+    each layer.
+    """
+    if not num_experts:
+        return frozenset()
+    if isinstance(frequency, int):
+        return frozenset(range(0, num_layers, frequency))
+    return frozenset(layer for layer, routed in enumerate(frequency) if routed)
+
+
 @dataclass(frozen=True)
 class ModelDims:
     """Sizes of the whole model, before any split over ranks."""
@@ -73,10 +88,14 @@ class ModelDims:
     """Rows of the embedding in the Megatron model, all tensor-parallel ranks together."""
     tied_embeddings: bool
     """The output layer uses the embedding's weight."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """A norm over the channels of each query and key head; unused with MLA."""
     moe_layers: frozenset[int] = frozenset()
     """0-based numbers of the layers whose feed-forward part is a mixture of experts."""
     num_experts: int = 0
     """Routed experts of each such layer."""
+    experts_per_token: int = 0
     expert_ffn_size: int = 0
     """Width of one routed expert."""
     shared_expert_ffn_size: int = 0

@@ -9,7 +9,12 @@ from typing import Any, Literal
 import torch
 
 from megatron_rlsd.hf_bridge.config_table import ConfigTable, HFConfig
-from megatron_rlsd.hf_bridge.dims import LatentAttention, ModelDims, ShardLayout
+from megatron_rlsd.hf_bridge.dims import (
+    LatentAttention,
+    ModelDims,
+    ShardLayout,
+    layers_with_experts,
+)
 from megatron_rlsd.hf_bridge.mappings import Mapping as ParameterMapping
 from megatron_rlsd.hf_bridge.mappings import Shape
 from megatron_rlsd.hf_bridge.rope import rope_model_fields
@@ -139,8 +144,6 @@ class Family:
         fields = self.transformer_config_fields(hf_config)
         model = self.model_fields(hf_config)
         num_layers, num_experts = fields["num_layers"], fields.get("num_moe_experts") or 0
-        frequency = fields.get("moe_layer_freq", 1)
-        pattern = frequency if isinstance(frequency, list) else [1] * num_layers
         return ModelDims(
             num_layers=num_layers,
             hidden_size=fields["hidden_size"],
@@ -151,8 +154,13 @@ class Family:
             vocab_size=model["vocab_size"],
             padded_vocab_size=padded_vocab_size or model["vocab_size"],
             tied_embeddings=model["share_embeddings_and_output_weights"],
-            moe_layers=frozenset(i for i, moe in enumerate(pattern) if moe and num_experts),
+            qkv_bias=bool(fields.get("add_qkv_bias")),
+            qk_norm=bool(fields.get("qk_layernorm")),
+            moe_layers=layers_with_experts(
+                num_layers, fields.get("moe_layer_freq", 1), num_experts
+            ),
             num_experts=num_experts,
+            experts_per_token=int(fields.get("moe_router_topk") or 0),
             expert_ffn_size=fields.get("moe_ffn_hidden_size") or 0,
             shared_expert_ffn_size=fields.get("moe_shared_expert_intermediate_size") or 0,
             latent=_latent_attention(fields) if fields.get("multi_latent_attention") else None,

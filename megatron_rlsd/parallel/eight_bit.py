@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from megatron_rlsd.config import ParallelConfig, PrecisionConfig
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape
+from megatron_rlsd.hf_bridge import ModelDims
+from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.parallel.memory import layer_products
 
 COPY_BYTES = 2
@@ -30,7 +31,7 @@ def eight_bit_layers(
 
 
 def copy_bytes(
-    model: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
+    model: ModelDims, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
 ) -> int:
     """Of the 8-bit copies of the weights of ``layers`` on a rank that holds them."""
     bytes_each = COPY_BYTES - 1 if precision.fp8_parameters else COPY_BYTES
@@ -38,7 +39,7 @@ def copy_bytes(
 
 
 def saved_bytes(
-    model: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
+    model: ModelDims, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
 ) -> int:
     """What fp8_parameters takes off the bfloat16 parameters of ``layers`` on a rank."""
     if not precision.fp8_parameters:
@@ -47,16 +48,14 @@ def saved_bytes(
 
 
 def _weights(
-    model: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
+    model: ModelDims, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
 ) -> int:
     """Weights of the 8-bit products of ``layers`` on a rank that holds them."""
     chosen = eight_bit_layers(precision, model.num_layers, layers)
     return sum(layer_products(model, parallel, layer).total for layer in chosen)
 
 
-def check_eight_bit(
-    model: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig
-) -> None:
+def check_eight_bit(model: ModelDims, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
     """Raise LayoutError that names every size of a rank's products that 8 bits do not take, or says
     that this model's weights cannot be stored in them."""
     if precision.fp8 == "none":
@@ -77,12 +76,12 @@ def check_eight_bit(
         raise LayoutError("8-bit products do not take these sizes:\n  " + "\n  ".join(problems))
 
 
-def _sizes(model: ModelShape, parallel: ParallelConfig) -> Iterator[tuple[str, int]]:
+def _sizes(model: ModelDims, parallel: ParallelConfig) -> Iterator[tuple[str, int]]:
     """Rows and columns of the products on one rank."""
     tp = parallel.tensor
     split = f" / parallel.tensor={tp}" if tp > 1 else ""
     yield "hidden size", model.hidden_size
-    if latent := model.latent_attention:
+    if latent := model.latent:
         yield "rank of keys and values", latent.kv_lora_rank
         if latent.q_lora_rank:
             yield "rank of queries", latent.q_lora_rank
@@ -100,7 +99,7 @@ def _sizes(model: ModelShape, parallel: ParallelConfig) -> Iterator[tuple[str, i
         size = parallel.expert_tensor_size
         yield (
             f"rows of an expert / parallel.expert_tensor={size}",
-            (model.expert_ffn_hidden_size // size),
+            (model.expert_ffn_size // size),
         )
-        if model.shared_expert_ffn_hidden_size:
-            yield f"shared expert rows{split}", model.shared_expert_ffn_hidden_size // tp
+        if model.shared_expert_ffn_size:
+            yield f"shared expert rows{split}", model.shared_expert_ffn_size // tp

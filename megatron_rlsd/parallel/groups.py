@@ -16,7 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rlsd.config import ParallelConfig
-from megatron_rlsd.parallel.layout import ModelShape, check_layout
+from megatron_rlsd.hf_bridge import ModelDims
+from megatron_rlsd.parallel.layout import check_layout
 from megatron_rlsd.runtime import machine
 
 
@@ -98,7 +99,7 @@ class ParallelGroups:
 
 @contextmanager
 def parallel_world(
-    parallel: ParallelConfig, shape: ModelShape, *, timeout_seconds: float, seed: int
+    parallel: ParallelConfig, shape: ModelDims, *, timeout_seconds: float, seed: int
 ) -> Iterator[ParallelGroups]:
     """Join the other ranks of this run (torchrun's variables; none set: a world of one).
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 from megatron_rlsd.config import ParallelConfig
-from megatron_rlsd.hf_bridge import Family
-from megatron_rlsd.hf_bridge.dims import LatentAttention
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.megatron_versions import expert_tensor_problem
 
@@ -17,59 +14,7 @@ class LayoutError(UserError):
     """The parallel sizes do not fit the model or the number of processes."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that a layout has to divide, and that the parameters of a rank follow from."""
-
-    num_layers: int
-    num_attention_heads: int
-    num_query_groups: int
-    """Key/value heads."""
-    ffn_hidden_size: int
-    """Of the layers without experts."""
-    hidden_size: int
-    head_dim: int
-    vocab_size: int
-    tied_embeddings: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    """A norm over the channels of each query and key head."""
-    moe_layers: frozenset[int] = frozenset()
-    """Layers (from 0) with a mixture of experts; none: a dense model."""
-    num_experts: int = 0
-    """Routed experts of each such layer."""
-    experts_per_token: int = 0
-    expert_ffn_hidden_size: int = 0
-    shared_expert_ffn_hidden_size: int = 0
-    latent_attention: LatentAttention | None = None
-    """Set for multi-head latent attention (MLA); head_dim and qk_norm then mean nothing."""
-
-
-def model_shape(family: Family, hf_config: dict[str, Any]) -> ModelShape:
-    """The sizes of the model that a config.json describes."""
-    fields = family.transformer_config_fields(hf_config)
-    dims = family.dims(hf_config)
-    return ModelShape(
-        num_layers=dims.num_layers,
-        num_attention_heads=dims.num_attention_heads,
-        num_query_groups=dims.num_query_groups,
-        ffn_hidden_size=dims.ffn_hidden_size,
-        hidden_size=dims.hidden_size,
-        head_dim=dims.head_dim,
-        vocab_size=dims.vocab_size,
-        tied_embeddings=dims.tied_embeddings,
-        qkv_bias=bool(fields.get("add_qkv_bias")),
-        qk_norm=bool(fields.get("qk_layernorm")),
-        moe_layers=dims.moe_layers,
-        num_experts=dims.num_experts,
-        experts_per_token=int(fields.get("moe_router_topk") or 0),
-        expert_ffn_hidden_size=dims.expert_ffn_size,
-        shared_expert_ffn_hidden_size=dims.shared_expert_ffn_size,
-        latent_attention=dims.latent,
-    )
-
-
-def check_layout(parallel: ParallelConfig, world_size: int, model: ModelShape) -> None:
+def check_layout(parallel: ParallelConfig, world_size: int, model: ModelDims) -> None:
     """Raise LayoutError that lists every size that does not fit, with the valid choices."""
     problems = [
         *_processes(parallel, world_size),
@@ -122,16 +67,16 @@ def _processes(parallel: ParallelConfig, world_size: int) -> Iterable[str]:
         )
 
 
-def _tensor(parallel: ParallelConfig, model: ModelShape) -> Iterable[str]:
+def _tensor(parallel: ParallelConfig, model: ModelDims) -> Iterable[str]:
     sizes = [
         ("attention heads", model.num_attention_heads),
         ("KV heads", model.num_query_groups),
     ]
     if len(model.moe_layers) < model.num_layers:
         sizes.append(("feed-forward rows", model.ffn_hidden_size))
-    if model.shared_expert_ffn_hidden_size:
-        sizes.append(("shared expert rows", model.shared_expert_ffn_hidden_size))
-    if latent := model.latent_attention:
+    if model.shared_expert_ffn_size:
+        sizes.append(("shared expert rows", model.shared_expert_ffn_size))
+    if latent := model.latent:
         rows = latent.kv_lora_rank + latent.rope_head_dim
         sizes.append(("rows of the keys' and values' down projection", rows))
         if latent.q_lora_rank:
@@ -149,7 +94,7 @@ def _tensor(parallel: ParallelConfig, model: ModelShape) -> Iterable[str]:
         )
 
 
-def _pipeline(parallel: ParallelConfig, model: ModelShape) -> Iterable[str]:
+def _pipeline(parallel: ParallelConfig, model: ModelDims) -> Iterable[str]:
     layers, stages, chunks = model.num_layers, parallel.pipeline, parallel.virtual_pipeline
     ends = {
         f"parallel.pipeline_{end}_stage_layers": held
@@ -180,7 +125,7 @@ def _pipeline(parallel: ParallelConfig, model: ModelShape) -> Iterable[str]:
         yield _indivisible("pipeline", stages, "layers", layers)
 
 
-def _experts(parallel: ParallelConfig, world_size: int, model: ModelShape) -> Iterable[str]:
+def _experts(parallel: ParallelConfig, world_size: int, model: ModelDims) -> Iterable[str]:
     if not model.moe_layers:
         for key, size in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
             if size not in (None, 1):
@@ -189,8 +134,8 @@ def _experts(parallel: ParallelConfig, world_size: int, model: ModelShape) -> It
     if model.num_experts % parallel.expert:
         yield _indivisible("expert", parallel.expert, "experts", model.num_experts)
     split = parallel.expert_tensor_size
-    if model.expert_ffn_hidden_size % split:
-        size = model.expert_ffn_hidden_size
+    if model.expert_ffn_size % split:
+        size = model.expert_ffn_size
         yield _indivisible("expert_tensor", split, "rows of an expert", size)
     if parallel.tensor > 1 and not parallel.sequence:
         yield (

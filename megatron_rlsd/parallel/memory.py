@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_rlsd.config import ParallelConfig
-from megatron_rlsd.parallel.layout import ModelShape, layers_of_stage
+from megatron_rlsd.hf_bridge import ModelDims
+from megatron_rlsd.parallel.layout import layers_of_stage
 
 GRADIENT_BYTES = 4
 """Gradients are accumulated and reduced in float32 whatever the parameters are."""
@@ -48,7 +49,7 @@ class StateBytes:
 
 
 def rank_parameters(
-    model: ModelShape,
+    model: ModelDims,
     parallel: ParallelConfig,
     stage: int,
     *,
@@ -67,8 +68,8 @@ def rank_parameters(
     layer = 2 * hidden + _attention(model, tp, duplicated_latents)
     dense_ffn = _gated_ffn(hidden, model.ffn_hidden_size) // tp
     router = model.num_experts * hidden
-    shared = _gated_ffn(hidden, model.shared_expert_ffn_hidden_size) // tp
-    expert = _gated_ffn(hidden, model.expert_ffn_hidden_size) // parallel.expert_tensor_size
+    shared = _gated_ffn(hidden, model.shared_expert_ffn_size) // tp
+    expert = _gated_ffn(hidden, model.expert_ffn_size) // parallel.expert_tensor_size
 
     dense = (
         len(layers) * layer
@@ -87,26 +88,26 @@ def rank_parameters(
     return RankParameters(dense, moe_layers * model.num_experts // parallel.expert * expert)
 
 
-def layer_products(model: ModelShape, parallel: ParallelConfig, layer: int) -> RankParameters:
+def layer_products(model: ModelDims, parallel: ParallelConfig, layer: int) -> RankParameters:
     """Parameters of one layer's matrix products on a rank: all but norms, biases and the router."""
     tp, hidden = parallel.tensor, model.hidden_size
     attention = _attention(model, tp, duplicated_latents=True)
-    if latent := model.latent_attention:
+    if latent := model.latent:
         attention -= latent.kv_lora_rank + (latent.q_lora_rank or 0)
     else:
         channels = (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
         attention -= 2 * model.head_dim * model.qk_norm + channels * model.qkv_bias // tp
     if layer not in model.moe_layers:
         return RankParameters(attention + _gated_ffn(hidden, model.ffn_hidden_size) // tp, 0)
-    shared = _gated_ffn(hidden, model.shared_expert_ffn_hidden_size) // tp
-    expert = _gated_ffn(hidden, model.expert_ffn_hidden_size) // parallel.expert_tensor_size
+    shared = _gated_ffn(hidden, model.shared_expert_ffn_size) // tp
+    expert = _gated_ffn(hidden, model.expert_ffn_size) // parallel.expert_tensor_size
     return RankParameters(attention + shared, model.num_experts // parallel.expert * expert)
 
 
-def _attention(model: ModelShape, tp: int, duplicated_latents: bool) -> int:
+def _attention(model: ModelDims, tp: int, duplicated_latents: bool) -> int:
     """Parameters of one layer's attention on a rank, the norm in front of it left out."""
     hidden, heads = model.hidden_size, model.num_attention_heads
-    latent = model.latent_attention
+    latent = model.latent
     if latent is None:
         queries, keys = heads * model.head_dim, model.num_query_groups * model.head_dim
         projections = (queries + 2 * keys) * (hidden + model.qkv_bias) + queries * hidden
@@ -131,7 +132,7 @@ def _gated_ffn(hidden: int, width: int) -> int:
 
 
 def state_bytes(
-    model: ModelShape,
+    model: ModelDims,
     parallel: ParallelConfig,
     *,
     world_size: int,

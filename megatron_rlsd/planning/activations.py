@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_rlsd.config import ModelConfig, ParallelConfig
-from megatron_rlsd.parallel.layout import ModelShape, layers_of_stage
+from megatron_rlsd.hf_bridge import ModelDims
+from megatron_rlsd.parallel.layout import layers_of_stage
 
 Kernels = Literal["cpu", "cuda", "transformer_engine"]
 """Whose kernels run: torch's on a CPU or a GPU, in Megatron's local layers; or Transformer
@@ -63,7 +64,7 @@ class ActivationCounter:
 
     def __init__(
         self,
-        model: ModelShape,
+        model: ModelDims,
         parallel: ParallelConfig,
         settings: ModelConfig,
         pack: Pack,
@@ -137,7 +138,7 @@ class ActivationCounter:
         model = self._model
         rows = self.item * self.tokens
         dense = 3 * model.ffn_hidden_size if len(model.moe_layers) < model.num_layers else 0
-        shared = 3 * model.shared_expert_ffn_hidden_size
+        shared = 3 * model.shared_expert_ffn_size
         widths = [max(dense, shared) // self.tp, (self._queries + 2 * self._keys)]
         routed = 0
         if model.moe_layers:
@@ -156,19 +157,19 @@ class ActivationCounter:
     @property
     def _queries(self) -> int:
         """Channels of all queries of this rank."""
-        latent = self._model.latent_attention
+        latent = self._model.latent
         size = latent.nope_head_dim + latent.rope_head_dim if latent else self._model.head_dim
         return self._model.num_attention_heads * size // self.tp
 
     @property
     def _keys(self) -> int:
-        if self._model.latent_attention:
+        if self._model.latent:
             return self._queries
         return self._model.num_query_groups * self._model.head_dim // self.tp
 
     @property
     def _values(self) -> int:
-        latent = self._model.latent_attention
+        latent = self._model.latent
         if latent:
             return self._model.num_attention_heads * latent.value_head_dim // self.tp
         return self._keys
@@ -176,19 +177,19 @@ class ActivationCounter:
     @property
     def _rotary(self) -> int:
         """Channels of a head that are rotated by their position."""
-        latent = self._model.latent_attention
+        latent = self._model.latent
         return latent.rope_head_dim if latent else self._model.head_dim
 
     @property
     def _outputs(self) -> int:
         """Channels of the attention's output on this rank."""
-        latent = self._model.latent_attention
+        latent = self._model.latent
         size = latent.value_head_dim if latent else self._model.head_dim
         return self._model.num_attention_heads * size // self.tp
 
     def _attention_inputs(self) -> int:
         """Rotary tables, norms of queries and keys, low-rank projections; the output's input."""
-        model, latent = self._model, self._model.latent_attention
+        model, latent = self._model, self._model.latent
         total = self.item * self.tokens * self._outputs  # what the output projection gets
         total += 4 * self.item * self.tokens * self._rotary  # cos, sin; queries, keys
         if latent:
@@ -217,7 +218,7 @@ class ActivationCounter:
         """Queries, keys, values, output and softmax sums, [T, ...]."""
         heads = self._model.num_attention_heads // self.tp
         own, gathered = self.tokens, self.tokens * self._parallel.context
-        if self._model.latent_attention and self._kernels == "cpu":
+        if self._model.latent and self._kernels == "cpu":
             # Torch's plain attention where heads of keys and values differ: all in float32, and the
             # matrix of probabilities.
             probabilities = FLOAT32 * heads * self._pack.squares // self._parallel.context
@@ -225,7 +226,7 @@ class ActivationCounter:
             width = own * self._queries + gathered * (self._keys + values)
             return FLOAT32 * width + probabilities
         values, outputs = self._values, self._outputs
-        if self._model.latent_attention:
+        if self._model.latent:
             # Newer releases of Megatron-Core pad the values to the width of the keys.
             values = outputs = self._queries
         total = self.item * (own * self._queries + gathered * (self._keys + values))
@@ -246,7 +247,7 @@ class ActivationCounter:
     def _core_attention_inputs(self) -> int:
         """What is kept of a core attention that is computed again."""
         total = self.item * self.tokens * (self._queries + self._keys)
-        if self._model.latent_attention:
+        if self._model.latent:
             return total + self.item * self.tokens * self._values
         already = self._model.qk_norm and (self._kernels != "cpu" or self.item == FLOAT32)
         # The values lie within the projection's result, which stays as a whole.
@@ -267,11 +268,11 @@ class ActivationCounter:
     def _experts(self) -> int:
         model = self._model
         rows = self._routed_rows()
-        width = model.expert_ffn_hidden_size // self._parallel.expert_tensor_size
+        width = model.expert_ffn_size // self._parallel.expert_tensor_size
         routed = self.item * rows * model.hidden_size + self._gated(rows, width, weighted=True)
         chosen = model.experts_per_token
         router = self.split_tokens * (5 * model.num_experts + 24 * chosen)
-        shared = self._gated(self.tokens, model.shared_expert_ffn_hidden_size // self.tp)
+        shared = self._gated(self.tokens, model.shared_expert_ffn_size // self.tp)
         return routed + router + shared
 
 

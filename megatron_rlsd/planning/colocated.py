@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.parallel.layout import ModelShape
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.planning.memory import (
     GIB,
     RankMemory,
@@ -41,7 +41,7 @@ class ServerMemory:
 
 
 def server_memory(
-    config: Config, model: ModelShape, gpu_bytes: float, gpus_per_node: int
+    config: Config, model: ModelDims, gpu_bytes: float, gpus_per_node: int
 ) -> ServerMemory:
     """``gpu_bytes``: of a whole GPU."""
     settings, item = config.rollout.sglang, 2 if config.model.dtype == "bfloat16" else 4

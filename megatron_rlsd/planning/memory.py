@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.eight_bit import copy_bytes, saved_bytes
-from megatron_rlsd.parallel.layout import ModelShape, layers_of_stage
+from megatron_rlsd.parallel.layout import layers_of_stage
 from megatron_rlsd.parallel.memory import rank_parameters, state_bytes
 from megatron_rlsd.planning.activations import (
     FLOAT32,
@@ -72,7 +73,7 @@ class Workload:
 
 def rank_memory(
     config: Config,
-    model: ModelShape,
+    model: ModelDims,
     *,
     world_size: int,
     stage: int,
@@ -155,12 +156,12 @@ def rank_memory(
     return RankMemory(stage, held, moments, host)
 
 
-def model_parameters(model: ModelShape, config: Config) -> int:
+def model_parameters(model: ModelDims, config: Config) -> int:
     """Of the whole model, a tied embedding once."""
     return rank_parameters(model, type(config.parallel)(), 0).total
 
 
-def _head(counter: ActivationCounter, model: ModelShape, *, with_gradient: bool) -> int:
+def _head(counter: ActivationCounter, model: ModelDims, *, with_gradient: bool) -> int:
     """The fused head's chunk; with a gradient also that of the hidden states."""
     rows = -(-model.vocab_size // counter.tp)
     chunk = min(HEAD_CHUNK_BYTES, FLOAT32 * counter.tokens * rows)
@@ -171,7 +172,7 @@ def _head(counter: ActivationCounter, model: ModelShape, *, with_gradient: bool)
     return chunk + gathered + hidden * (FLOAT32 if counter.tp > 1 else counter.item)
 
 
-def _communication(counter: ActivationCounter, model: ModelShape, config: Config) -> int:
+def _communication(counter: ActivationCounter, model: ModelDims, config: Config) -> int:
     """Gathered sequence-parallel inputs, pipeline messages both ways, tokens sent to experts."""
     parallel = config.parallel
     total = 0
@@ -186,12 +187,12 @@ def _communication(counter: ActivationCounter, model: ModelShape, config: Config
     return total
 
 
-def _largest_tensor(model: ModelShape) -> int:
+def _largest_tensor(model: ModelDims) -> int:
     """Elements of the largest tensor of the HF export, which every rank holds for a moment."""
     return max(model.vocab_size, model.ffn_hidden_size) * model.hidden_size
 
 
-def _embedded_cache(config: Config, model: ModelShape, world_size: int) -> int:
+def _embedded_cache(config: Config, model: ModelDims, world_size: int) -> int:
     rollout = config.rollout
     requests = -(-rollout.prompts_per_step * rollout.n_samples_per_prompt // world_size)
     at_once = min(requests, rollout.embedded.max_batch_size)
@@ -203,9 +204,9 @@ def _embedded_cache(config: Config, model: ModelShape, world_size: int) -> int:
     )
 
 
-def cache_bytes_per_token(model: ModelShape, item: int) -> int:
+def cache_bytes_per_token(model: ModelDims, item: int) -> int:
     """Keys and values of one token in all layers; latents under latent attention."""
-    latent = model.latent_attention
+    latent = model.latent
     width = (
         latent.kv_lora_rank + latent.rope_head_dim
         if latent

@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
+from megatron_rlsd.parallel.layout import LayoutError, check_layout
 from megatron_rlsd.planning.activations import Kernels
 from megatron_rlsd.planning.colocated import ServerMemory, beside_server, server_memory
 from megatron_rlsd.planning.memory import GIB, RankMemory, Workload, rank_memory
@@ -97,7 +98,7 @@ class Plan:
         return found
 
 
-def make_plan(config: Config, model: ModelShape, machine: Machine, lengths: Lengths) -> Plan:
+def make_plan(config: Config, model: ModelDims, machine: Machine, lengths: Lengths) -> Plan:
     """Raises LayoutError for a layout that is not possible for this model and number of GPUs."""
     check_layout(config.parallel, machine.gpus, model)
     check_eight_bit(model, config.parallel, config.model.precision)
@@ -147,7 +148,7 @@ def changed(config: Config, overrides: dict[str, Any]) -> Config | None:
         return None
 
 
-def remedies(plan: Plan, model: ModelShape, lengths: Lengths) -> list[tuple[dict[str, Any], Plan]]:
+def remedies(plan: Plan, model: ModelDims, lengths: Lengths) -> list[tuple[dict[str, Any], Plan]]:
     """Single changes to the configuration after which it fits, the fastest step first."""
     found = []
     for overrides in [*_single_changes(plan.config), *_smaller_servers(plan)]:

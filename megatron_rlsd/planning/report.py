@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.parallel.layout import ModelShape
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.planning.memory import GIB, RankMemory, model_parameters
 from megatron_rlsd.planning.plan import Machine, Plan
 from megatron_rlsd.planning.work import Lengths, StepTokens
@@ -33,7 +33,7 @@ def layout_line(config: Config, gpus: int) -> str:
     return " ".join(parts)
 
 
-def plan_text(plan: Plan, model: ModelShape, lengths: Lengths) -> str:
+def plan_text(plan: Plan, model: ModelDims, lengths: Lengths) -> str:
     """Everything about one plan, assumptions included."""
     config, machine = plan.config, plan.machine
     lines = [

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_rlsd.config import Config, ParallelConfig, PrecisionConfig
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout
+from megatron_rlsd.parallel.layout import LayoutError, check_layout
 from megatron_rlsd.planning.plan import Machine, Plan, make_plan
 from megatron_rlsd.planning.work import Lengths
 
@@ -35,7 +36,7 @@ class Found:
     """Of those that do not fit, the one with the lowest peak."""
 
 
-def search(config: Config, model: ModelShape, machine: Machine, lengths: Lengths) -> Found:
+def search(config: Config, model: ModelDims, machine: Machine, lengths: Lengths) -> Found:
     """Over tensor, pipeline, virtual pipeline, context, expert parallelism, recompute and the
     distributed optimizer; sequence parallelism is on wherever tensor parallelism is."""
     fitting: list[Plan] = []
@@ -92,7 +93,7 @@ def _yaml(value: Any) -> str:
 
 
 def _layouts(
-    model: ModelShape, machine: Machine, precision: PrecisionConfig
+    model: ModelDims, machine: Machine, precision: PrecisionConfig
 ) -> Iterator[ParallelConfig]:
     """Possible for the model; tensor (and expert) groups stay within one machine."""
     gpus = machine.gpus
@@ -126,7 +127,7 @@ def _stages(layers: int, most: int) -> Iterator[dict[str, int]]:
             yield {"pipeline": pipeline, "pipeline_last_stage_layers": last}
 
 
-def _expert_sizes(model: ModelShape, most: int) -> Iterator[int]:
+def _expert_sizes(model: ModelDims, most: int) -> Iterator[int]:
     return _divisors(model.num_experts, most) if model.moe_layers else iter((1,))
 
 

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.eight_bit import eight_bit_layers
-from megatron_rlsd.parallel.layout import ModelShape, layers_of_stage
+from megatron_rlsd.parallel.layout import layers_of_stage
 from megatron_rlsd.parallel.memory import RankParameters, rank_parameters
 from megatron_rlsd.planning.memory import cache_bytes_per_token, model_parameters
 from megatron_rlsd.planning.rates import Rates
@@ -64,7 +65,7 @@ class StepTimer:
     def __init__(
         self,
         config: Config,
-        model: ModelShape,
+        model: ModelDims,
         *,
         world_size: int,
         gpus_per_node: int,
@@ -287,7 +288,7 @@ class StepTimer:
         held = rank_parameters(model, type(self._parallel)(), 0)
         tied = model.vocab_size * model.hidden_size if model.tied_embeddings else outer
         moe = len(model.moe_layers)
-        expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
+        expert = 3 * model.hidden_size * model.expert_ffn_size
         dense_width = 3 * model.hidden_size * model.ffn_hidden_size
         rest = held.dense - tied - (model.num_layers - moe) * dense_width
         each = rest / model.num_layers
@@ -296,7 +297,7 @@ class StepTimer:
             routed = layer in model.moe_layers
             parameters += each + (model.experts_per_token * expert if routed else dense_width)
         heads = model.num_attention_heads
-        latent = model.latent_attention
+        latent = model.latent
         channels = (
             latent.nope_head_dim + latent.rope_head_dim + latent.value_head_dim
             if latent

@@ -9,7 +9,6 @@ from functools import lru_cache
 
 from megatron_rlsd.config import Config, ParallelConfig
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.parallel.memory import rank_parameters
 from megatron_rlsd.planning.activations import Pack
 from megatron_rlsd.planning.memory import Workload
@@ -122,4 +121,4 @@ def _parameters_of(hf_path: str | None) -> int:
     if hf_path is None:
         return 0
     hf_config = load_hf_config(hf_path)
-    return rank_parameters(model_shape(family_for(hf_config), hf_config), ParallelConfig(), 0).total
+    return rank_parameters(family_for(hf_config).dims(hf_config), ParallelConfig(), 0).total

@@ -14,7 +14,6 @@ from megatron_rlsd.config import Config, TeacherServerConfig
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.learner import Learner
 from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.recovery.recording import BAD_STEPS, RecordedStep, read_step
 from megatron_rlsd.runtime.errors import UserError
 
@@ -55,7 +54,7 @@ def replay(config: Config, step: int, checkpoint: Path | None = None) -> Replaye
     family = family_for(hf_config)
     with parallel_world(
         config.parallel,
-        model_shape(family, hf_config),
+        family.dims(hf_config),
         timeout_seconds=config.distributed.timeout_seconds,
         seed=config.train.seed,
     ) as groups:

@@ -19,7 +19,6 @@ from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.observability import MetricsLogger
 from megatron_rlsd.parallel.exchange import gather_bytes
 from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.recovery.continuity import continuity
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout.served import ServedEngine
@@ -45,7 +44,7 @@ def assemble(
         groups = stack.enter_context(
             parallel_world(
                 config.parallel,
-                model_shape(family, hf_config),
+                family.dims(hf_config),
                 timeout_seconds=config.distributed.timeout_seconds,
                 seed=config.train.seed,
             )

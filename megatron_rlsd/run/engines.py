@@ -76,16 +76,11 @@ def rollout_engine(
 def routes_shape(hf_config: dict[str, Any]) -> RoutesShape:
     """Of what an engine records; UserError for a model without routed experts."""
     family = family_for(hf_config)
-    fields = family.transformer_config_fields(hf_config)
-    experts = fields.get("num_moe_experts")
-    if not experts:
+    dims = family.dims(hf_config)
+    if not dims.moe_layers:
         raise UserError(
             f"algorithm.routing_replay=rollout needs a model with routed experts; {family.name} "
             "has none"
         )
-    layers, frequency = fields["num_layers"], fields.get("moe_layer_freq", 1)
-    if isinstance(frequency, int):
-        has_experts = tuple(layer % frequency == 0 for layer in range(layers))
-    else:
-        has_experts = tuple(map(bool, frequency))
-    return RoutesShape(has_experts, experts, fields["moe_router_topk"])
+    has_experts = tuple(layer in dims.moe_layers for layer in range(dims.num_layers))
+    return RoutesShape(has_experts, dims.num_experts, dims.experts_per_token)

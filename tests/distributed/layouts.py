@@ -23,7 +23,6 @@ from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.parallel.memory import StateBytes, state_bytes
 from megatron_rlsd.teacher import Teacher
 from tests.actors import actor_of
@@ -241,7 +240,7 @@ def train(layout: Layout, path: str, out: Path) -> None:
     """Five updates with the RLSD loss against a frozen teacher and the first step's old policy."""
     config = layout_config(layout, path)
     with actor_of(config, STEPS, seconds=150) as actor:
-        groups, shape = actor.groups, model_shape(actor.family, actor.hf_config)
+        groups, shape = actor.groups, actor.family.dims(actor.hf_config)
         teacher = Teacher(config.teacher, actor.parameters())
         sequences, hinted, advantages = batch()
         parts = balanced_partition([s.num_inputs for s in sequences], groups.dp.size())

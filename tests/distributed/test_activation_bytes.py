@@ -10,7 +10,6 @@ import pytest
 import transformers
 
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.planning.activations import ActivationCounter, Pack, in_flight
 from tests.distributed.activations import (
     case_config,
@@ -104,7 +103,7 @@ def case(models: Path, name: str, recompute: dict[str, Any], **settings: Any) ->
 def counted(case: dict[str, Any]) -> int:
     config = case_config(case)
     hf_config = load_hf_config(case["path"])
-    shape = model_shape(family_for(hf_config), hf_config)
+    shape = family_for(hf_config).dims(hf_config)
     pack = Pack(tuple(case["lengths"]))
     return ActivationCounter(shape, config.parallel, config.model, pack, "cpu").stage(0).kept
 

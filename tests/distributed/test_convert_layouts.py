@@ -31,7 +31,6 @@ from megatron_rlsd.hf_bridge import (
     tensor_hash,
 )
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from tests.distributed.ranks import next_world, run_on_ranks
 from tests.models import save_random_tensors
 
@@ -177,7 +176,7 @@ def worker(folders: Path, out: Path) -> None:
     for number, (world, (parallel, names)) in enumerate(WORLDS.items()):
         if number:
             next_world()
-        shape = model_shape(family_for(CONFIGS[names[-1]]), CONFIGS[names[-1]])
+        shape = family_for(CONFIGS[names[-1]]).dims(CONFIGS[names[-1]])
         with parallel_world(parallel, shape, timeout_seconds=60, seed=1) as groups:
             report = {
                 name: load_twice(folders / name, out / f"{name}.{world}", parallel, groups)

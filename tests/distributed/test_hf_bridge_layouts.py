@@ -25,7 +25,6 @@ from megatron_rlsd.hf_bridge import (
 )
 from megatron_rlsd.parallel import layout as layout_module
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from tests.distributed.ranks import next_world, run_on_ranks
 from tests.models import save_random_tensors
 
@@ -237,7 +236,7 @@ def worker(folders: Path, out: Path) -> None:
             "exported": {}, "order": {}, "experts": [], "padding_is_zero": True
         }  # fmt: skip
         example = CONFIGS[case.models[-1]]
-        shape = model_shape(family_for(example), example)
+        shape = family_for(example).dims(example)
         with parallel_world(case.parallel, shape, timeout_seconds=60, seed=1) as groups:
             for name in case.models:
                 exported = load_and_export(folders / name, case.parallel, groups, report)

@@ -37,7 +37,6 @@ from megatron_rlsd.config import (
 from megatron_rlsd.hf_bridge.quantized import is_quantized, values
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.eight_bit import saved_bytes
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.teacher import Teacher
 from tests.actors import actor_of
 
@@ -96,7 +95,7 @@ def test_masters_start_from_the_loaded_values_and_a_step_is_that_of_bfloat16_par
         assert noise.max() < 1e-2
         assert update(actor) == pytest.approx(plain_norm, rel=1e-2)
         saved = plain_held - (torch.cuda.memory_allocated() - before)
-        shape = model_shape(actor.family, actor.hf_config)
+        shape = actor.family.dims(actor.hf_config)
         least = saved_bytes(shape, ParallelConfig(), PrecisionConfig(**IN_8_BITS), range(LAYERS))
         # A byte of each weight, and of its copies the one that is now the parameter.
         print(f"8-bit parameters save {saved} bytes, counted {2 * least}")

@@ -18,7 +18,6 @@ from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.planning.activations import ActivationCounter, Kernels, Pack
 from megatron_rlsd.planning.memory import Workload, rank_memory
 from tests.distributed.activations import KeptForBackward, case_config
@@ -62,7 +61,7 @@ def test_activations_and_peak_of_an_update(model: Path, recompute: str, layers: 
     }
     config, hf_config = case_config(case), load_hf_config(model)
     family = family_for(hf_config)
-    shape = model_shape(family, hf_config)
+    shape = family.dims(hf_config)
     pack = Pack(LENGTHS)
     kernels: Kernels = "cuda" if layers == "local" else "transformer_engine"
     counted = ActivationCounter(shape, config.parallel, config.model, pack, kernels).stage(0).kept

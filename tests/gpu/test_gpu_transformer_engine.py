@@ -22,7 +22,6 @@ from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.eight_bit import copy_bytes
 from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from tests.models import save_random_model
 
 LENGTHS = (96, 40, 120)
@@ -112,7 +111,7 @@ def test_8_bit_copies_of_weights_take_what_the_planner_counts(model: Path) -> No
     if torch.cuda.get_device_capability() < CAPABILITY["current"]:
         pytest.skip(f"fp8=current needs compute capability {CAPABILITY['current']}")
     hf_config = load_hf_config(model)
-    shape = model_shape(family_for(hf_config), hf_config)
+    shape = family_for(hf_config).dims(hf_config)
     precision = PrecisionConfig(fp8="current", last_layers_bf16=2)
     counted = copy_bytes(shape, ParallelConfig(), precision, range(shape.num_layers))
     plain = measured(model, {"layers": "transformer_engine"})
@@ -144,7 +143,7 @@ def measured(model: Path, precision: dict[str, Any]) -> dict[str, Any]:
     ]
     rows = RESPONSE * len(sequences)
     with parallel_world(
-        config.parallel, model_shape(family, hf_config), timeout_seconds=120, seed=0
+        config.parallel, family.dims(hf_config), timeout_seconds=120, seed=0
     ) as groups:
         actor = Actor(config, family, hf_config, groups, total_updates=10)
         log_probs = actor.token_log_probs([sequences], 1.0)

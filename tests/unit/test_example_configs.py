@@ -10,7 +10,7 @@ import pytest
 from megatron_rlsd.config import load_config
 from megatron_rlsd.hf_bridge import family_for
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
-from megatron_rlsd.parallel.layout import check_layout, model_shape
+from megatron_rlsd.parallel.layout import check_layout
 from megatron_rlsd.parallel.memory import state_bytes
 from megatron_rlsd.planning.memory import GIB
 from megatron_rlsd.planning.plan import Machine, make_plan
@@ -65,7 +65,7 @@ def test_a_config_for_a_large_model_fits_its_nodes(name: str) -> None:
     path = CONFIGS / f"{name}.yaml"
     config = load_config(path, ["run_dir=runs/other", "model.hf_path=models/other"])
     hf_config, world_size = MODELS[name]
-    shape = model_shape(family_for(hf_config), hf_config)
+    shape = family_for(hf_config).dims(hf_config)
     check_layout(config.parallel, world_size, shape)
     check_eight_bit(shape, config.parallel, config.model.precision)
     states = [

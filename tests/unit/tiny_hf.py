@@ -15,7 +15,6 @@ from megatron_rlsd.actor.model import HeadGPTModel, build_model, transformer_con
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -204,7 +203,7 @@ def megatron_model(folder: Path) -> Iterator[list[HeadGPTModel]]:
     config = transformer_config(
         ModelConfig(hf_path=str(folder), dtype="float32"), parallel, family, hf_config
     )
-    shape = model_shape(family, hf_config)
+    shape = family.dims(hf_config)
     with parallel_world(parallel, shape, timeout_seconds=60, seed=1) as groups:
         chunks = build_model(config, family, hf_config, groups)
         with torch.no_grad():

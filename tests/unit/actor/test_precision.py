@@ -20,7 +20,7 @@ from megatron_rlsd.config import (
 )
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes, saved_bytes
-from megatron_rlsd.parallel.layout import LayoutError, model_shape
+from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.parallel.memory import layer_products
 from megatron_rlsd.runtime.errors import UserError
 from tests.unit.tiny_hf import MODELS, save_tiny
@@ -182,7 +182,7 @@ def test_parameters_in_8_bits_need_a_release_and_powers_of_two(
 def test_experts_are_not_kept_in_8_bits(tmp_path: Path) -> None:
     save_tiny("qwen3_moe_mixed_mqa", tmp_path)
     hf_config = load_hf_config(tmp_path)
-    shape = model_shape(family_for(hf_config), hf_config)
+    shape = family_for(hf_config).dims(hf_config)
     with pytest.raises(LayoutError, match="not offered for mixtures of experts"):
         check_eight_bit(
             shape, ParallelConfig(), PrecisionConfig(fp8="blockwise", fp8_parameters=True)
@@ -192,7 +192,7 @@ def test_experts_are_not_kept_in_8_bits(tmp_path: Path) -> None:
 def test_what_parameters_in_8_bits_save(make_config: Callable[..., Config]) -> None:
     """A byte of each weight, and of its two copies the one that is now the weight."""
     hf_config = load_hf_config(make_config().model.hf_path)
-    shape = model_shape(family_for(hf_config), hf_config)
+    shape = family_for(hf_config).dims(hf_config)
     one, layers = ParallelConfig(), range(shape.num_layers)
     kept = PrecisionConfig(fp8="blockwise", last_layers_bf16=1)
     stored = kept.model_copy(update={"fp8_parameters": True})

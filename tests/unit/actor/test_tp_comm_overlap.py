@@ -27,7 +27,7 @@ from megatron_rlsd.actor.userbuffers import (
 from megatron_rlsd.config import Config, PrecisionConfig, parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
-from megatron_rlsd.parallel.layout import LayoutError, model_shape
+from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.runtime.errors import UserError
 from tests.actors import actor_of
 from tests.distributed.ranks import next_world, run_on_ranks
@@ -87,7 +87,7 @@ def test_the_buffers_hold_one_ranks_part_of_a_micro_batch(
     config = overlapping(make_config, {}, {**SPLIT, "context": 2}, 4096)
     hf_config = load_hf_config(config.model.hf_path)
     family = family_for(hf_config)
-    shape = model_shape(family, hf_config)
+    shape = family.dims(hf_config)
     found = buffer_arguments(config, shape)
     assert found == {
         "shape": [2048, hf_config["hidden_size"]],
@@ -118,7 +118,7 @@ def test_models_and_ranks_that_it_cannot_serve_are_named(
 ) -> None:
     path = make_config().model.hf_path
     hf_config = load_hf_config(path)
-    shape = model_shape(family_for(hf_config), hf_config)
+    shape = family_for(hf_config).dims(hf_config)
     check_overlap(shape, "transformer_engine", [4, 5])
     with pytest.raises(UserError, match="need a CUDA device"):
         check_overlap(shape, "local", [4, 5])
@@ -129,7 +129,7 @@ def test_models_and_ranks_that_it_cannot_serve_are_named(
     save_tiny("deepseek_v3_groups", tmp_path)
     latent = load_hf_config(tmp_path)
     with pytest.raises(LayoutError, match="not possible with latent attention"):
-        check_overlap(model_shape(family_for(latent), latent), "transformer_engine", [0, 1])
+        check_overlap(family_for(latent).dims(latent), "transformer_engine", [0, 1])
 
 
 @given(

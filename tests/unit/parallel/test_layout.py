@@ -3,11 +3,12 @@ from dataclasses import replace
 import pytest
 
 from megatron_rlsd.config import ParallelConfig, parse_config
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape, check_layout, layers_of_stage
+from megatron_rlsd.hf_bridge import ModelDims
+from megatron_rlsd.parallel.layout import LayoutError, check_layout, layers_of_stage
 from megatron_rlsd.runtime import megatron_versions
 from megatron_rlsd.runtime.errors import UserError
 
-SHAPE = ModelShape(
+SHAPE = ModelDims(
     num_layers=6,
     num_attention_heads=9,
     num_query_groups=3,
@@ -15,6 +16,8 @@ SHAPE = ModelShape(
     hidden_size=72,
     head_dim=8,
     vocab_size=1000,
+    padded_vocab_size=1000,
+    tied_embeddings=False,
 )
 EXPERTS = replace(
     SHAPE,
@@ -22,7 +25,7 @@ EXPERTS = replace(
     num_query_groups=4,
     moe_layers=frozenset(range(6)),
     num_experts=12,
-    expert_ffn_hidden_size=40,
+    expert_ffn_size=40,
 )
 
 

@@ -7,7 +7,6 @@ import transformers
 
 from megatron_rlsd.config import ParallelConfig
 from megatron_rlsd.hf_bridge import family_for
-from megatron_rlsd.parallel.layout import model_shape
 from megatron_rlsd.parallel.memory import rank_parameters, state_bytes
 
 SIZES = {
@@ -68,7 +67,7 @@ def build(name):
     config = config_class(**sizes, tie_word_embeddings=settings.pop("tie"), **settings)
     model = model_class(config)
     raw = config.to_dict() | {"architectures": [model_class.__name__]}
-    return model, model_shape(family_for(raw), raw)
+    return model, family_for(raw).dims(raw)
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from megatron_rlsd.config import Config, ParallelConfig, load_config, parse_config
-from megatron_rlsd.hf_bridge import family_for
+from megatron_rlsd.hf_bridge import ModelDims, family_for
 from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes
-from megatron_rlsd.parallel.layout import LayoutError, ModelShape, model_shape
+from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.parallel.memory import layer_products, rank_parameters
 from megatron_rlsd.planning.activations import ActivationCounter, Pack, in_flight
 from megatron_rlsd.planning.colocated import ASLEEP_BYTES, AWAKE_BYTES, CONTEXT_BYTES
@@ -75,15 +75,15 @@ def config(folder: Path) -> Config:
 
 
 @pytest.fixture
-def model() -> ModelShape:
-    return model_shape(family_for(LLAMA_70B), LLAMA_70B)
+def model() -> ModelDims:
+    return family_for(LLAMA_70B).dims(LLAMA_70B)
 
 
-def plan_of(config: Config, model: ModelShape, gpus: int = 64, **machine: Any) -> Plan:
+def plan_of(config: Config, model: ModelDims, gpus: int = 64, **machine: Any) -> Plan:
     return make_plan(config, model, Machine(gpus=gpus, **machine), LENGTHS)
 
 
-def test_a_70b_layout_fits_and_its_parts_add_up(config: Config, model: ModelShape) -> None:
+def test_a_70b_layout_fits_and_its_parts_add_up(config: Config, model: ModelDims) -> None:
     plan = plan_of(config, model)
     assert plan.problems == []
     billions = (
@@ -114,7 +114,7 @@ def test_a_70b_layout_fits_and_its_parts_add_up(config: Config, model: ModelShap
 
 
 def test_what_does_not_fit_is_refused_with_changes_that_help(
-    config: Config, model: ModelShape
+    config: Config, model: ModelDims
 ) -> None:
     without = changed(config, {"model.recompute": "none", "parallel.pipeline": 2})
     assert without is not None
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused_with_changes_that_help(
         assert other.fullest.peak < plan.fullest.peak
 
 
-def test_pinned_memory_can_be_what_does_not_fit(config: Config, model: ModelShape) -> None:
+def test_pinned_memory_can_be_what_does_not_fit(config: Config, model: ModelDims) -> None:
     (problem,) = plan_of(config, model, host_gib=16).problems
     assert "pinned host memory" in problem
     live = changed(config, {"teacher.mode": "live"})
@@ -140,7 +140,7 @@ def test_pinned_memory_can_be_what_does_not_fit(config: Config, model: ModelShap
 
 
 def test_search_finds_what_its_overrides_reproduce(
-    config: Config, model: ModelShape, folder: Path
+    config: Config, model: ModelDims, folder: Path
 ) -> None:
     machine = Machine(gpus=64)
     found = search(config, model, machine, LENGTHS)
@@ -154,7 +154,7 @@ def test_search_finds_what_its_overrides_reproduce(
         assert (again.fullest.peak, again.time) == (plan.fullest.peak, plan.time)
 
 
-def test_a_model_too_large_for_its_gpus_has_no_layout(config: Config, model: ModelShape) -> None:
+def test_a_model_too_large_for_its_gpus_has_no_layout(config: Config, model: ModelDims) -> None:
     found = search(config, model, Machine(gpus=8), LENGTHS)
     assert found.plans == []
     assert found.tried > 10
@@ -163,13 +163,13 @@ def test_a_model_too_large_for_its_gpus_has_no_layout(config: Config, model: Mod
     assert found.smallest.fullest.peak > 18 * 70e9 / 8
 
 
-def test_an_impossible_layout_is_an_error(config: Config, model: ModelShape) -> None:
+def test_an_impossible_layout_is_an_error(config: Config, model: ModelDims) -> None:
     with pytest.raises(LayoutError, match="must divide the number of processes, 48"):
         plan_of(config, model, gpus=48)
 
 
 def test_the_longest_sequence_decides_where_it_is_longer_than_a_micro_batch(
-    config: Config, model: ModelShape
+    config: Config, model: ModelDims
 ) -> None:
     short = changed(config, {"train.max_tokens_per_microbatch": 1024})
     assert short is not None
@@ -179,7 +179,7 @@ def test_the_longest_sequence_decides_where_it_is_longer_than_a_micro_batch(
 
 
 def test_recompute_sequence_parallel_and_smaller_packs_keep_less(
-    config: Config, model: ModelShape
+    config: Config, model: ModelDims
 ) -> None:
     def kept(**changes: Any) -> int:
         settings = config.model.model_copy(update=changes.pop("model", {"recompute": "none"}))
@@ -196,7 +196,7 @@ def test_recompute_sequence_parallel_and_smaller_packs_keep_less(
     assert kept(sequence=True, context=2) < 0.65 * everything
 
 
-def test_time_follows_from_operations_rates_and_waiting(config: Config, model: ModelShape) -> None:
+def test_time_follows_from_operations_rates_and_waiting(config: Config, model: ModelDims) -> None:
     slow = plan_of(config, model).time
     fast = plan_of(config, model, rates=Rates().with_given(["peak_tflops=1978"])).time
     assert 0.1 < slow.mfu < Rates().product_efficiency
@@ -279,7 +279,7 @@ def with_fp8(config: Config, **precision: Any) -> Config:
     return parse_config(raw)
 
 
-def test_products_of_all_layers_and_what_is_none_of_them_make_the_model(model: ModelShape) -> None:
+def test_products_of_all_layers_and_what_is_none_of_them_make_the_model(model: ModelDims) -> None:
     one = ParallelConfig()
     products = sum(layer_products(model, one, layer).total for layer in range(80))
     embeddings, norms = 2 * 128256 * 8192, (2 * 80 + 1) * 8192
@@ -287,7 +287,7 @@ def test_products_of_all_layers_and_what_is_none_of_them_make_the_model(model: M
 
 
 def test_8_bit_weights_are_counted_twice_but_for_layers_kept_in_bfloat16(
-    config: Config, model: ModelShape
+    config: Config, model: ModelDims
 ) -> None:
     plain = plan_of(config, model, kernels="transformer_engine")
     eight = plan_of(with_fp8(config, first_layers_bf16=2), model, kernels="transformer_engine")
@@ -302,7 +302,7 @@ def test_8_bit_weights_are_counted_twice_but_for_layers_kept_in_bfloat16(
 
 
 def test_8_bit_products_refuse_sizes_that_they_cannot_take(
-    config: Config, model: ModelShape
+    config: Config, model: ModelDims
 ) -> None:
     precision = with_fp8(config, fp8="blockwise").model.precision
     check_eight_bit(model, ParallelConfig(tensor=8), precision)
@@ -324,7 +324,7 @@ def colocated(config: Config) -> Config:
 
 
 def test_colocated_servers_and_the_trainers_state_take_turns(
-    config: Config, colocated: Config, model: ModelShape
+    config: Config, colocated: Config, model: ModelDims
 ) -> None:
     plan, apart = plan_of(colocated, model), plan_of(config, model)
     assert plan.problems == []
@@ -352,7 +352,7 @@ def test_colocated_servers_and_the_trainers_state_take_turns(
     assert plan.time.weight_sync == pytest.approx(copied, rel=0.01)
 
 
-def test_what_the_gpu_and_the_host_hold_for_the_teacher(config: Config, model: ModelShape) -> None:
+def test_what_the_gpu_and_the_host_hold_for_the_teacher(config: Config, model: ModelDims) -> None:
     ema = changed(config, {"teacher.mode": "ema", "algorithm.divergence_coef": 0.1})
     assert ema is not None
     for rank, plain in zip(plan_of(ema, model).ranks, plan_of(config, model).ranks, strict=True):
@@ -368,7 +368,7 @@ def test_what_the_gpu_and_the_host_hold_for_the_teacher(config: Config, model: M
 
 
 def test_a_servers_share_can_be_too_small_and_too_large(
-    colocated: Config, model: ModelShape
+    colocated: Config, model: ModelDims
 ) -> None:
     def with_share(share: float) -> Plan:
         other = changed(colocated, {SHARE: share})

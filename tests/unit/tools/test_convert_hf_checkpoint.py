@@ -20,7 +20,6 @@ from megatron_rlsd.checkpoint.storage import load_into
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for, load_hf_config, tensor_hash
 from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.parallel.layout import model_shape
 from tests.models import save_random_model
 from tests.scripts import load_script
 
@@ -90,7 +89,7 @@ def test_the_trainer_resumes_from_a_converted_checkpoint(
     config = transformer_config(
         ModelConfig(hf_path=str(model), dtype="float32"), parallel, family, hf_config
     )
-    shape = model_shape(family, hf_config)
+    shape = family.dims(hf_config)
     with parallel_world(parallel, shape, timeout_seconds=60, seed=1) as groups:
         chunks = build_model(config, family, hf_config, groups)
         for parameter in chunks[0].parameters():
