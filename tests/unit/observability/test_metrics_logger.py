@@ -13,6 +13,7 @@ import pytest
 
 from megatron_rlsd.config import ObservabilityConfig
 from megatron_rlsd.observability import MetricsLogger, read_metrics
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, Group, Problem, RewardResult, Trajectory
 
 MakeLogger = Callable[..., MetricsLogger]
@@ -300,7 +301,7 @@ def test_damaged_line_in_the_middle_is_reported(logger: MakeLogger) -> None:
     with logger() as log:
         log.step(0, {})
     log.metrics_path.write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is no line of metrics: 'nonsense'"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is no line of metrics: 'nonsense'"):
         logger(resume_step=2).__enter__()
 
 

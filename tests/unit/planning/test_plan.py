@@ -24,6 +24,7 @@ from megatron_rlsd.planning.plan import Machine, Plan, changed, make_plan, remed
 from megatron_rlsd.planning.rates import Rates
 from megatron_rlsd.planning.search import overrides, search
 from megatron_rlsd.planning.work import Lengths
+from megatron_rlsd.runtime.errors import UserError
 from tests.conftest import ROOT
 
 LLAMA_70B = {
@@ -233,7 +234,7 @@ def test_stages_near_the_end_keep_fewer_micro_batches() -> None:
 
 @pytest.mark.parametrize("text", ["warp=9", "disk_gbs=fast", "disk_gbs=-1", "disk_gbs"])
 def test_a_bad_rate_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match=text.split("=")[0]):
+    with pytest.raises(UserError, match=text.split("=")[0]):
         Rates().with_given([text])
 
 
