@@ -22,13 +22,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from megatron_rlsd.config import Config, SGLangConfig, load_config
+from megatron_rlsd.config import Config, SGLangConfig, config_parser, load_config
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import recording
 from megatron_rlsd.rollout.sglang import SGLangEngine, agreeing
 from megatron_rlsd.rollout.sglang.process import free_port, on_cpu
 from megatron_rlsd.rollout.sglang.server import State
-from megatron_rlsd.runtime.errors import EXIT_USER_ERROR, UserError, tell
+from megatron_rlsd.runtime.durable import write_whole
+from megatron_rlsd.runtime.errors import UserError, tell
 
 POLL_SECONDS = 0.5
 WILDCARDS = ("0.0.0.0", "::")
@@ -115,14 +116,6 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """``path`` appears, or changes, at once."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def _check_gpus(settings: SGLangConfig) -> None:
     if on_cpu(settings):
         return
@@ -159,11 +152,9 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if argv else EXIT_USER_ERROR
+    arguments = config_parser(__doc__).parse_intermixed_args(argv)
     try:
-        config = load_config(argv[0], argv[1:])
+        config = load_config(arguments.config, arguments.overrides)
         with stopped_by_signals():
             serve(config)
     except Stopped as stop:

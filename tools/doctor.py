@@ -9,14 +9,13 @@ nothing failed. 1: something did.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 
+from megatron_rlsd.config import config_parser
 from megatron_rlsd.diagnosis.check import Check
 from megatron_rlsd.diagnosis.versions import version_checks
 
@@ -24,11 +23,7 @@ MARKS = {"ok": "ok", "warning": "WARNING", "failed": "FAILED", "skipped": "skipp
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=Path, nargs="?")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser = config_parser(__doc__, optional=True)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--gpus", type=int, help="processes of the trainer; default: WORLD_SIZE")
     parser.add_argument("--deep", action="store_true")

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from megatron_rlsd.config import Config, load_config
+from megatron_rlsd.config import Config, config_parser, load_config
 from megatron_rlsd.hf_bridge import ModelDims, family_for, load_hf_config
 from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.planning.memory import GIB
@@ -25,11 +24,7 @@ from megatron_rlsd.runtime.errors import UserError, tell
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser = config_parser(__doc__)
     parser.add_argument("--gpus", type=int, help="of the trainer; default: one model replica")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_rlsd.config import ParallelConfig
+from megatron_rlsd.hf_bridge.dims import round_up
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,3 @@ def _spread(order: list[int], lengths: list[int], count: int) -> list[list[int]]
         bins[b].append(i)
         heapq.heappush(heap, (tokens + lengths[i], b))
     return bins
-
-
-def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

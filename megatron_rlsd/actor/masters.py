@@ -71,10 +71,16 @@ def remake_parameters(optimizer: MegatronOptimizer, model: Sequence[Any]) -> Non
         chunk.start_param_sync(force_sync=True)
 
 
-def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    """The optimizers that Megatron chains (experts have their own), without those that hold no
+    parameters on this rank."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.is_stub_optimizer:
-            continue
+        if not part.is_stub_optimizer:
+            yield part
+
+
+def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    for part in optimizer_parts(optimizer):
         if not isinstance(part, DistributedOptimizer):
             raise TypeError(f"8-bit parameters with {type(part).__name__}: no masters of them")
         yield part

@@ -18,6 +18,7 @@ from megatron_rlsd.actor.routing_replay import RoutingReplay
 from megatron_rlsd.actor.userbuffers import overlap_fields
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import Family
+from megatron_rlsd.hf_bridge.dims import round_up
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.runtime.errors import UserError
 
@@ -209,15 +210,9 @@ def build_model(
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
             **family.model_fields(hf_config)
-            | {"vocab_size": padded_vocab_size(hf_config["vocab_size"], config)},
+            | {"vocab_size": round_up(hf_config["vocab_size"], config.tensor_model_parallel_size)},
         )
         if kind == "transformer_engine" and trains:
             add_weight_gradients_in_place(chunk)
         chunks.append(chunk.to(groups.device))
     return chunks
-
-
-def padded_vocab_size(vocab_size: int, config: TransformerConfig) -> int:
-    """Smallest multiple of the tensor-parallel size; the rows added are masked in the head."""
-    tp = config.tensor_model_parallel_size
-    return -(-vocab_size // tp) * tp

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rlsd.actor.masters import optimizer_parts
 from megatron_rlsd.hf_bridge.quantized import is_quantized
 from megatron_rlsd.runtime.host_memory import HostBlock
 
@@ -88,9 +89,8 @@ class HostOffload:
             if not is_quantized(parameter)  # it has no storage, and never is its own master
         }
         seen: set[int] = set()
-        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
-            if (inner := getattr(part, "optimizer", None)) is None:
-                continue
+        for part in optimizer_parts(self._optimizer):
+            inner = part.optimizer
             held = [parameter for group in inner.param_groups for parameter in group["params"]]
             held += [value for state in inner.state.values() for value in state.values()]
             for tensor in held:

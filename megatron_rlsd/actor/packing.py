@@ -17,8 +17,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rlsd.actor.balance import PackShape, round_up
+from megatron_rlsd.actor.balance import PackShape
 from megatron_rlsd.actor.context_parallel import held_positions
+from megatron_rlsd.hf_bridge.dims import round_up
 from megatron_rlsd.types import TrainBatch
 
 PADDING_PIECE = 256

@@ -16,6 +16,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
+from megatron_rlsd.actor.masters import optimizer_parts
+
 
 @dataclass(frozen=True)
 class OptimizerShard:
@@ -33,14 +35,16 @@ class OptimizerShard:
 def optimizer_shards(optimizer: MegatronOptimizer) -> list[OptimizerShard]:
     """Every shard of this rank; state that no step has made yet is made, with zeros."""
     return [
-        shard for part in _parts(optimizer) for shard in _shards_of(part, _initialised(part).state)
+        shard
+        for part in optimizer_parts(optimizer)
+        for shard in _shards_of(part, _initialised(part).state)
     ]
 
 
 def steps_taken(optimizer: MegatronOptimizer) -> int:
     """Optimizer steps so far (skipped ones left out); 0 on a rank without any parameter."""
     steps = [0]
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         inner = part.optimizer
         steps += [int(group["step"]) for group in inner.param_groups if "step" in group]
         steps += [int(state["step"]) for state in inner.state.values() if "step" in state]
@@ -49,7 +53,7 @@ def steps_taken(optimizer: MegatronOptimizer) -> int:
 
 def set_steps_taken(optimizer: MegatronOptimizer, steps: int) -> None:
     """Give every parameter the step count that Adam's bias correction uses."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         inner = _initialised(part)
         if isinstance(inner, torch.optim.AdamW):
             for state in inner.state.values():
@@ -62,14 +66,8 @@ def set_steps_taken(optimizer: MegatronOptimizer, steps: int) -> None:
 
 def reload_master_weights(optimizer: MegatronOptimizer) -> None:
     """Make the float32 masters of 16-bit parameters from the parameters themselves."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         part.reload_model_params()
-
-
-def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.is_stub_optimizer:
-            yield part
 
 
 def _initialised(part: Any) -> Any:

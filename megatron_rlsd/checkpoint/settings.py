@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_rlsd.config import flattened
 from megatron_rlsd.runtime.errors import UserError
 
 MUST_AGREE = {
@@ -39,7 +40,7 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], folder: objec
 
     Raises UserError that names each setting which the run cannot go on with.
     """
-    before, now = _flat(saved), _flat(current)
+    before, now = flattened(saved), flattened(current)
     refused = [
         f"{key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} configured; {reason}"
         for key, reason in MUST_AGREE.items()
@@ -65,13 +66,3 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], folder: objec
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not key.startswith(UNTOLD)
     ]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

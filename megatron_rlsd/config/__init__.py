@@ -1,5 +1,6 @@
 """Configuration: one model per component, YAML plus ``key=value``; unknown keys are refused."""
 
+from megatron_rlsd.config.command_line import config_parser
 from megatron_rlsd.config.data import (
     DataConfig,
     GuessingGameSource,
@@ -11,7 +12,7 @@ from megatron_rlsd.config.data import (
     Source,
 )
 from megatron_rlsd.config.environment import EnvironmentConfig
-from megatron_rlsd.config.loading import dump_config, load_config, parse_config
+from megatron_rlsd.config.loading import dump_config, flattened, load_config, parse_config
 from megatron_rlsd.config.model import ModelConfig, ParallelConfig, PrecisionConfig, TokenizerConfig
 from megatron_rlsd.config.operation import (
     CheckpointConfig,
@@ -72,7 +73,9 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "WeightSyncConfig",
+    "config_parser",
     "dump_config",
+    "flattened",
     "load_config",
     "parse_config",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
 def dump_config(config: Config, path: Path) -> None:
     """Write every setting, defaults included, as YAML that load_config reads back."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def flattened(settings: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """Nested mappings as one, their keys joined; a mapping without keys leaves nothing."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            inner = flattened(value, separator)
+            flat |= {f"{key}{separator}{name}": each for name, each in inner.items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -26,7 +26,7 @@ from megatron_rlsd.conversion.pickled import open_weights
 from megatron_rlsd.conversion.row_runs import Box, boxes, row_runs
 from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
 from megatron_rlsd.conversion.torch_dist import METADATA_NAME, Item, ItemFile, write_metadata
-from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
+from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout, round_up
 from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.load import check_tensors, check_tied_aliases
 from megatron_rlsd.hf_bridge.partial import PartialFolder, check_free_space, check_replaceable
@@ -102,7 +102,7 @@ def to_megatron(
     hf_config = load_hf_config(hf_path)
     family = family_for(hf_config)
     vocab_size = family.dims(hf_config).vocab_size
-    dims = family.dims(hf_config, -(-vocab_size // sizes.tensor) * sizes.tensor)
+    dims = family.dims(hf_config, round_up(vocab_size, sizes.tensor))
     _check_sizes(dims, sizes)
     weights = open_weights(hf_path, allow_pickle=allow_pickle)
     check_tensors(weights, family, dims, family.entries(dims))

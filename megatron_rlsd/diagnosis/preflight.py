@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from megatron_rlsd.config import Config, load_config
+from megatron_rlsd.config import Config, config_parser, load_config
 from megatron_rlsd.diagnosis.agreement import agreement_problems
 from megatron_rlsd.hf_bridge import ModelDims, family_for, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
@@ -26,11 +25,7 @@ EXIT_TOO_FEW = 3
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser = config_parser(__doc__)
     parser.add_argument("--tasks", type=int, required=True, help="processes of the trainer")
     parser.add_argument("--wanted-tasks", type=int, help="another number, should these be too few")
     parser.add_argument("--gpus-per-node", type=int, default=0, help="0: not checked")

@@ -54,6 +54,11 @@ class LatentAttention:
     value_head_dim: int
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``number``."""
+    return -(-number // multiple) * multiple
+
+
 def layers_with_experts(
     num_layers: int, frequency: int | list[int], num_experts: int | None
 ) -> frozenset[int]:
@@ -85,7 +90,8 @@ class ModelDims:
     vocab_size: int
     """Rows of the embedding in the Hugging Face checkpoint."""
     padded_vocab_size: int
-    """Rows of the embedding in the Megatron model, all tensor-parallel ranks together."""
+    """Rows of the embedding in the Megatron model, all tensor-parallel ranks together: vocab_size
+    rounded up to their number. The head masks the rows added."""
     tied_embeddings: bool
     """The output layer uses the embedding's weight."""
     qkv_bias: bool = False

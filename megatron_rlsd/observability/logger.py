@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from megatron_rlsd.config import ObservabilityConfig
+from megatron_rlsd.config import ObservabilityConfig, flattened
 from megatron_rlsd.observability.display import Display, StepLine, make_display
 from megatron_rlsd.observability.metrics_file import (
     EVALUATION_PREFIX,
@@ -205,7 +205,7 @@ class MetricsLogger:
         """
         if not self._enabled:
             return
-        values = _as_numbers(_flattened(results))
+        values = _as_numbers(flattened(results, "/"))
         self._write(step, {f"{EVALUATION_PREFIX}{name}": value for name, value in values.items()})
         self._evaluations.append(values)
         self._display.show(evaluation_table(step, values, self._evaluations[0]))
@@ -271,16 +271,6 @@ class MetricsLogger:
             else:
                 self._steps.append(values)
         drop_samples_from(self.samples_dir, resume_step)
-
-
-def _flattened(results: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in results.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}/{inner}": v for inner, v in _flattened(value).items()}
-        else:
-            flat[name] = value
-    return flat
 
 
 def _as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

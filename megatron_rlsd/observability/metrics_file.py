@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_rlsd.runtime.durable import write_whole
 from megatron_rlsd.runtime.errors import UserError
 
 GROUP_ORDER = (
@@ -85,9 +85,7 @@ def keep_before(path: Path, resume_step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     kept = [r for r in read_metrics(path) if r["step"] < resume_step + is_evaluation(r)]
-    unfinished = path.with_suffix(".jsonl.new")
-    unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
     return kept
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_rlsd.config import MlflowConfig, ObservabilityConfig, WandbConfig
+from megatron_rlsd.config import MlflowConfig, ObservabilityConfig, WandbConfig, flattened
 
 
 class Tracker(Protocol):
@@ -117,7 +117,7 @@ class MlflowTracker:
             )
             run = self._client.create_run(experiment, run_name=config.name or run_dir.name)
             run_id = run.info.run_id
-            params = [Param(key, str(value)[:500]) for key, value in _flat(settings).items()]
+            params = [Param(key, str(value)[:500]) for key, value in flattened(settings).items()]
             for start in range(0, len(params), 100):  # the most that one call takes
                 self._client.log_batch(run_id, params=params[start : start + 100])
         else:
@@ -138,16 +138,6 @@ def _kept_id(path: Path, resume_step: int | None) -> str | None:
     if resume_step is None or not path.exists():
         return None
     return path.read_text(encoding="utf-8").strip()
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _missing(package: str, key: str, error: ImportError) -> RuntimeError:

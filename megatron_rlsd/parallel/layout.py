@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from megatron_rlsd.config import ParallelConfig
 from megatron_rlsd.hf_bridge import ModelDims
+from megatron_rlsd.hf_bridge.dims import round_up
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.megatron_versions import expert_tensor_problem
 
@@ -59,7 +60,7 @@ def _processes(parallel: ParallelConfig, world_size: int) -> Iterable[str]:
         sizes = " x ".join(
             f"parallel.{key}={size}" for key, size in named.items() if size > 1 or key == "tensor"
         )
-        fewer, more = world_size // product * product, -(-world_size // product) * product
+        fewer, more = world_size // product * product, round_up(world_size, product)
         nearest = " or ".join(str(n) for n in (fewer, more) if n)
         yield (
             f"{sizes} = {product} must divide the number of processes, {world_size}; "

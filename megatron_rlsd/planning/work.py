@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from megatron_rlsd.config import Config, ParallelConfig
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
+from megatron_rlsd.hf_bridge.dims import round_up
 from megatron_rlsd.parallel.memory import rank_parameters
 from megatron_rlsd.planning.activations import Pack
 from megatron_rlsd.planning.memory import Workload
@@ -99,13 +100,13 @@ def workload(config: Config, tokens: StepTokens, data_parallel: int) -> Workload
     hinted = longest + config.prompts.max_hint_tokens
 
     def pack(sequence: int) -> Pack:
-        length = -(-sequence // multiple) * multiple
+        length = round_up(sequence, multiple)
         return Pack.of(max(limit // multiple * multiple, length), length)
 
     per_rank = tokens.student * config.train.epochs_per_rollout / tokens.updates / data_parallel
     count = max(1, math.ceil(per_rank / limit))
     if config.parallel.virtual_pipeline > 1:
-        count = -(-count // config.parallel.pipeline) * config.parallel.pipeline
+        count = round_up(count, config.parallel.pipeline)
     return Workload(
         pack(longest),
         pack(hinted),

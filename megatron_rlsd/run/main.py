@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from megatron_rlsd.config import Config, load_config
+from megatron_rlsd.config import Config, config_parser, load_config
 from megatron_rlsd.runtime.errors import UserError, tell
 from megatron_rlsd.runtime.lifecycle import (
     EXIT_FAILED,
@@ -21,11 +21,9 @@ from megatron_rlsd.runtime.lifecycle import (
 
 def main(command: Callable[[Config], None], argv: list[str], usage: str) -> int:
     """Parse ``CONFIG.yaml [key=value ...]`` and run; a user's mistake is told in one message."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage)
-        return 0 if argv else 2
+    arguments = config_parser(usage).parse_intermixed_args(argv)
     try:
-        config = load_config(argv[0], argv[1:])
+        config = load_config(arguments.config, arguments.overrides)
     except UserError as error:
         return tell(error)
     stop_with_launcher()

@@ -1,4 +1,4 @@
-"""Folders that a process killed at any moment leaves whole or not at all.
+"""Folders and files that a process killed at any moment leaves whole or not at all.
 
 They are written as ``.NAME.partial`` beside their final name and renamed once every file is on
 disk; while they replace an older folder, that one stands aside as ``.NAME.replaced``.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def partial_of(out: Path) -> Path:
-    """Where the folder ``out`` is written before it is whole."""
+    """Where the folder or file ``out`` is written before it is whole."""
     return out.parent / f".{out.name}.partial"
 
 
@@ -41,6 +41,14 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Let a file appear, or change, at once; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def put_in_place(partial: Path, out: Path) -> None:

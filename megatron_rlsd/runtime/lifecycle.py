@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron_rlsd.runtime.durable import write_whole
+
 EXIT_FAILED = 1
 EXIT_LOST_RANK = 69
 """EX_UNAVAILABLE: another rank died or stalled; starting again resumes."""
@@ -89,4 +91,4 @@ def write_status(run_dir: str, status: str | None, exit_code: int = 0, message: 
         path.unlink(missing_ok=True)
         return
     content = {"status": status, "exit_code": exit_code, "message": message}
-    path.write_text(json.dumps(content) + "\n")
+    write_whole(path, json.dumps(content) + "\n")

@@ -13,6 +13,7 @@ import pytest
 from megatron_rlsd.config import Config, SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.process import FREE_PORTS, free_port
+from megatron_rlsd.runtime.durable import write_whole
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.serve import (
     Stopped,
@@ -21,7 +22,6 @@ from megatron_rlsd.serve import (
     serve,
     settings_to_serve,
     stopped_by_signals,
-    write_whole,
 )
 
 
@@ -104,8 +104,10 @@ def test_the_program_tells_a_mistake_in_one_message(
 ) -> None:
     assert main([str(tmp_path / "absent.yaml")]) == 2
     assert capsys.readouterr().err == f"error: config file {tmp_path}/absent.yaml does not exist\n"
-    assert main([]) == 2
-    assert main(["--help"]) == 0
+    for arguments, code in (([], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == code
 
 
 def test_a_signal_stops_once_and_an_ignored_one_does_not() -> None:
