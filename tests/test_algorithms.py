@@ -86,7 +86,7 @@ def token_terms(config: Config, batch: TrainBatch, i: int, S: Scorer, Q: Scorer)
     elif name == "sdar":
         gate = torch.sigmoid(algorithm.sdar_beta * (lp_T - lp.detach()))
         extra = algorithm.sdar_coef * gate * (lp_T - lp)
-    if name in ("rloo", "cispo", "sft"):
+    if name in ("rloo", "cispo"):
         return -A_hat * lp
     return -A_hat * (lp - lp.detach()).exp() + extra
 

@@ -110,17 +110,7 @@ class Config(Section):
             )
         if teacher.sglang.url is not None:
             problems += self._problems_of_a_served_teacher()
-        if algorithm.name == "sft" and algorithm.routing_replay != "none":
-            problems.append(
-                f"algorithm.routing_replay={algorithm.routing_replay} has nothing to replay with "
-                "algorithm.name=sft, whose responses no engine sampled"
-            )
         samples = self.rollout.n_samples_per_prompt
-        if algorithm.name == "sft" and samples != 1:
-            problems.append(
-                f"algorithm.name=sft has one response to each problem, the data's own: set "
-                f"rollout.n_samples_per_prompt=1, not {samples}"
-            )
         compares = algorithm.advantage not in ("none", "one", "own")
         if samples == 1 and (compares or teacher.hint == "own_correct_response"):
             problems.append(
@@ -163,11 +153,6 @@ class Config(Section):
                 f"environment.name={name!r} does not go with algorithm.routing_replay="
                 f"{self.algorithm.routing_replay}: the environment's tokens were not routed by one "
                 "request"
-            )
-        if name is not None and self.algorithm.name == "sft":
-            problems.append(
-                f"environment.name={name!r} does not go with algorithm.name=sft, whose responses "
-                "are one turn that the data holds"
             )
         if problems:
             raise ValueError("; ".join(problems))

@@ -225,20 +225,6 @@ GRPO_OPSD = Variant(
 coefficient; 0.1 is our choice).
 """
 
-SFT = Variant(
-    fixed=NO_TEACHER
-    | {
-        "objective": ("log_prob", "it has no policy ratio"),
-        "advantage": ("one", "every reference response counts alike"),
-        "group_filter": (False, "its responses are the data's own"),
-    },
-    defaults={"dual_clip": None},
-)
-"""Supervised fine-tuning over the same step: the responses are ``prompts.sft_response`` of the
-problems instead of samples, and L = -lp_S, at temperature ``rollout.temperature``. The rewards say
-how many of them the verifier accepts.
-"""
-
 VARIANTS: dict[str, Variant] = {
     "rlsd": RLSD,
     "grpo": GRPO,
@@ -254,7 +240,6 @@ VARIANTS: dict[str, Variant] = {
     "opsd": OPSD,
     "sdpo": SDPO,
     "grpo_opsd": GRPO_OPSD,
-    "sft": SFT,
 }
 
 
@@ -270,6 +255,8 @@ def filled_in(name: object, section: dict[str, Any], part: Literal["algorithm", 
 
 def known_name(name: str) -> str:
     """``name`` itself; ValueError that lists the known ones if there is no such algorithm."""
+    if name == "sft":
+        raise ValueError("supervised training is a program: python -m megatron_rlsd.sft")
     if name not in VARIANTS:
         raise ValueError(
             f"there is no algorithm {name!r}; known: {', '.join(VARIANTS)}. One of your own is "

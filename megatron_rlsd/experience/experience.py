@@ -173,17 +173,6 @@ class Experience:
         seeds = [sample_seed(self._config.train.seed, label, sample) for sample in range(n)]
         return [GenerationRequest(prompt_ids, params, seed) for seed in seeds]
 
-    def _references(self, problems: list[Problem]) -> list[Group]:
-        """Scored as if the policy had written it: ``prompts.sft_response`` of each problem."""
-        trajectories = []
-        for problem in problems:
-            target = self._prompts.sft_target(problem)
-            # Its probability under a policy that did not sample it is nobody's business.
-            written = Generation(target, [0.0] * len(target), "stop", self._engine.weight_version)
-            trajectories.append(self._trajectory(problem, self._prompts.student(problem), written))
-        self._reward(trajectories, self.sampling.max_new_tokens)
-        return [Group(t.problem, [t]) for t in trajectories]
-
     def _trajectory(
         self, problem: Problem, prompt_ids: list[int], generation: Generation
     ) -> Trajectory:
@@ -248,8 +237,6 @@ class Experience:
 
     def _sample(self, problems: list[Problem], label: str) -> list[Group]:
         """Groups with everything that the teacher's passes need."""
-        if self._config.algorithm.name == "sft":
-            return self._references(problems)
         groups = self.respond(
             problems, self._config.rollout.n_samples_per_prompt, self.sampling, label
         )
@@ -314,11 +301,8 @@ class Experience:
                 bool(t.reward and t.reward.errors) for t in trajectories
             ),
             "rollout/response_tokens": sum(lengths),
+            "teacher/without_hint_share": statistics.fmean(map(self._without_hint, trajectories)),
         }
-        if self._config.algorithm.name != "sft":
-            metrics["teacher/without_hint_share"] = statistics.fmean(
-                map(self._without_hint, trajectories)
-            )
         if self._episodes is not None:
             metrics |= episode_metrics(trajectories)
         metrics |= leakage_metrics(trajectories)

@@ -238,7 +238,6 @@ class Learner:
             # Unscored tokens have the weight 1.
             inside = flat([_inside_span(batch, i) for i in mine])
             teacher = torch.where(inside.bool(), teacher, math.nan)
-        is_supervised = self._config.algorithm.name == "sft"
         lengths = [batch.num_own_tokens(i) for i in mine]
         advantages = per_token(lambda i: batch.advantages[i])
         rollout = flat([torch.tensor(batch.own(i, batch.rollout_log_probs[i])) for i in mine])
@@ -257,9 +256,7 @@ class Learner:
         values = TokenValues(
             advantages=advantages,
             loss_weights=per_token(lambda i: weight_of[i]),
-            rollout_log_probs=None
-            if is_supervised  # nobody sampled the responses
-            else rollout,
+            rollout_log_probs=rollout,
             old_log_probs=old,
             teacher_log_probs=teacher,
             contrast_log_probs=contrast,

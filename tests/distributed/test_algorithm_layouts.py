@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlsd import train
+from megatron_rlsd import sft, train
 from megatron_rlsd.config import Config
 from tests.algorithm_runs import NAMES, small_config
 from tests.distributed.runs import LAYOUTS, assert_same_two_steps, run_on_one_and_two, steps_of
@@ -38,12 +38,13 @@ def config_of(name: str, layout: str, folder: Path, model: Path) -> Config:
 def runs(tiny_model: Path, tmp_path_factory) -> Path:
     """The folder that holds all runs of this file."""
     folder = tmp_path_factory.mktemp("algorithms")
-    trained = config_of("sft", "one", folder, tiny_model)
-    train.train(
-        trained.model_copy(update={"optimizer": trained.optimizer.model_copy(update={"lr": 0.02})})
+    warm = small_config(
+        *("grpo", folder / "warm", tiny_model, folder / "teacher"),
+        *("sft.steps=2", "sft.batch_size=8", "optimizer.lr=0.02"),
     )
-    shutil.move(folder / "sft_one" / "hf" / "final", folder / "teacher")
-    shutil.rmtree(folder / "sft_one")
+    sft.train(warm)
+    shutil.move(folder / "warm" / "hf" / "final", folder / "teacher")
+    shutil.rmtree(folder / "warm")
     run_on_one_and_two(
         [(train.train, config_of(name, "one", folder, tiny_model)) for name in NAMES],
         [(train.train, config_of(*run, folder, tiny_model)) for run in ON_TWO],

@@ -235,7 +235,6 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
         {"divergence": "reverse_kl", "divergence_coef": 0.2},
         lambda d: token_mean(grpo_terms(d)) + 0.2 * divergence(d, "reverse_kl"),
     ),
-    "sft": ({}, lambda d: token_mean(each(d, lambda i, lp: -lp))),
 }
 
 

@@ -70,6 +70,6 @@ def test_weighing_the_advantage_is_weighing_the_policy_term():
 
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="corrects an importance ratio"):
-        AlgorithmConfig(name="sft", tis="token")
+        AlgorithmConfig(name="rloo", tis="token")
     with pytest.raises(ValueError, match="opd_coef goes with tis=token"):
         AlgorithmConfig(opd_coef=0.1, tis="sequence")

@@ -88,7 +88,7 @@ def test_a_dumped_config_reads_back_equal(name, tmp_path):
             {},
             "an algorithm that brings a function for it, which rlsd does not",
         ),
-        ({"name": "sft"}, {}, "rollout.n_samples_per_prompt=1, not 8"),
+        ({"name": "sft"}, {}, r"supervised training is a program: python -m megatron_rlsd\.sft"),
         ({"negative_only": True, "positive_only": True}, {}, "exclude each other"),
         ({"importance_ratio": "sequence", "objective": "log_prob"}, {}, "needs objective=clipped"),
         ({"advantage": "none"}, {}, "leaves nothing to learn from"),

@@ -96,12 +96,6 @@ def test_contradictory_configurations_are_refused(make_config):
         make_config(data={"train": [{**game_source, "low": 5, "high": 5}]})
     with pytest.raises(UserError, match=r"reward environment needs environment\.name"):
         make_config(reward={"functions": [{"name": "environment"}]})
-    with pytest.raises(UserError, match=r"environment\.name='calculator' does not go with.*sft"):
-        make_config(
-            environment={"name": "calculator"},
-            algorithm={"name": "sft", "rlsd_lambda": 0.0},
-            rollout={"n_samples_per_prompt": 1},
-        )
     with pytest.raises(UserError, match=r"calculator.*needs rollout\.asynchronous\.max_stale"):
         make_config(
             environment={"name": "calculator"},
