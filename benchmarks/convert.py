@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rlsd.conversion.compare import tensor_hash
 from megatron_rlsd.conversion.convert import BUCKET_BYTES, Sizes, to_hf, to_megatron
-from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for, tensor_hash
+from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for
 from megatron_rlsd.hf_bridge.reader import SINGLE_NAME
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_files, write_safetensors
 from megatron_rlsd.hf_bridge.writer import write_index

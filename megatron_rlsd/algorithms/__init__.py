@@ -1,9 +1,7 @@
 """The algorithm around the loss: advantages, weights, filters and schedules; plain torch."""
 
-from megatron_rlsd.algorithms.advantages import group_advantages
-from megatron_rlsd.algorithms.filters import has_signal
-from megatron_rlsd.algorithms.importance import importance_weights
-from megatron_rlsd.algorithms.loss_weights import token_loss_weights
+from megatron_rlsd.algorithms.advantages import group_advantages, has_signal
+from megatron_rlsd.algorithms.loss_weights import importance_weights, token_loss_weights
 from megatron_rlsd.algorithms.registry import (
     own_functions,
     register_algorithm,

@@ -1,5 +1,7 @@
 """Group-relative advantages: a response is judged by the other responses to the same question.
 
+A group whose rewards are all equal teaches nothing; DAPO's dynamic sampling passes it over.
+
 Shapes: G responses to one question.
 """
 
@@ -10,8 +12,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-
-from megatron_rlsd.algorithms.filters import checked_rewards, has_signal
 
 AdvantageMode = Literal["group_std", "group_mean", "leave_one_out", "none", "one"]
 
@@ -54,3 +54,23 @@ def group_advantages(rewards: Sequence[float] | Tensor, mode: AdvantageMode) -> 
         G = R.numel()
         return centered * (G / (G - 1))
     return centered
+
+
+def has_signal(rewards: Sequence[float] | Tensor) -> bool:
+    """Whether the rewards [G] differ at all; if not, every advantage of the group is 0.
+
+    Raises ValueError where there are no rewards, or one is not finite.
+    """
+    R = checked_rewards(rewards)
+    return bool(R.max() > R.min())
+
+
+def checked_rewards(rewards: Sequence[float] | Tensor) -> Tensor:
+    """[G] float64; raises ValueError that says where a reward is not finite."""
+    R = torch.as_tensor(rewards, dtype=torch.float64)
+    if R.ndim != 1 or R.numel() == 0:
+        raise ValueError(f"rewards must be a non-empty list of numbers, got shape {list(R.shape)}")
+    if not bool(R.isfinite().all()):
+        where = int((~R.isfinite()).nonzero()[0])
+        raise ValueError(f"reward {where} of the group is {R[where].item()}, expected a finite one")
+    return R

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_rlsd.actor.actor import Actor
@@ -23,7 +26,6 @@ from megatron_rlsd.checkpoint.optimizer_state import (
     set_steps_taken,
     steps_taken,
 )
-from megatron_rlsd.checkpoint.rng import pack_rng_state, unpack_rng_state
 from megatron_rlsd.checkpoint.sharding import (
     model_pieces,
     model_tensors,
@@ -36,6 +38,7 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.conversion.megatron_weights import HF_FILES
 from megatron_rlsd.hf_bridge.quantized import is_quantized, values
 from megatron_rlsd.hf_bridge.writer import copy_companions
+from megatron_rlsd.parallel.exchange import pack_message, unpack_message
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.runtime.durable import fresh_partial, partial_of, put_in_place, remove
 
@@ -183,3 +186,38 @@ def _tensors(state: TrainingState) -> list[ShardedTensor]:
 
 def _rng_name(rank: int) -> str:
     return f"rng/rank_{rank:05d}.safetensors"
+
+
+def pack_rng_state() -> bytes:
+    """The state of every generator of this process, as one message."""
+    version, words, gauss = random.getstate()
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, *position = legacy
+    tensors = {"python": torch.tensor(words), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    tensors["torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    for name, state in get_cuda_rng_tracker().get_states().items():
+        tensors[f"tracker.{name}"] = state
+    header = {"python": [version, gauss], "numpy": [kind, *position]}
+    # The tracker hands out its own tensors, and equal ones may share memory.
+    return pack_message(header, {name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def unpack_rng_state(payload: bytes) -> None:
+    """Set every generator of this process; ``payload`` comes from a rank in the same place."""
+    header, tensors = unpack_message(payload)
+    version, gauss = header["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    kind, *position = header["numpy"]
+    state: Any = (kind, tensors["numpy"].numpy().astype(np.uint32), *position)
+    np.random.set_state(state)
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
+    tracked = {
+        name.removeprefix("tracker."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("tracker.")
+    }
+    get_cuda_rng_tracker().set_states(tracked)

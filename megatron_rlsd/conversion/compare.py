@@ -1,7 +1,8 @@
-"""Two checkpoints compared tensor by tensor, whichever format each of them has."""
+"""Two checkpoints compared tensor by tensor, whichever format each has; hashes of contents."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import Tensor
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
 from megatron_rlsd.conversion.pickled import open_weights
 from megatron_rlsd.conversion.torch_dist import METADATA_NAME
-from megatron_rlsd.hf_bridge.hashing import tensor_hash
 from megatron_rlsd.hf_bridge.reader import Weights, hf_folder
 from megatron_rlsd.runtime.errors import UserError
 
@@ -76,3 +76,11 @@ def _difference(name: str, a: Tensor, b: Tensor) -> Difference:
         # torch.maximum keeps nan, which max() of Python floats may lose.
         worst = torch.maximum(worst, torch.where(same, 0.0, (x - y).abs()).max())
     return Difference(name, None, False, worst.item(), hashes)
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 (hex) of dtype, shape and bytes; independent of name, device and memory layout."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -10,11 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_rlsd.conversion.compare import open_checkpoint
+from megatron_rlsd.conversion.compare import open_checkpoint, tensor_hash
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
 from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
 from megatron_rlsd.hf_bridge.families import family_for
-from megatron_rlsd.hf_bridge.hashing import tensor_hash
 from megatron_rlsd.hf_bridge.load import check_tensors
 from megatron_rlsd.hf_bridge.reader import Weights, load_hf_config
 from megatron_rlsd.runtime.errors import UserError

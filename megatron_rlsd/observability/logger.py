@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_rlsd.config import ObservabilityConfig, flattened
 from megatron_rlsd.observability.display import Display, StepLine, make_display
@@ -19,7 +19,6 @@ from megatron_rlsd.observability.metrics_file import (
     keep_before,
     move_aside,
 )
-from megatron_rlsd.observability.profiler import StepProfiler
 from megatron_rlsd.observability.samples import drop_samples_from, write_samples
 from megatron_rlsd.observability.tables import evaluation_table, phase_lines, summary_table
 from megatron_rlsd.observability.trace import Gather, PhaseTrace
@@ -280,3 +279,39 @@ def _as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
             raise TypeError(f"metric {name!r} must be a number, got {value!r:.80}")
         numbers[name] = value if type(value) is int else float(value)
     return numbers
+
+
+if TYPE_CHECKING:
+    from torch.profiler import profile
+
+
+class StepProfiler:
+    """Profiles the chosen steps on this rank, each to ``folder``/step_000003_rank_0.json.gz."""
+
+    def __init__(self, folder: Path, steps: Collection[int], rank: int) -> None:
+        self._folder, self._steps, self._rank = folder, frozenset(steps), rank
+        self._profile: profile | None = None
+        self._step = -1
+
+    def begin(self, step: int) -> None:
+        """Step ``step`` starts now."""
+        if step in self._steps and self._profile is None:
+            import torch  # here, so that whoever only reads runs need not wait for it
+            from torch.profiler import ProfilerActivity, profile
+
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self._step = step
+            self._profile = profile(activities=activities)
+            self._profile.start()
+
+    def end(self) -> None:
+        """The step that began is over (or the run is)."""
+        if self._profile is None:
+            return
+        finished, self._profile = self._profile, None
+        finished.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"step_{self._step:06d}_rank_{self._rank}.json.gz"
+        finished.export_chrome_trace(str(self._folder / name))

@@ -6,6 +6,7 @@ caches, fused kernels, tensor parallelism) is left out.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
@@ -20,7 +22,6 @@ from transformers.utils import logging as transformers_logging
 from megatron_rlsd.rollout.checks import check_request
 from megatron_rlsd.rollout.decoding import DecodingBatch
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.rollout.expert_names import joined_name, model_name, part
 from megatron_rlsd.rollout.routes import RouteRecorder, RoutesShape
 from megatron_rlsd.types import Generation, GenerationRequest
 
@@ -230,3 +231,41 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if was_enabled:
             transformers_logging.enable_progress_bar()
+
+
+EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
+PARTS = {
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+    "down_proj": ("down_proj", None),
+    "w1": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "w2": ("down_proj", None),
+}
+"""Projection -> the joined parameter and the half of its rows; Mixtral's names are w1 to w3."""
+
+
+def model_name(name: str) -> str:
+    """The name of a parameter in transformers' model, where the checkpoint's differs (Mixtral)."""
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
+def joined_name(name: str) -> str | None:
+    """The joined parameter that holds this expert's tensor; None: it is no expert's."""
+    found = EXPERT.fullmatch(model_name(name))
+    if found is None or found[3] not in PARTS:
+        return None
+    return f"{found[1]}.experts.{PARTS[found[3]][0]}"
+
+
+def part(name: str, joined: Tensor) -> Tensor | None:
+    """The view of ``joined`` [experts, rows, columns] that the tensor ``name`` fills; None: there
+    is no such expert."""
+    found = EXPERT.fullmatch(model_name(name))
+    assert found is not None
+    expert, half = int(found[2]), PARTS[found[3]][1]
+    if expert >= joined.shape[0]:
+        return None
+    if half is None:
+        return joined[expert]
+    return joined[expert].chunk(2)[half]

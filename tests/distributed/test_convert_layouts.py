@@ -17,18 +17,16 @@ from megatron_rlsd.actor.model import build_model, transformer_config
 from megatron_rlsd.checkpoint.sharding import model_pieces, model_tensors
 from megatron_rlsd.checkpoint.storage import start_save
 from megatron_rlsd.config import ModelConfig, ParallelConfig
+from megatron_rlsd.conversion.compare import tensor_hash
 from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
 from megatron_rlsd.conversion.torch_dist import TorchDistFolder
 from megatron_rlsd.hf_bridge import (
     SafetensorsFolder,
     ShardLayout,
-    buckets,
-    check_bucket,
     export_hf_tensors,
     family_for,
     load_hf_config,
     load_hf_weights,
-    tensor_hash,
 )
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world
 from tests.distributed.ranks import next_world, run_on_ranks
@@ -141,19 +139,15 @@ def test_pieces_are_those_that_two_tensor_parallel_ranks_save(
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_batches_and_buckets_change_nothing_but_the_grouping(
+def test_batches_change_no_tensor_and_no_order(
     world: str, folders: Path, reports: dict[str, list[Any]]
 ) -> None:
     for name in WORLDS[world][1]:
         reader = SafetensorsFolder(folders / name)
         expected = [[n, tensor_hash(reader.slice(n))] for n in reader.tensors]
         for report in reports[world]:
-            flat = [pair for bucket, _ in report[name]["buckets"] for pair in bucket]
-            assert sorted(flat) == sorted(expected)
-            assert report[name]["in_one_batch"] == flat
-            sizes = [(len(bucket), nbytes) for bucket, nbytes in report[name]["buckets"]]
-            assert all(nbytes <= 40_000 or count == 1 for count, nbytes in sizes)
-            assert len(sizes) > 3
+            assert sorted(report[name]["in_batches"]) == sorted(expected)
+            assert report[name]["in_one_batch"] == report[name]["in_batches"]
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -216,12 +210,7 @@ def load_twice(
     stream = export_hf_tensors(chunks, family, hf_config, **exported)
     report["in_one_batch"] = [[name, tensor_hash(tensor)] for name, tensor in stream]
     stream = export_hf_tensors(chunks, family, hf_config, **exported, batch_bytes=1000)
-    report["buckets"] = []
-    for bucket in buckets(stream, 40_000):
-        check_bucket(bucket)
-        names = [name for name, _ in bucket.tensors]
-        pairs = [list(pair) for pair in zip(names, bucket.hashes, strict=True)]
-        report["buckets"].append((pairs, bucket.nbytes))
+    report["in_batches"] = [[name, tensor_hash(tensor)] for name, tensor in stream]
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.fill_(groups.rank + 2.0)

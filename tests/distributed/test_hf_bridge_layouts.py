@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_rlsd.actor.model import build_model, transformer_config
 from megatron_rlsd.config import ModelConfig, ParallelConfig
+from megatron_rlsd.conversion.compare import tensor_hash
 from megatron_rlsd.hf_bridge import (
     SafetensorsFolder,
     ShardLayout,
@@ -21,7 +22,6 @@ from megatron_rlsd.hf_bridge import (
     family_for,
     load_hf_config,
     load_hf_weights,
-    tensor_hash,
 )
 from megatron_rlsd.parallel import layout as layout_module
 from megatron_rlsd.parallel.groups import ParallelGroups, parallel_world

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import AutoModelForCausalLM
 
+from megatron_rlsd.conversion.compare import tensor_hash
 from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
 from megatron_rlsd.hf_bridge import (
@@ -30,7 +31,6 @@ from megatron_rlsd.hf_bridge import (
     family_for,
     load_hf_config,
     load_hf_weights,
-    tensor_hash,
 )
 from megatron_rlsd.runtime.errors import UserError
 from tests.unit import tiny_hf

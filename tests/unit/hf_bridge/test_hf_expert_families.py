@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from megatron_rlsd.conversion.compare import tensor_hash
 from megatron_rlsd.hf_bridge import (
     ShardLayout,
     export_hf_tensors,
     family_for,
     load_hf_config,
     load_hf_weights,
-    tensor_hash,
 )
 from megatron_rlsd.hf_bridge.parameters import local_parameters
 from megatron_rlsd.runtime.errors import UserError

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rlsd.conversion.compare import tensor_hash
 from megatron_rlsd.hf_bridge import (
     SafetensorsFolder,
     ShardLayout,
@@ -19,7 +20,6 @@ from megatron_rlsd.hf_bridge import (
     family_for,
     load_hf_config,
     load_hf_weights,
-    tensor_hash,
 )
 from megatron_rlsd.runtime.errors import UserError
 from tests.unit import tiny_hf

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_rlsd.hf_bridge import SafetensorsFolder, save_hf_folder, tensor_hash
+from megatron_rlsd.conversion.compare import tensor_hash
+from megatron_rlsd.hf_bridge import SafetensorsFolder, save_hf_folder
 from megatron_rlsd.runtime.errors import UserError
 
 

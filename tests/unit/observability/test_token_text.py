@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlsd.observability.token_text import MAX_PENDING, token_texts
+from megatron_rlsd.observability.samples import MAX_PENDING, token_texts
 
 
 def by_bytes(ids: list[int]) -> str:

@@ -18,7 +18,8 @@ from megatron_rlsd.checkpoint.manifest import read_manifest
 from megatron_rlsd.checkpoint.sharding import model_pieces, model_tensors
 from megatron_rlsd.checkpoint.storage import load_into
 from megatron_rlsd.config import ModelConfig, ParallelConfig
-from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for, load_hf_config, tensor_hash
+from megatron_rlsd.conversion.compare import tensor_hash
+from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for, load_hf_config
 from megatron_rlsd.parallel.groups import parallel_world
 from tests.models import save_random_model
 from tests.scripts import load_script
