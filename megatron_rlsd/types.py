@@ -85,14 +85,14 @@ class Generation:
     """[P + T - 1, layers, experts per token] int16: the experts that each token took in each layer,
     prompt included, the last token not (nothing was computed from it). Anything in layers without
     experts; -1 where it is not known. None: not asked for."""
-    response_mask: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
     """[T] 1: the policy sampled the token, 0: an environment wrote it (its log_prob is 0.0); empty:
     the policy sampled all."""
 
     @property
     def num_own_tokens(self) -> int:
         """Tokens that the policy sampled."""
-        return sum(self.response_mask) if self.response_mask else len(self.token_ids)
+        return sum(self.loss_mask) if self.loss_mask else len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -219,16 +219,16 @@ class TrainBatch:
     """[start, stop) in tokens of each response; no entries: everywhere."""
     routed_experts: list[Tensor] = field(default_factory=list, compare=False)
     """Generation.routed_experts of each; no entries: the update routes by itself."""
-    response_masks: list[list[int]] = field(default_factory=list)
-    """As Generation.response_mask, aligned with response_ids; no entries: the policy sampled every
+    loss_masks: list[list[int]] = field(default_factory=list)
+    """As Generation.loss_mask, aligned with response_ids; no entries: the policy sampled every
     token. The update and all its means are over the tokens that it sampled."""
 
     def __len__(self) -> int:
         return len(self.advantages)
 
     def mask(self, index: int) -> list[int]:
-        """The response mask [T] of one trajectory; empty: all ones."""
-        return self.response_masks[index] if self.response_masks else []
+        """The loss mask [T] of one trajectory; empty: all ones."""
+        return self.loss_masks[index] if self.loss_masks else []
 
     def own(self, index: int, values: list[Any]) -> list[Any]:
         """Those of one trajectory's [T] values that belong to tokens the policy sampled."""

@@ -43,12 +43,12 @@ def own_log_probs(model: torch.nn.Module, batch: TrainBatch, i: int, prompt: lis
     """[own tokens, V] log p of the tokens that the policy wrote, each given all before it."""
     ids = prompt + batch.response_ids[i]
     log_p = model(torch.tensor([ids])).logits[0].log_softmax(1)
-    mask = batch.response_masks[i]
+    mask = batch.loss_masks[i]
     return log_p[[len(prompt) - 1 + t for t, own in enumerate(mask) if own]]
 
 
 def own_tokens(batch: TrainBatch, i: int) -> Tensor:
-    pairs = zip(batch.response_ids[i], batch.response_masks[i], strict=True)
+    pairs = zip(batch.response_ids[i], batch.loss_masks[i], strict=True)
     return torch.tensor([token for token, own in pairs if own])[:, None]
 
 
@@ -94,7 +94,7 @@ def test_a_step_over_several_turns_has_the_loss_and_gradient_of_the_formula(
 ):
     config = digits_config(tmp_path / "run", tiny_model, *SETTINGS[name])
     batch, metrics = one_step(config)
-    assert sum(0 in mask for mask in batch.response_masks) >= 4
+    assert sum(0 in mask for mask in batch.loss_masks) >= 4
     assert any(batch.advantages)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     loss = expected_loss(config, batch, model)
@@ -128,7 +128,7 @@ def check_dump(config: Config, batch: TrainBatch, rows: list[Tensor]) -> None:
     for i, line in enumerate(text.splitlines()):
         columns = json.loads(line)["token_columns"]
         columns.setdefault("log_probs", [None] * len(columns["id"]))
-        mask = batch.response_masks[i]
+        mask = batch.loss_masks[i]
         assert columns["id"] == batch.response_ids[i]
         assert columns.get("own", mask) == mask
         lp = iter(rows[i].gather(1, own_tokens(batch, i))[:, 0].tolist())
@@ -185,7 +185,7 @@ def test_rl_refuses_conversations(tiny_model, tmp_path):
 def test_without_a_hint_the_gain_over_a_trajectory_is_exactly_zero(tiny_model, tmp_path):
     settings = ("teacher.hint=none", "teacher.mode=live", "algorithm.rlsd_lambda=1")
     batch, metrics = one_step(digits_config(tmp_path / "run", tiny_model, *settings))
-    assert any(0 in mask for mask in batch.response_masks)
+    assert any(0 in mask for mask in batch.loss_masks)
     assert metrics["algorithm/gain_abs_max"] == 0
     assert metrics["algorithm/evidence_weight_mean"] == 1
 

@@ -23,7 +23,7 @@ from megatron_rlsd.hf_bridge.mappings import (
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """``count`` consecutive rows of a parameter that are consecutive in one source, too."""
 
     source: int
@@ -42,13 +42,13 @@ class Box:
     sizes: tuple[int, ...]
 
 
-def row_runs(mapping: Mapping, dims: ModelDims) -> list[Run]:
+def row_runs(mapping: Mapping, dims: ModelDims) -> list[RowRun]:
     """In row order. Rows of no run are padding."""
     shapes = mapping.hf_shapes(dims)
     if isinstance(mapping, Stacked):
         starts = mapping.starts(dims)
         return [
-            Run(0, starts[run.source] + run.source_row, run.row, run.count)
+            RowRun(0, starts[run.source] + run.source_row, run.row, run.count)
             for run in row_runs(mapping.parts, dims)
         ]
     if isinstance(mapping, FusedQKV):
@@ -56,14 +56,14 @@ def row_runs(mapping: Mapping, dims: ModelDims) -> list[Run]:
         runs, row = [], 0
         for group in range(dims.num_query_groups):
             for source, count in enumerate(rows):
-                runs.append(Run(source, group * count, row, count))
+                runs.append(RowRun(source, group * count, row, count))
                 row += count
         return runs
     if isinstance(mapping, FusedGateUp):
         half = shapes[0][0]
-        return [Run(0, 0, 0, half), Run(1, 0, half, half)]
+        return [RowRun(0, 0, 0, half), RowRun(1, 0, half, half)]
     if isinstance(mapping, Replicated | SplitDimension | VocabParallel):
-        return [Run(0, 0, 0, shapes[0][0])]
+        return [RowRun(0, 0, 0, shapes[0][0])]
     raise TypeError(f"no row runs for the mapping {type(mapping).__name__}")
 
 

@@ -72,7 +72,7 @@ def compare(run: Run, batch: TrainBatch) -> dict[str, float]:
         prompt + response
         for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True)
     ]
-    scores = trainer_scores(run.actor, run.groups, sequences)
+    scores = trainer_scores(run.actor, run.process_groups, sequences)
     if scores is None:
         return {}
     ours = [row[len(prompt) - 1 :] for row, prompt in zip(scores, batch.prompt_ids, strict=True)]

@@ -24,7 +24,7 @@ class NotAnAnswer(TypeError):
 
 
 @dataclass
-class Episode:
+class OpenEpisode:
     environment: Environment
     steps: int
 
@@ -35,7 +35,7 @@ class Player:
     def __init__(self, environment: EnvironmentClass, params: dict[str, Any]) -> None:
         self._environment, self._params = environment, params
         self._batch: int | None = None
-        self._episodes: dict[int, Episode] = {}
+        self._episodes: dict[int, OpenEpisode] = {}
 
     def answer(self, call: dict[str, Any], progress: Progress) -> Observation:
         """The opening, or the answer to the last turn; what the environment raises passes through.
@@ -59,7 +59,7 @@ class Player:
             self._episodes[number] = episode
         return observation
 
-    def _begin(self, call: dict[str, Any]) -> tuple[Episode, str]:
+    def _begin(self, call: dict[str, Any]) -> tuple[OpenEpisode, str]:
         environment = self._environment(**self._params)
         opening = environment.reset(problem_of(call))
         if opening is None:
@@ -67,9 +67,9 @@ class Player:
         if not isinstance(opening, str):
             raise NotAnAnswer(f"reset returned {opening!r:.80}, which is no text and not None")
         opening.encode()
-        return Episode(environment, 0), opening
+        return OpenEpisode(environment, 0), opening
 
-    def _replay(self, call: dict[str, Any], progress: Progress) -> Episode:
+    def _replay(self, call: dict[str, Any], progress: Progress) -> OpenEpisode:
         episode, text = self._begin(call)
         for number, (turn, given) in enumerate(zip(call["turns"], call["answers"], strict=True)):
             if text != given:

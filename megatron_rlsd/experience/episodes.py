@@ -88,7 +88,7 @@ class Episode:
             weight_version=first,
             token_versions=self.versions if set(self.versions) - {first} else [],
             routed_experts=self.routed_experts,
-            response_mask=self.mask if 0 in self.mask else [],
+            loss_mask=self.mask if 0 in self.mask else [],
         )
 
     def transcript(self, role: str) -> tuple[dict[str, str], ...]:

@@ -335,12 +335,12 @@ def train_batch(groups: list[Group]) -> TrainBatch:
         routed_experts=[
             routes for t in rows if (routes := t.generation.routed_experts) is not None
         ],
-        response_masks=response_masks(rows),
+        loss_masks=loss_masks(rows),
     )
 
 
-def response_masks(rows: list[Trajectory]) -> list[list[int]]:
+def loss_masks(rows: list[Trajectory]) -> list[list[int]]:
     """The mask of each, or nothing where the policy sampled every token."""
-    if not any(t.generation.response_mask for t in rows):
+    if not any(t.generation.loss_mask for t in rows):
         return []
-    return [t.generation.response_mask or [1] * len(t.generation.token_ids) for t in rows]
+    return [t.generation.loss_mask or [1] * len(t.generation.token_ids) for t in rows]

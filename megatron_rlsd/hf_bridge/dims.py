@@ -41,7 +41,7 @@ class ShardLayout:
 
 
 @dataclass(frozen=True)
-class LatentAttention:
+class LatentAttentionDims:
     """Sizes of multi-head latent attention (MLA): queries, keys and values through low ranks."""
 
     q_lora_rank: int | None
@@ -106,7 +106,7 @@ class ModelDims:
     """Width of one routed expert."""
     shared_expert_ffn_size: int = 0
     """Width of all shared experts of a layer together; 0: there are none."""
-    latent: LatentAttention | None = None
+    latent: LatentAttentionDims | None = None
     """Set for MLA only."""
     num_mtp_layers: int = 0
     """Layers for multi-token prediction that the checkpoint may hold after the model's own."""
@@ -146,7 +146,7 @@ class ModelDims:
         return self.num_attention_heads * (self._latent.nope_head_dim + self._latent.value_head_dim)
 
     @property
-    def _latent(self) -> LatentAttention:
+    def _latent(self) -> LatentAttentionDims:
         if self.latent is None:
             raise UserError("a latent attention size was asked of a model without MLA")
         return self.latent

@@ -10,7 +10,7 @@ import torch
 
 from megatron_rlsd.hf_bridge.config_table import ConfigTable, HFConfig
 from megatron_rlsd.hf_bridge.dims import (
-    LatentAttention,
+    LatentAttentionDims,
     ModelDims,
     ShardLayout,
     layers_with_experts,
@@ -215,8 +215,8 @@ class Family:
         )
 
 
-def _latent_attention(fields: dict[str, Any]) -> LatentAttention:
-    return LatentAttention(
+def _latent_attention(fields: dict[str, Any]) -> LatentAttentionDims:
+    return LatentAttentionDims(
         q_lora_rank=fields["q_lora_rank"],
         kv_lora_rank=fields["kv_lora_rank"],
         nope_head_dim=fields["qk_head_dim"],

@@ -121,7 +121,7 @@ def attach_credit(trajectories: list[Trajectory], payloads: list[bytes]) -> None
             known = found.get(index)
             found[index] = values if known is None else torch.where(known.isnan(), values, known)
     for index, values in found.items():
-        if mask := trajectories[index].generation.response_mask:
+        if mask := trajectories[index].generation.loss_mask:
             whole = torch.full((len(FIELDS), len(mask)), math.nan)
             whole[:, torch.tensor(mask, dtype=torch.bool)] = values
             values = whole

@@ -92,7 +92,7 @@ def token_columns(
     1 for the model's, 0 for the environment's.
     """
     generation = trajectory.generation
-    own = generation.response_mask
+    own = generation.loss_mask
     columns: dict[str, list[Any]] = {
         "id": generation.token_ids,
         "text": token_texts(decode, generation.token_ids),

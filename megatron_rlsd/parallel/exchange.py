@@ -112,7 +112,7 @@ def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
         | ragged("contrast_prompt_ids", batch.contrast_prompt_ids)
         | ragged("evidence_spans", batch.evidence_spans)
         | _routes_tensors(batch)
-        | ragged("response_masks", batch.response_masks)
+        | ragged("loss_masks", batch.loss_masks)
     )
 
 
@@ -126,9 +126,14 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
         advantages=tensors["advantages"].tolist(),
         contrast_prompt_ids=unragged("contrast_prompt_ids", tensors),
         evidence_spans=unragged("evidence_spans", tensors),
-        response_masks=unragged("response_masks", tensors),
+        loss_masks=unragged(_mask_name(tensors), tensors),
         routed_experts=_routes_of(tensors),
     )
+
+
+def _mask_name(tensors: dict[str, torch.Tensor]) -> str:
+    """Steps recorded by release 0.1 have the masks under their former name."""
+    return "loss_masks" if "loss_masks.lengths" in tensors else "response_masks"
 
 
 def _routes_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:

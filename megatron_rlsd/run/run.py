@@ -35,7 +35,7 @@ class Run:
     """One rank's parts. ``experience``, ``rollouts`` and ``eval_problems``: on rank 0 only."""
 
     config: Config
-    groups: ParallelGroups
+    process_groups: ParallelGroups
     tokenizer: Tokenizer
     prompts: PromptBuilder
     actor: Actor
@@ -66,8 +66,8 @@ class Run:
             assert isinstance(self.engine, ServedEngine)
             self.engine.sleep()
             self.actor.take_room()
-        payload = pack_train_batch(train_batch(groups)) if self.groups.rank == 0 else None
-        batch = unpack_train_batch(broadcast_bytes(payload, self.groups.control))
+        payload = pack_train_batch(train_batch(groups)) if self.process_groups.rank == 0 else None
+        batch = unpack_train_batch(broadcast_bytes(payload, self.process_groups.control))
         return groups, batch, metrics
 
     def publish_weights(self, version: int) -> dict[str, float]:
@@ -98,12 +98,12 @@ class Run:
 
         with self.phase("evaluation", step):
             payload = self.engine.run_on_rank_zero(work)
-            return json.loads(broadcast_bytes(payload, self.groups.control))
+            return json.loads(broadcast_bytes(payload, self.process_groups.control))
 
     def log_samples(self, step: int, groups: list[Group], credit: CreditCollector) -> None:
         """Dump the step's first groups with what the update made of each token."""
         if self.config.observability.samples_per_step:
-            payloads = gather_bytes(credit.pack(), self.groups.control)
+            payloads = gather_bytes(credit.pack(), self.process_groups.control)
             if payloads is not None:
                 attach_credit(trained(groups), payloads)
             self.log.samples(step, groups, self.tokenizer.decode)
@@ -114,7 +114,7 @@ class Run:
             self.continuity.start.continues
             and (Path(self.config.run_dir) / "hf" / name / "config.json").is_file()
         )
-        return broadcast_bytes(b"1" if found else b"", self.groups.control) == b"1"
+        return broadcast_bytes(b"1" if found else b"", self.process_groups.control) == b"1"
 
     def export_hf(self, name: str) -> Path:
         """Write the current weights as a HF folder run_dir/hf/``name``."""
@@ -123,6 +123,6 @@ class Run:
             self.actor.hf_tensors(),
             out,
             Path(self.config.model.hf_path),
-            is_writer=self.groups.rank == 0,
+            is_writer=self.process_groups.rank == 0,
         )
         return out

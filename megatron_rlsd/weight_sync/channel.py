@@ -27,7 +27,7 @@ POLL_SECONDS = 0.001
 CLOSE_SECONDS = 5.0
 
 
-class Group(Protocol):
+class BroadcastGroup(Protocol):
     """What torch's process groups do that its type stubs leave out."""
 
     def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> dist.Work: ...
@@ -40,7 +40,7 @@ class Channel:
         self,
         server: Server,
         name: str,
-        group: Group,
+        group: BroadcastGroup,
         backend: str,
         device: torch.device,
         seconds: float,
@@ -139,7 +139,7 @@ class Channel:
 
 def new_group(
     backend: str, store: dist.Store, name: str, size: int, address: str, limit: timedelta
-) -> Group:
+) -> BroadcastGroup:
     """Rank 0's end; waits for the others with gloo, and with nccl in the first collective.
 
     The store's prefixes are those that torch and SGLang's init_weights_update_group put before the
@@ -154,12 +154,12 @@ def new_group(
         # Where the server finds us, whatever interface the trainer's own groups use.
         options._devices = [gloo.create_device(hostname=address)]
         options._timeout = limit
-        met: Group = gloo(store, 0, size, options)
+        met: BroadcastGroup = gloo(store, 0, size, options)
         return met
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = limit
-    unmet: Group = nccl(store, 0, size, options)
+    unmet: BroadcastGroup = nccl(store, 0, size, options)
     return unmet
 
 

@@ -46,7 +46,7 @@ def test_the_models_tokens_have_the_probabilities_of_the_whole_trajectory(
         generation = trajectory.generation
         assert not trajectory.environment_error
         own = torch.tensor(
-            generation.response_mask or [1] * len(generation.token_ids), dtype=torch.bool
+            generation.loss_mask or [1] * len(generation.token_ids), dtype=torch.bool
         )
         expected = published.reference.log_probs(trajectory.prompt_ids, generation.token_ids, 1.0)
         measured = torch.tensor(generation.log_probs)

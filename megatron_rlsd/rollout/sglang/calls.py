@@ -17,7 +17,7 @@ from megatron_rlsd.types import Generation, GenerationRequest
 
 
 @dataclass(eq=False)
-class Call:
+class ServerCall:
     """One ``generate``: a place for each result, filled once."""
 
     requests: list[GenerationRequest]
@@ -40,7 +40,7 @@ class Call:
 class Work:
     """A request that waits for a server."""
 
-    call: Call
+    call: ServerCall
     index: int
     number: int
     """Unique in the fleet's life."""

@@ -1,7 +1,7 @@
 """All servers together: requests spread over them, and weight updates that reach all of them.
 
-Everything here runs in one event loop, so no state needs a lock; ``Weights.lock`` only orders
-weight updates and the servers that come back in between.
+Everything here runs in one event loop, so no state needs a lock; ``CurrentWeights.lock`` only
+orders weight updates and the servers that come back in between.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.balance import choose
-from megatron_rlsd.rollout.sglang.calls import Call, Stay, Work, joined
+from megatron_rlsd.rollout.sglang.calls import ServerCall, Stay, Work, joined
 from megatron_rlsd.rollout.sglang.client import ServerFault, SGLangClient
 from megatron_rlsd.rollout.sglang.replies import (
     generate_body,
@@ -37,7 +37,7 @@ PauseMode = Literal["abort", "retract", "in_place"]
 
 
 @dataclass
-class Weights:
+class CurrentWeights:
     """The weights that every server is to have; see FleetWeights."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -65,7 +65,7 @@ class Fleet:
         routes: RoutesShape | None = None,
     ) -> None:
         self._config, self._vocab_size, self._routes = config, vocab_size, routes
-        self.weights = Weights()
+        self.weights = CurrentWeights()
         self.counters = Counter(
             requests=0, request_retries=0, interrupted_requests=0, cached_prompt_tokens=0
         )
@@ -90,7 +90,7 @@ class Fleet:
         ]
         self._tasks: set[asyncio.Task[None]] = set()
         self._pending: deque[Work] = deque()
-        self._calls: set[Call] = set()
+        self._calls: set[ServerCall] = set()
         self._changed = asyncio.Event()
         self._numbers, self._stays = itertools.count(), itertools.count()
         self._updating = False
@@ -160,7 +160,7 @@ class Fleet:
         token which ones sampled it. Cancelling this, or the time limit, aborts what still runs.
         """
         loop = asyncio.get_running_loop()
-        call = Call(
+        call = ServerCall(
             requests,
             loop.create_future(),
             results=[None] * len(requests),
@@ -382,7 +382,7 @@ class Fleet:
                 call.fail(error)
         self._pump()
 
-    def _whereabouts(self, call: Call) -> str:
+    def _whereabouts(self, call: ServerCall) -> str:
         places = Counter(str(stay.server) for stay in call.running)
         waiting = sum(work.call is call for work in self._pending)
         parts = [f"{count} at {name}" for name, count in sorted(places.items())]

@@ -82,7 +82,7 @@ def test_tokens_and_mask_are_those_of_the_environments_trajectory(name, tokenize
             ids, mask = conversations.target(conversation)
             generation = trajectory.generation
             assert ids == generation.token_ids
-            assert mask == (generation.response_mask or [1] * len(ids))
+            assert mask == (generation.loss_mask or [1] * len(ids))
             assert sum(mask) == sum(len(tokenizer.encode(turn)) + 1 for turn in turns)
             assert prompts.student(conversation) == trajectory.prompt_ids
             # The hint is the environment's problem's too.

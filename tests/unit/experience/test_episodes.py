@@ -97,7 +97,7 @@ def turns_of(trajectory: Trajectory) -> list[tuple[int, list[int]]]:
     """(mask, token ids) of each piece of the trajectory after its prompt."""
     generation = trajectory.generation
     pieces: list[tuple[int, list[int]]] = []
-    mask = generation.response_mask or [1] * len(generation.token_ids)
+    mask = generation.loss_mask or [1] * len(generation.token_ids)
     for token, own in zip(generation.token_ids, mask, strict=True):
         if not pieces or pieces[-1][0] != own:
             pieces.append((own, []))
@@ -137,7 +137,7 @@ def test_a_trajectory_is_what_the_engine_returned_with_the_answers_between(play,
                 assert next(exchanges)[0].prompt_ids == before
             before += ids
         own_log_probs = [lp for g in sampled for lp in g.log_probs]
-        mask = generation.response_mask or [1] * len(generation.token_ids)
+        mask = generation.loss_mask or [1] * len(generation.token_ids)
         log_probs = list(zip(generation.log_probs, mask, strict=True))
         assert [lp for lp, own in log_probs if own] == own_log_probs
         assert {lp for lp, own in log_probs if not own} <= {0.0}
@@ -172,8 +172,8 @@ def test_a_trajectory_is_what_the_engine_returned_with_the_answers_between(play,
     foreign = [len(t.generation.token_ids) for t in trajectories]
     assert metrics["rollout/environment_tokens_mean"] == (sum(foreign) - sum(own)) / 12
     batch = train_batch(groups)
-    assert unpack_train_batch(pack_train_batch(batch)).response_masks == batch.response_masks
-    assert [sum(m) for m in batch.response_masks] == own
+    assert unpack_train_batch(pack_train_batch(batch)).loss_masks == batch.loss_masks
+    assert [sum(m) for m in batch.loss_masks] == own
 
 
 def test_the_limits_end_an_episode_as_cut_off(play):
@@ -186,7 +186,7 @@ def test_the_limits_end_an_episode_as_cut_off(play):
         generation = trajectory.generation
         own_turns = [m for m in trajectory.transcript if m["role"] == "assistant"]
         assert len(generation.token_ids) <= 31
-        assert (generation.response_mask or [1])[-1] == 1
+        assert (generation.loss_mask or [1])[-1] == 1
         ended = any(c in ENDING for c in own_turns[-1]["content"])
         assert len(own_turns) <= 2
         if not ended:
@@ -216,7 +216,7 @@ def test_an_environment_that_ends_at_once_leaves_a_single_turn_as_it_was(play):
                 # Cut off by the limit: the environment was not asked.
                 assert other.environment_reward == 0
                 assert one.generation == other.generation
-    assert train_batch(played).response_masks == []
+    assert train_batch(played).loss_masks == []
     assert metrics["rollout/turns_mean"] == 1
 
 
