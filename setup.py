@@ -9,6 +9,7 @@ CORE = [
     "jinja2",
     "math-verify>=0.9.0",
     "numpy",
+    "packaging",
     "psutil",
     "pydantic>=2.7",
     "pyyaml",

@@ -12,6 +12,7 @@ import torch
 
 from megatron_rlsd.config import PrecisionConfig
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.releases import release
 
 LayerKind = Literal["local", "transformer_engine"]
 CAPABILITY = {"current": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -57,12 +58,12 @@ def check_fp8(
             f"model.precision.fp8={precision.fp8} needs compute capability "
             f"{needed[0]}.{needed[1]}, this device has {capability[0]}.{capability[1]}"
         )
-    if _release(engine) < first:
+    if release(engine) < first:
         raise UserError(
             f"model.precision.fp8={precision.fp8} needs transformer-engine "
             f">= {first[0]}.{first[1]}, found {engine}"
         )
-    if precision.fp8 == "blockwise" and _release(cuda or "0.0") < BLOCKWISE_CUDA:
+    if precision.fp8 == "blockwise" and release(cuda or "0.0") < BLOCKWISE_CUDA:
         raise UserError(
             f"model.precision.fp8=blockwise needs CUDA >= {BLOCKWISE_CUDA[0]}.{BLOCKWISE_CUDA[1]}, "
             f"whose cuBLAS first has products with scales of blocks; torch was built with {cuda}"
@@ -72,7 +73,7 @@ def check_fp8(
 
 
 def _check_parameters(engine: str) -> None:
-    if _release(engine) < PARAMETERS_VERSION:
+    if release(engine) < PARAMETERS_VERSION:
         raise UserError(
             f"model.precision.fp8_parameters=true needs transformer-engine >= "
             f"{PARAMETERS_VERSION[0]}.{PARAMETERS_VERSION[1]}, found {engine}"
@@ -83,10 +84,6 @@ def _check_parameters(engine: str) -> None:
             "are no powers of two, bfloat16 copies (servers, teacher, checkpoints) are not exactly "
             "the weights that the trainer computes with"
         )
-
-
-def _release(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def precision_fields(

@@ -20,6 +20,7 @@ from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.releases import release
 
 ENGINE_VERSION = (2, 8)
 """The first release whose userbuffers serve 8-bit and bfloat16 layers of one model."""
@@ -46,7 +47,7 @@ def start_userbuffers(
     if not config.model.tp_comm_overlap:
         return
     check_overlap(model, kind, dist.get_process_group_ranks(groups.tp))
-    if _release() < ENGINE_VERSION:
+    if release(version("transformer-engine")) < ENGINE_VERSION:
         raise UserError(
             f"model.tp_comm_overlap=true needs transformer-engine >= "
             f"{'.'.join(map(str, ENGINE_VERSION))}, found {version('transformer-engine')}"
@@ -98,7 +99,3 @@ def quantization_modes(precision: PrecisionConfig) -> list[str]:
         return ["NONE"]
     kept = precision.first_layers_bf16 or precision.last_layers_bf16
     return ["FP8", "NONE"] if kept else ["FP8"]
-
-
-def _release() -> tuple[int, ...]:
-    return tuple(int(part) for part in version("transformer-engine").split(".")[:2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from megatron_rlsd.diagnosis.check import Check, Doubt, Skip, run_check
 from megatron_rlsd.rollout.sglang.process import PROJECT_PYTHON, on_cpu
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.megatron_versions import SUPPORTED as MEGATRON
+from megatron_rlsd.runtime.releases import release
 
 Version = tuple[int, ...]
 SMI_SECONDS = 30.0
@@ -45,7 +45,7 @@ MATRIX = {
     "torch": Range((2, 6)),
     "megatron-core": Range(*MEGATRON),
     "transformers": Range((4, 51)),
-    "transformer-engine": Range((2, 4)),
+    "transformer-engine": Range((2, 8)),
     "triton": Range((3, 0)),
     "cuda": Range((12, 1)),
     "driver": Range((535,)),
@@ -143,10 +143,11 @@ def check_sglang(config: Config) -> str:
 
 
 def _expect(name: str, found: str) -> str:
-    numbers = tuple(int(n) for n in re.findall(r"\d+", found.split("+")[0])[:3])
-    if not numbers:
-        raise Doubt(f"{name} {found!r} is no version number; expected {MATRIX[name]}")
-    if numbers not in MATRIX[name]:
+    try:
+        supported = release(found) in MATRIX[name]
+    except ValueError:
+        raise Doubt(f"{name} {found!r} is no version number; expected {MATRIX[name]}") from None
+    if not supported:
         raise UserError(f"{name} {found} is not supported; expected {MATRIX[name]}")
     return found
 

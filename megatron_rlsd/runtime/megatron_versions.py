@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.releases import release
 
 SUPPORTED = ((0, 16, 1), (0, 20, 0))
 """Lowest supported release, and the first one that is not."""
@@ -21,12 +22,10 @@ def check_megatron_version() -> tuple[int, ...]:
         installed = version("megatron-core")
     except PackageNotFoundError:
         raise UserError(f"megatron-core is not installed; expected >= {low}, < {high}") from None
-    release = tuple(
-        int("".join(filter(str.isdigit, part)) or 0) for part in installed.split(".")[:3]
-    )
-    if not SUPPORTED[0] <= release < SUPPORTED[1]:
+    found = release(installed)
+    if not SUPPORTED[0] <= found < SUPPORTED[1]:
         raise UserError(f"megatron-core {installed} is not supported; expected >= {low}, < {high}")
-    return release
+    return found
 
 
 def expert_tensor_problem(tensor: int, expert: int, expert_tensor: int) -> str | None:
@@ -37,11 +36,11 @@ def expert_tensor_problem(tensor: int, expert: int, expert_tensor: int) -> str |
     """
     if expert_tensor == tensor or expert > 1:
         return None
-    release = check_megatron_version()
-    if release >= (0, 19):
+    found = check_megatron_version()
+    if found >= (0, 19):
         return None
     return (
         f"parallel.expert_tensor={expert_tensor} with parallel.tensor={tensor} and "
         f"parallel.expert=1 gives wrong gradients on Megatron-Core "
-        f"{'.'.join(map(str, release))}; valid there: expert_tensor={tensor}, or expert > 1"
+        f"{'.'.join(map(str, found))}; valid there: expert_tensor={tensor}, or expert > 1"
     )
