@@ -36,11 +36,10 @@ class Tile:
 
 
 TILES = [
-    Tile(128, 2, 64, 8, 4, default=True),
+    Tile(128, 2, 64, 8, 4, group_rows=1024, default=True),
     Tile(128, 2, 64, 8, 3, group_rows=1024, default=True),
-    Tile(256, 1, 64, 8, 3, default=True),
-    Tile(128, 2, 64, 8, 4, group_rows=1024),
-    Tile(128, 2, 64, 8, 4, group_rows=4096),
+    Tile(128, 2, 64, 8, 4, group_rows=4096, default=True),
+    Tile(256, 1, 64, 8, 3),
     Tile(128, 1, 64, 8, 4),
 ]
 

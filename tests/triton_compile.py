@@ -27,12 +27,13 @@ CUOBJDUMP = str(Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjd
 MANY = 4096
 """Rows, of the size class of long chunks."""
 CASES = [
-    # capability, dtype, tensor descriptors, E is kept, how many candidates
-    ((9, 0), torch.bfloat16, True, True, 9),
-    ((9, 0), torch.bfloat16, True, False, 9),
-    ((9, 0), torch.bfloat16, False, True, 1),
-    ((8, 0), torch.bfloat16, False, True, 9),
-    ((8, 0), torch.float32, False, True, 1),
+    # capability, dtype, tensor descriptors, E is kept, with entropy, how many candidates
+    ((9, 0), torch.bfloat16, True, True, False, 9),
+    ((9, 0), torch.bfloat16, True, True, True, 9),
+    ((9, 0), torch.bfloat16, True, False, False, 9),
+    ((9, 0), torch.bfloat16, False, True, True, 1),
+    ((8, 0), torch.bfloat16, False, True, True, 9),
+    ((8, 0), torch.float32, False, True, True, 1),
 ]
 
 
@@ -80,12 +81,15 @@ def registers_and_stack(cubin: bytes) -> dict[str, int]:
 
 
 def compile_products(
-    capability: tuple[int, int], dtype: torch.dtype, descriptors: bool, keeps_exp: bool, most: int
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    descriptors: bool,
+    keeps_exp: bool,
+    with_entropy: bool,
+    most: int,
 ) -> list[dict[str, Any]]:
     found = []
-    for candidate in triton_launch.candidates(
-        capability, dtype, MANY, descriptors, sums_only=not keeps_exp
-    )[:most]:
+    for candidate in triton_launch.candidates(capability, dtype, MANY, descriptors)[:most]:
         sizes = candidate.kwargs
         c, v, d = sizes["BLOCK_C"], triton_launch.VOCAB_BLOCK, sizes["BLOCK_D"]
 
@@ -107,7 +111,7 @@ def compile_products(
             "DESCRIPTORS": descriptors,
             "INPUT_PRECISION": "ieee",
             "WIDEN": False,
-            "WITH_ENTROPY": keeps_exp,
+            "WITH_ENTROPY": with_entropy,
             **sizes,
         }
         report = compile_kernel(
@@ -144,6 +148,7 @@ if __name__ == "__main__":
             "capability": case[0],
             "dtype": NAMES[case[1]],
             "descriptors": case[2],
+            "with_entropy": case[4],
             "compiled": compile_products(*case),
         }
         for case in CASES

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.ops.triton_head import EXP_BUDGET_BYTES
 from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.eight_bit import copy_bytes, saved_bytes
 from megatron_rlsd.parallel.layout import layers_of_stage
@@ -22,8 +23,6 @@ from megatron_rlsd.planning.activations import (
 )
 
 GIB = 2**30
-HEAD_CHUNK_BYTES = GIB
-"""Of the fused head's exponentials with Triton; its torch path takes half of it."""
 USERBUFFERS = 12
 """Transformer Engine makes so many, one for each product that communicates; those of 8-bit
 products hold half as much."""
@@ -164,7 +163,7 @@ def model_parameters(model: ModelDims, config: Config) -> int:
 def _head(counter: ActivationCounter, model: ModelDims, *, with_gradient: bool) -> int:
     """The fused head's chunk; with a gradient also that of the hidden states."""
     rows = -(-model.vocab_size // counter.tp)
-    chunk = min(HEAD_CHUNK_BYTES, FLOAT32 * counter.tokens * rows)
+    chunk = min(EXP_BUDGET_BYTES, FLOAT32 * counter.tokens * rows)
     hidden = counter.tokens * model.hidden_size
     gathered = counter.item * hidden if counter.split_tokens < counter.tokens else 0
     if not with_gradient:
