@@ -57,7 +57,8 @@ settings() {
         PYTHON=python
         [[ -n $CONTAINER_IMAGE || ! -x $REPO/.venv/bin/python ]] || PYTHON=$REPO/.venv/bin/python
     fi
-    SGLANG_PYTHON=${SGLANG_PYTHON:-}
+    # The image's own. Beside the repository, which is mounted over it, there is none.
+    SGLANG_PYTHON=${SGLANG_PYTHON:-${CONTAINER_IMAGE:+/opt/sglang/bin/python}}
     if [[ $TINY == 1 ]]; then
         CONFIG=${CONFIG:-$REPO/examples/configs/tiny_slurm.yaml}
         RUN_DIR=${RUN_DIR:-$REPO/runs/tiny_slurm}
@@ -82,6 +83,12 @@ settings() {
     if [[ -z ${TRAINER_TASKS_PER_NODE:-} ]]; then
         TRAINER_TASKS_PER_NODE=$((ROLLOUT_NODES || COLOCATED ? GPUS_PER_NODE : GPUS_PER_NODE / 2))
     fi
+    # Compiled kernels: a home on NFS would have all nodes wait for each other.
+    CACHE_DIR=${CACHE_DIR:-${TMPDIR:-/tmp}/rlsd_cache_$UID}
+    CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+    # Or each of a node's tasks would take all of its cores.
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores_of "$TRAINER_TASKS_PER_NODE")}
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 8000))}
     START_SECONDS=${START_SECONDS:-1800}
     STOP_SECONDS=${STOP_SECONDS:-30}
@@ -100,6 +107,10 @@ settings() {
         "COLOCATED=$COLOCATED  (1: and its GPUs; 0: they have those behind the trainer's)" \
         "GPUS_PER_NODE=$GPUS_PER_NODE" \
         "TRAINER_TASKS_PER_NODE=$TRAINER_TASKS_PER_NODE  (one for each of the trainer's GPUs)" \
+        "CACHE_DIR=$CACHE_DIR  (on each node, of compiled kernels)" \
+        "CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS  (of the trainer)" \
+        "OMP_NUM_THREADS=$OMP_NUM_THREADS  (of the trainer)" \
+        "NCCL_DEBUG=$NCCL_DEBUG" \
         "MASTER_PORT=$MASTER_PORT" \
         "START_SECONDS=$START_SECONDS  (until all servers serve; not if colocated)" \
         "STOP_SECONDS=$STOP_SECONDS  (a part has to end once it is told)" \
@@ -129,11 +140,15 @@ $trainer leave the servers none of the $GPUS_PER_NODE GPUs of a node"
 
 # The parts of the job: each is one srun in the background, known by its step's name.
 
+cores_of() { # cores_of TASKS: of each, where so many share a node
+    local cores=$((${SLURM_JOB_CPUS_PER_NODE%%[^0-9]*} / ($1 > 0 ? $1 : 1)))
+    printf '%s' $((cores > 0 ? cores : 1))
+}
+
 start_part() { # start_part NAME NODELIST TASKS_PER_NODE COMMAND...; logs are NAME_TASK.log
-    local name=$1 list=$2 tasks=$3 names container=() gpus=() cpus
+    local name=$1 list=$2 tasks=$3 names container=() gpus=()
     shift 3
     IFS=, read -ra names <<<"$list"
-    cpus=$((${SLURM_JOB_CPUS_PER_NODE%%[^0-9]*} / tasks))
     if [[ -n $CONTAINER_IMAGE ]]; then
         local mounts=$REPO:$REPO,$RUN_DIR:$RUN_DIR,$MODEL:$MODEL
         container=(--container-image="$CONTAINER_IMAGE" --container-workdir="$REPO"
@@ -149,12 +164,23 @@ start_part() { # start_part NAME NODELIST TASKS_PER_NODE COMMAND...; logs are NA
     # shellcheck disable=SC2016
     srun --job-name="$name" --nodelist="$list" --nodes="${#names[@]}" \
         --ntasks=$((${#names[@]} * tasks)) --ntasks-per-node="$tasks" \
-        --cpus-per-task=$((cpus > 0 ? cpus : 1)) --cpu-bind=none --distribution=block --overlap \
+        --cpus-per-task="$(cores_of "$tasks")" --cpu-bind=none --distribution=block --overlap \
         --export=ALL --disable-status --kill-on-bad-exit=0 --wait="$WAIT_SECONDS" --chdir="$REPO" \
         --output="$LOG_DIR/${name}_%t.log" "${gpus[@]}" "${container[@]}" \
         bash -c 'trap "" TERM USR1
             export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-            exec "$@"' "$name" "$@" &
+            cache=$1 && shift
+            mkdir -p "$cache/home"
+            # Of a container that mounts no home it may not be there.
+            [[ -w ${HOME:-/nowhere} ]] || export HOME=$cache/home
+            export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
+            export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+            export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-$cache/cuda}
+            export TVM_FFI_CACHE_DIR=${TVM_FFI_CACHE_DIR:-$cache/tvm-ffi}
+            # flashinfer adds .cache/flashinfer; under SGLang lies DeepGEMM.
+            export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$cache}
+            export SGLANG_CACHE_DIR=${SGLANG_CACHE_DIR:-$cache/sglang}
+            exec "$@"' "$name" "$CACHE_DIR" "$@" &
     parts[$name]=$!
 }
 
@@ -306,6 +332,8 @@ start_trainer() {
     export MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE=$TRAINER_TASKS_PER_NODE
     rm -f "$RUN_DIR/status.json"
     start_part trainer "$(IFS=,; printf '%s' "${trainer_nodes[*]}")" "$TRAINER_TASKS_PER_NODE" \
+        env OMP_NUM_THREADS="$OMP_NUM_THREADS" \
+        CUDA_DEVICE_MAX_CONNECTIONS="$CUDA_DEVICE_MAX_CONNECTIONS" \
         "$PYTHON" -m megatron_rlsd.train "${arguments[@]}" "${trainer_arguments[@]}"
     say "training; logs are in $LOG_DIR"
 }

@@ -32,6 +32,41 @@ def requirements() -> list[Requirement]:
     return [Requirement(line) for line in lists["CORE"] + lists["MEGATRON"]]
 
 
+def test_the_environments_without_a_container_meet_in_torch_and_nccl() -> None:
+    ours, theirs = pins("gpu.txt"), pins("container-sglang.txt")
+    # Two releases of NCCL cannot be connected; torch asks for exactly one.
+    for name in ("torch", "nvidia-nccl-cu13"):
+        assert ours[name] == theirs[name], name
+    text = (ROOT / "requirements/sglang-gpu.txt").read_text()
+    assert [line for line in text.splitlines() if not line.startswith("#")] == [
+        "-r container-sglang.txt"
+    ]
+    # Its torch part is compiled against that torch, so it is not among the wheels.
+    assert ours["transformer-engine"] == ours["transformer-engine-cu13"]
+    assert "transformer-engine-torch" not in ours
+    for each in requirements():
+        if each.marker is None or each.marker.evaluate({"python_version": "3.12"}):
+            assert each.specifier.contains(ours[canonicalize_name(each.name)]), each
+    tested = pins("cpu.txt")
+    differ = {n for n in tested.keys() & ours.keys() if tested[n] != ours[n]}
+    assert differ <= {"megatron-core", "torch", "triton"}
+
+
+def test_the_gpu_extra_asks_for_the_engines_library_and_its_torch_part() -> None:
+    setup = (ROOT / "setup.py").read_text()
+    (line,) = re.findall(r'"gpu": \[\*MEGATRON, (.*)\],', setup)
+    asked = {r.name: r for r in map(Requirement, re.findall(r'"([^"]+)"', line))}
+    assert asked["transformer-engine"].extras == {"core_cu13", "pytorch"}
+    ours = pins("gpu.txt")
+    for name, each in asked.items():
+        assert each.specifier.contains(ours[name]), name
+
+
+def test_the_base_image_is_the_one_whose_versions_are_written_down() -> None:
+    (tag,) = re.findall(r"^ARG BASE_IMAGE=(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert f"`{tag}`" in (ROOT / "docs/container.md").read_text()
+
+
 def test_every_requirement_is_pinned_or_the_images_own() -> None:
     pinned = pins("container.txt")
     asked = [

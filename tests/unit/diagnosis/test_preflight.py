@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from megatron_rlsd.diagnosis.preflight import main
+from megatron_rlsd.rollout.sglang import agreement
+from megatron_rlsd.rollout.sglang.agreement import Libraries
 from tests.unit.diagnosis.test_doctor import raw_config
 
 
@@ -67,3 +69,23 @@ def test_a_layout_is_judged_before_anything_starts(
     said = capsys.readouterr().err
     assert message in said
     assert bool(said) == bool(code)
+
+
+def test_servers_that_the_trainer_cannot_reach_are_refused_before_they_start(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = '{"torch": "2.14.1", "cuda": "13.0", "nccl": [2, 30, 7], "nccl_file": "/theirs.so.2"}'
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{theirs}'\n")
+    python.chmod(0o755)
+    ours = Libraries("/ours", "2.9.0", "13.0", (2, 27, 5), "/ours.so.2")
+    monkeypatch.setattr(agreement, "own_libraries", lambda: ours)
+    words = [str(path), "--tasks", "1", f"rollout.sglang.python={python}"]
+    words.append("weight_sync.transport=broadcast")
+    # Without GPUs weights go over gloo.
+    assert main(words) == 0
+    assert main([*words, "--gpus-per-node", "8"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: weight_sync.transport=broadcast: NCCL refuses")
+    assert "(/ours) loads 2.27.5, the servers" in said
+    assert main([*words, "--gpus-per-node", "8", "weight_sync.transport=disk"]) == 0

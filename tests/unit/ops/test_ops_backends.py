@@ -48,6 +48,36 @@ except BackendUnavailable as error:
     assert "cpu" in done.stdout
 
 
+def test_the_product_that_the_triton_head_needs_is_tried_and_not_told_from_a_version(monkeypatch):
+    """On this CPU torch has none, whatever its release is called."""
+    triton_head = pytest.importorskip("megatron_rlsd.ops.triton_head")
+    triton_head._missing_product.cache_clear()
+    monkeypatch.setattr(torch, "__version__", "99.0.0")
+    reason = triton_head._missing_product(CPU)
+    assert reason.startswith("torch 99.0.0 does not add a product of bfloat16 matrices")
+    assert "addmm" in reason
+
+    def addmm(total, a, b, *, out_dtype, out):
+        calls.append(out_dtype)
+        return out.copy_(total + a.float() @ b.float())
+
+    calls = []
+    monkeypatch.setattr(torch, "__version__", "2.9.0a0")
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.float() @ b.float())
+    triton_head._missing_product.cache_clear()
+    try:
+        assert triton_head._missing_product(CPU) is None
+        assert triton_head._missing_product(CPU) is None
+        # Once a device: each call of the head asks.
+        assert calls == [torch.float32]
+        triton_head._missing_product.cache_clear()
+        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.float() @ b.float() + 1)
+        assert "wrongly" in triton_head._missing_product(CPU)
+    finally:
+        triton_head._missing_product.cache_clear()
+
+
 def test_triton_does_not_take_float64():
     hidden, weight = torch.zeros(1, 4).double(), torch.zeros(3, 4).double()
     with pytest.raises(BackendUnavailable, match=r"float64|cannot be imported|not installed"):

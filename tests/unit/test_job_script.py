@@ -1,0 +1,131 @@
+"""What examples/run_rlsd_70b.sh gives each part of a job, with Slurm and Python played by scripts.
+
+tests/slurm runs it on a real Slurm, where there is no GPU and no container.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do
+    echo "$1" >>"$RECORDS/srun"
+    shift
+done
+SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+case "$1 $2" in
+    "show hostnames") printf 'n1\\nn2\\n' ;;
+    "show node") echo "NodeName=$4 NodeAddr=10.0.0.${4#n} X=1" ;;
+    *) echo "JobId=7 BatchFlag=0" ;;
+esac
+"""
+PYTHON = """#!/bin/bash
+part=${2##*.}
+env >"$RECORDS/$part.env"
+printf '%s\\n' "$@" >"$RECORDS/$part.words"
+[[ $part != serve ]] && exit 0
+mkdir -p "$RUN_DIR/servers/n2" && echo http://10.0.0.2:1 >"$RUN_DIR/servers/n2/urls"
+trap 'exit 0' INT
+while true; do sleep 0.1; done
+"""
+QUIET = "#!/bin/bash\n"
+
+
+@dataclass
+class Records:
+    folder: Path
+    log: str
+
+    def words(self, part: str) -> list[str]:
+        return (self.folder / f"{part}.words").read_text().splitlines()
+
+    def env(self, part: str) -> dict[str, str]:
+        lines = (self.folder / f"{part}.env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+@pytest.fixture
+def run_job(tmp_path: Path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (tmp_path / "records").mkdir()
+    texts = {"srun": SRUN, "scontrol": SCONTROL, "python": PYTHON}
+    for name in (*texts, "squeue", "scancel", "sbatch"):
+        (programs / name).write_text(texts.get(name, QUIET))
+        (programs / name).chmod(0o755)
+
+    def run(**settings: str) -> Records:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "NCCL", "OMP", "CUDA", "TRITON", "TVM", "SGLANG"))
+        }
+        env = {
+            **kept,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "RECORDS": str(tmp_path / "records"),
+            "RUN_DIR": str(tmp_path / "run"),
+            "PYTHON": str(programs / "python"),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_JOB_CPUS_PER_NODE": "64(x2)",
+            "SLURM_GPUS_ON_NODE": "8",
+            "STOP_SECONDS": "10",
+            **settings,
+        }
+        command = ["bash", str(ROOT / "examples/run_rlsd_70b.sh")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Records(tmp_path / "records", done.stdout)
+
+    return run
+
+
+def test_by_default_what_suits_the_trainer_alone_is_given_to_it_alone(run_job) -> None:
+    job = run_job()
+    trainer, servers = job.env("train"), job.env("serve")
+    assert trainer["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    # 64 cores for 8 tasks.
+    assert trainer["OMP_NUM_THREADS"] == "8"
+    assert not {"CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"} & servers.keys()
+    assert trainer["NCCL_DEBUG"] == servers["NCCL_DEBUG"] == "WARN"
+    # The configuration's own, else the one beside the repository.
+    assert not [word for word in job.words("serve") if word.startswith("rollout.sglang.python")]
+
+
+def test_in_a_container_servers_and_caches_are_found_and_ones_own_settings_stay(
+    run_job, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    job = run_job(
+        CONTAINER_IMAGE="x.sqsh",
+        CACHE_DIR=str(cache),
+        HOME=str(tmp_path / "nowhere"),
+        TRITON_CACHE_DIR="/mine",
+        OMP_NUM_THREADS="3",
+        CUDA_DEVICE_MAX_CONNECTIONS="32",
+        NCCL_DEBUG="INFO",
+    )
+    assert "--container-image=x.sqsh" in (job.folder / "srun").read_text()
+    # Beside the repository, which is mounted over the image's, there is no such environment.
+    assert "SGLANG_PYTHON=/opt/sglang/bin/python " in job.log
+    for part in ("preflight", "serve", "train"):
+        assert "rollout.sglang.python=/opt/sglang/bin/python" in job.words(part)
+    for part in ("train", "serve"):
+        env = job.env(part)
+        assert env["HOME"] == str(cache / "home")
+        assert Path(env["HOME"]).is_dir()
+        assert (env["TRITON_CACHE_DIR"], env["NCCL_DEBUG"]) == ("/mine", "INFO")
+        for name in ("FLASHINFER_WORKSPACE_BASE", "SGLANG_CACHE_DIR", "TVM_FFI_CACHE_DIR"):
+            assert Path(env[name]).is_relative_to(cache), name
+    trainer = job.env("train")
+    assert (trainer["OMP_NUM_THREADS"], trainer["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("3", "32")
