@@ -8,12 +8,14 @@ is the beginning of SHA-256 on a CPU, and an arithmetic one of 32-bit words on a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_rlsd.weight_sync.word_hash import WordHash, digest
 
 HashPieces = Callable[[Sequence[Tensor]], str]
 """Hash of tensors whose bytes, one after the other, are a parameter."""
@@ -41,8 +43,6 @@ VOCABULARY_MULTIPLE = 64
 INTERMEDIATE = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 CPU_INTERMEDIATE_MULTIPLE = 32
 """A CPU server fills each rank's part of a layer's intermediate size up to this, with zeros."""
-LONGEST_PIECE = 2**24
-"""Words hashed together, which bounds the memory for intermediate results."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,29 @@ def expected_checksums(
 
 def pieces_of(name: str, held: Mapping[str, Tensor], rank: Rank) -> list[Tensor] | None:
     """Tensors whose bytes, one after the other, are SGLang's parameter; None: not known."""
-    if name in held:
-        return list(_shard(name, held[name], rank))
+    parts = parts_of(name, held)
+    if parts is None:
+        return None
+    return [piece for part in parts for piece in _shard(part, held[part], rank)]
+
+
+def parts_of(name: str, known: Container[str]) -> list[str] | None:
+    """Hugging Face names, among ``known`` ones, of what SGLang's parameter is made of, in order."""
+    if name in known:
+        return [name]
     for joined, parts in JOINED.items():
         if f".{joined}." in name:
-            return _gathered([name.replace(f".{joined}.", f".{p}.") for p in parts], held, rank)
+            wanted = [name.replace(f".{joined}.", f".{part}.") for part in parts]
+            return wanted if all(each in known for each in wanted) else None
     prefix, dot, last = name.rpartition(".experts.")
     if dot and last in EXPERTS:
         for parts in EXPERTS[last]:
-            wanted: list[str] = []
-            while f"{prefix}.experts.{len(wanted) // len(parts)}.{parts[0]}.weight" in held:
+            wanted = []
+            while f"{prefix}.experts.{len(wanted) // len(parts)}.{parts[0]}.weight" in known:
                 expert = len(wanted) // len(parts)
                 wanted += [f"{prefix}.experts.{expert}.{part}.weight" for part in parts]
             if wanted:
-                return _gathered(wanted, held, rank)
+                return wanted if all(each in known for each in wanted) else None
     return None
 
 
@@ -102,63 +111,61 @@ def sha256_pieces(pieces: Sequence[Tensor]) -> str:
 
 
 def word_hash_pieces(pieces: Sequence[Tensor], device: torch.device | None = None) -> str:
-    """SGLang's hash on a GPU, by plain integer arithmetic on ``device`` (default: the pieces').
+    """SGLang's hash on a GPU, computed on ``device`` (default: the pieces')."""
+    whole = WordHash(sum(piece.nbytes for piece in pieces), device or pieces[0].device)
+    start = 0
+    for piece in pieces:
+        whole.add(piece.detach(), start)
+        start += piece.nbytes
+    return digest(int(whole.result()))
 
-    Every 32-bit word is mixed with its place; the sums of each tile of 8192 words are mixed again
-    and added up. All sums are modulo 2**32 or 2**64, so their order does not matter.
+
+class ParameterHashes:
+    """GPU hashes of a rank's parameters, taken from Hugging Face tensors as they come.
+
+    Sums stay where the tensors are; a parameter's are given up once its last tensor is in.
     """
-    flat = torch.cat([p.detach().contiguous().reshape(-1).view(torch.uint8) for p in pieces])
-    if pad := -flat.numel() % 4:
-        flat = torch.cat([flat, flat.new_zeros(pad)])
-    words = flat.view(torch.int32)
-    count = words.numel()
-    if count == 0:
-        return f"{0:016x}"
-    total = 0
-    for start in range(0, count, LONGEST_PIECE):
-        part = words[start : start + LONGEST_PIECE].to(device).to(torch.int64) & _WORD
-        total += _sum_of_tiles(part, start, count)
-    return f"{_final_mix(total % 2**64):016x}"
 
+    def __init__(
+        self, names: Sequence[str], shapes: Mapping[str, Sequence[int]], rank: Rank
+    ) -> None:
+        """names: as SGLang calls them; those that cannot be made of tensors of ``shapes``, by
+        Hugging Face name, are left out."""
+        self._rank = rank
+        self._elements: dict[str, int] = {}
+        """Of each parameter."""
+        self._places: dict[str, list[tuple[str, int]]] = {}
+        """Hugging Face name -> parameters that it is part of, and at which element it begins."""
+        self._missing: dict[str, int] = {}
+        self._hashes: dict[str, WordHash] = {}
+        self._results: dict[str, Tensor] = {}
+        for name in names:
+            parts, at = parts_of(name, shapes), 0
+            for part in parts or ():
+                self._places.setdefault(part, []).append((name, at))
+                whole = torch.empty(tuple(shapes[part]), device="meta")
+                at += sum(piece.numel() for piece in _shard(part, whole, rank))
+            if parts:
+                self._elements[name], self._missing[name] = at, len(parts)
 
-_WORD = 2**32 - 1
-_TILE = 8192
-_SEED = 0x243F6A88
-_SEEDS = (_SEED, ((_SEED * 0x9E3779B1) ^ 0xDEADBEEF) & _WORD)
-_PLACE_FACTORS = (0x27D4EB2D, 0x165667B1)
-_ROTATIONS = (15, 13)
+    def take(self, name: str, tensor: Tensor) -> None:
+        """A whole tensor by its Hugging Face name; one that belongs to no parameter is ignored."""
+        for parameter, at in self._places.get(name, ()):
+            size = tensor.element_size()
+            if parameter not in self._hashes:
+                nbytes = size * self._elements[parameter]
+                self._hashes[parameter] = WordHash(nbytes, tensor.device)
+            for piece in _shard(name, tensor, self._rank):
+                self._hashes[parameter].add(piece, size * at)
+                at += piece.numel()
+            self._missing[parameter] -= 1
+            if not self._missing[parameter]:
+                self._results[parameter] = self._hashes.pop(parameter).result()
 
-
-def _sum_of_tiles(words: Tensor, first: int, count: int) -> int:
-    """words: int64 [n], at places from ``first`` on, of ``count`` words in all."""
-    places = torch.arange(first, first + len(words), device=words.device) & _WORD
-    halves = []
-    for seed, factor, rotation in zip(_SEEDS, _PLACE_FACTORS, _ROTATIONS, strict=True):
-        rotated = ((places << rotation) | (places >> (32 - rotation))) & _WORD
-        mixed = _mix(words ^ (((places * factor + seed) & _WORD) ^ rotated))
-        mixed = torch.nn.functional.pad(mixed, (0, -len(words) % _TILE)).view(-1, _TILE)
-        halves.append(_mix((mixed.sum(1) & _WORD) ^ ((4 * count) & _WORD)))
-    high, low = halves[0].tolist(), halves[1].tolist()
-    return sum((h << 32) | x for h, x in zip(high, low, strict=True))
-
-
-def _mix(x: Tensor) -> Tensor:
-    # Products wrap around at 2**64, which leaves their lower 32 bits right.
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _WORD
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _WORD
-    return x ^ (x >> 16)
-
-
-def _final_mix(x: int) -> int:
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-    return x ^ (x >> 31)
-
-
-def _gathered(names: list[str], held: Mapping[str, Tensor], rank: Rank) -> list[Tensor] | None:
-    if any(name not in held for name in names):
-        return None
-    return [piece for name in names for piece in _shard(name, held[name], rank)]
+    def digests(self) -> dict[str, str]:
+        """Of every parameter whose tensors have all come."""
+        results = torch.stack(list(self._results.values())).tolist() if self._results else []
+        return {name: digest(result) for name, result in zip(self._results, results, strict=True)}
 
 
 def _shard(name: str, tensor: Tensor, rank: Rank) -> Iterator[Tensor]:

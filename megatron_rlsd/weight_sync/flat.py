@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from megatron_rlsd.weight_sync.host_copies import HostCopies
+
+FIRST_SHARE = 8
+"""The first bucket is smaller by this factor: nothing can be sent before it is full."""
 
 Allocate = Callable[[int], Tensor]
 """Number of bytes -> uint8 tensor of that length in main memory."""
@@ -40,11 +46,20 @@ class FlatBucket:
     """uint8 [nbytes]: the same bytes on the trainer's GPU, while they are sent."""
     entries: list[Entry] = field(default_factory=list)
     nbytes: int = 0
+    copying: list[Future[None]] = field(default_factory=list)
+    """What still brings the bytes from ``device_flat`` into ``buffer``."""
 
     @property
     def flat(self) -> Tensor:
-        """uint8 [nbytes]."""
+        """uint8 [nbytes] in main memory; waits until the bytes are there."""
+        self.wait()
         return self.buffer[: self.nbytes]
+
+    def wait(self) -> None:
+        """Until the bytes are in main memory; raises what went wrong on their way."""
+        for part in self.copying:
+            part.result()
+        self.copying.clear()
 
     def room_for(self, tensor: Tensor) -> bool:
         fits = self.nbytes + tensor.nbytes <= self.capacity
@@ -52,8 +67,16 @@ class FlatBucket:
 
     def view(self, entry: Entry) -> Tensor:
         """The tensor itself, in main memory."""
-        flat = self.buffer[entry.start : entry.start + entry.nbytes]
-        return flat.view(entry.dtype).view(entry.shape)
+        return _typed(self.flat, entry)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """By name, where they are: on the GPU while the bucket is there."""
+        flat = self.flat if self.device_flat is None else self.device_flat
+        return ((entry.name, _typed(flat, entry)) for entry in self.entries)
+
+
+def _typed(flat: Tensor, entry: Entry) -> Tensor:
+    return flat[entry.start : entry.start + entry.nbytes].view(entry.dtype).view(entry.shape)
 
 
 class FlatWeights(Mapping[str, Tensor]):
@@ -68,22 +91,28 @@ class FlatWeights(Mapping[str, Tensor]):
     ) -> None:
         """device: the GPU on which buckets are gathered and sent; None: in main memory."""
         self._bucket_bytes, self._allocate, self._device = bucket_bytes, allocate, device
+        self._copies = None if device is None else HostCopies(bucket_bytes, device)
         self.buckets: list[FlatBucket] = []
         self._places: dict[str, tuple[FlatBucket, Entry]] = {}
 
     def refill(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[FlatBucket]:
         """Replace the contents by a stream, and yield each bucket as soon as it is full.
 
-        A bucket holds at most ``bucket_bytes``, or one tensor that is larger. Buffers are used
-        again, so what was sent of a bucket before must be done with.
+        A bucket holds at most ``bucket_bytes``, or one tensor that is larger; the first one, for
+        which whoever sends them waits, an eighth. Buffers are used again, so what was sent of a
+        bucket before must be done with. On a GPU a yielded bucket's ``device_flat`` is whole, and
+        its way to main memory has begun.
         """
+        for old in self.buckets:
+            old.wait()
         spare, self.buckets, self._places = [b.buffer for b in self.buckets], [], {}
         bucket: FlatBucket | None = None
         for name, tensor in stream:
             if bucket is None or not bucket.room_for(tensor):
                 if bucket is not None:
                     yield self._full(bucket)
-                bucket = self._empty(spare, max(self._bucket_bytes, tensor.nbytes))
+                limit = self._bucket_bytes if self.buckets else self._bucket_bytes // FIRST_SHARE
+                bucket = self._empty(spare, max(limit, tensor.nbytes))
             entry = Entry(name, tensor.dtype, tuple(tensor.shape), bucket.nbytes)
             flat = bucket.buffer if bucket.device_flat is None else bucket.device_flat
             place = flat[entry.start : entry.start + entry.nbytes]
@@ -95,7 +124,9 @@ class FlatWeights(Mapping[str, Tensor]):
             yield self._full(bucket)
 
     def clear(self) -> None:
-        """Free all buffers."""
+        """Free all buffers; nothing can be filled after it."""
+        if self._copies is not None:
+            self._copies.close()
         self.buckets, self._places = [], {}
 
     def _empty(self, spare: list[Tensor], nbytes: int) -> FlatBucket:
@@ -109,10 +140,12 @@ class FlatWeights(Mapping[str, Tensor]):
         return FlatBucket(buffer, nbytes, on_device)
 
     def _full(self, bucket: FlatBucket) -> FlatBucket:
-        if bucket.device_flat is not None:
-            bucket.device_flat = bucket.device_flat[: bucket.nbytes]
-            # The copy to main memory also waits for the gathering to be done.
-            bucket.flat.copy_(bucket.device_flat)
+        if bucket.device_flat is not None and self._copies is not None:
+            flat = bucket.device_flat = bucket.device_flat[: bucket.nbytes]
+            bucket.copying = self._copies.begin(flat, bucket.buffer[: bucket.nbytes])
+            if flat.is_cuda:
+                # Other processes and streams may read it as soon as it is yielded.
+                torch.cuda.current_stream(flat.device).synchronize()
         self.buckets.append(bucket)
         return bucket
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -41,11 +42,14 @@ class StreamedTransport(WeightTransport):
     def _bring(self, stream: Iterator[tuple[str, Tensor]], update: Update) -> dict[str, float]:
         assert self._engine is not None
         engine, limit = self._engine, 3 * self._seconds + SLACK_SECONDS
-        engine.call(update.on_each(self._begin), limit)
+        # While the servers get ready the first bucket is gathered.
+        beginning = engine.submit(update.on_each(self._begin))
         sending: tuple[FlatBucket, Future[dict[Server, None]]] | None = None
 
         def wait() -> None:
-            if sending is not None:
+            if sending is None:
+                engine.wait(beginning, limit, "getting servers ready for weights")
+            else:
                 engine.wait(sending[1], limit, "sending a bucket of weights")
                 sending[0].device_flat = None
 
@@ -53,8 +57,10 @@ class StreamedTransport(WeightTransport):
             for bucket in self._weights.refill(stream):
                 wait()
                 sending = bucket, engine.submit(update.on_each(self._sender(bucket)))
+                self._verifier.take(bucket.tensors())
             wait()
         except BaseException:
+            beginning.cancel()
             if sending is not None:
                 sending[1].cancel()
             raise
@@ -73,6 +79,7 @@ class StreamedTransport(WeightTransport):
         await self._open(server, anew=True)
         await server.client.begin_update(timeout=self._seconds)
         for bucket in self._weights.buckets:
+            await asyncio.to_thread(bucket.wait)
             await self._send(server, bucket)
         await server.client.end_update(timeout=self._seconds)
 

@@ -80,10 +80,15 @@ class WeightTransport(ABC):
         with engine.publishing(version) as update:
             # From here on a server that comes back must find the new weights, not the old.
             self._version = version
+            compares = bool(interval) and (first or version % interval == 0)
+            self._verifier.new_version(version)
+            if compares:
+                limit = 2 * self._seconds + SLACK_SECONDS
+                engine.call(update.on_each(self._verifier.expect), limit)
             totals |= self._bring(stream, update)
             engine.set_loader(self._load)
             brought = time.perf_counter()
-            if interval and (first or version % interval == 0):
+            if compares:
                 totals |= self._verify(update)
             verified = time.perf_counter()
             engine.call(
@@ -124,8 +129,6 @@ class WeightTransport(ABC):
 
     def _verify(self, update: Update) -> dict[str, float]:
         assert self._engine is not None
-        assert self._version is not None
-        self._verifier.new_version(self._version)
         limit = 2 * self._seconds + SLACK_SECONDS
         results = self._engine.call(update.on_each(self._verifier.compare), limit)
         for result in results.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rlsd.hf_bridge import SafetensorsFolder
 from megatron_rlsd.rollout.sglang import Server, ServerFacts
 from megatron_rlsd.weight_sync.checksums import (
     CPU_INTERMEDIATE_MULTIPLE,
     HashPieces,
+    ParameterHashes,
     Rank,
     expected_checksums,
     kv_heads,
@@ -25,6 +27,9 @@ from megatron_rlsd.weight_sync.checksums import (
 from megatron_rlsd.weight_sync.errors import WeightSyncError
 
 LISTED = 5
+
+Key = tuple[int, int, str, int]
+"""Tensor-parallel rank and size, device, and the names of a rank's parameters."""
 
 
 @dataclass
@@ -66,14 +71,40 @@ class Verifier:
     ) -> None:
         self._source, self._held, self._seconds = source, held, seconds
         self._version: int | None = None
-        self._expected: dict[tuple[int, int, str, int], asyncio.Task[dict[str, str]]] = {}
-        """By tensor-parallel rank and size, device and names: servers alike share the work."""
+        self._expected: dict[Key, asyncio.Task[dict[str, str]]] = {}
+        """Servers alike share the work."""
         self._names: list[list[str]] = []
         """Of each tensor-parallel rank, as a server reported them last."""
+        self._hashes: dict[Key, ParameterHashes] = {}
 
     def new_version(self, version: int) -> None:
         if version != self._version:
-            self._version, self._expected = version, {}
+            self._version, self._expected, self._hashes = version, {}, {}
+
+    async def expect(self, server: Server) -> None:
+        """Be ready to hash this server's parameters from what is given to ``take``.
+
+        In the engine's event loop, before the version's first tensor. Only for servers on GPUs,
+        whose hash can be made of pieces; a CPU's is made in ``compare`` of all that was published.
+        """
+        facts = await server.client.facts(timeout=self._seconds)
+        if facts.device != "cuda" or facts.quantization is not None:
+            return
+        if len(self._names) != facts.tensor_parallel:
+            theirs = await server.client.checksums(timeout=self._seconds)
+            self._names = [sorted(found) for found in theirs]
+        wanted = {_key(names, rank, facts): names for rank, names in enumerate(self._names)}
+        if wanted.keys() - self._hashes.keys():
+            shapes = {n: t.shape for n, t in SafetensorsFolder(self._source).tensors.items()}
+            for key, names in wanted.items():
+                self._hashes[key] = ParameterHashes(names, shapes, self._place(key[0], facts))
+
+    def take(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Tensors of the version, where they are; they may be overwritten in stream order."""
+        if self._hashes:
+            for name, tensor in tensors:
+                for hashes in self._hashes.values():
+                    hashes.take(name, tensor)
 
     async def compare(self, server: Server) -> Comparison:
         """In the engine's event loop; the version must not change meanwhile."""
@@ -107,17 +138,28 @@ class Verifier:
     def _expect(
         self, names: list[str], rank: int, facts: ServerFacts
     ) -> asyncio.Task[dict[str, str]]:
-        key = (rank, facts.tensor_parallel, facts.device, hash(tuple(names)))
+        key = _key(names, rank, facts)
         if key not in self._expected:
             work = asyncio.to_thread(self._compute, names, rank, facts)
             self._expected[key] = asyncio.create_task(work)
         return self._expected[key]
 
     def _compute(self, names: list[str], rank: int, facts: ServerFacts) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if (hashes := self._hashes.get(_key(names, rank, facts))) is not None:
+            found = hashes.digests()
+        rest = [name for name in names if name not in found]
+        place, hash_pieces = self._place(rank, facts), _hash_of(facts.device)
+        return found | expected_checksums(rest, self._held(), place, hash_pieces)
+
+    def _place(self, rank: int, facts: ServerFacts) -> Rank:
         hf_config = json.loads((self._source / "config.json").read_text())
         multiple = CPU_INTERMEDIATE_MULTIPLE if facts.device == "cpu" else 1
-        place = Rank(rank, facts.tensor_parallel, kv_heads(hf_config), multiple)
-        return expected_checksums(names, self._held(), place, _hash_of(facts.device))
+        return Rank(rank, facts.tensor_parallel, kv_heads(hf_config), multiple)
+
+
+def _key(names: list[str], rank: int, facts: ServerFacts) -> Key:
+    return rank, facts.tensor_parallel, facts.device, hash(tuple(names))
 
 
 def _hash_of(device: str) -> HashPieces:

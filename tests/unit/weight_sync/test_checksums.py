@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_rlsd.weight_sync import WeightSyncError, checksums
-from megatron_rlsd.weight_sync.checksums import Rank, pieces_of, word_hash_pieces
+from megatron_rlsd.weight_sync import WeightSyncError, checksums, word_hash
+from megatron_rlsd.weight_sync.checksums import ParameterHashes, Rank, pieces_of, word_hash_pieces
 from megatron_rlsd.weight_sync.verify import Comparison
 
 ALONE = Rank(0, 1, 2)
@@ -40,12 +42,73 @@ def joined(name: str, tensors: dict[str, torch.Tensor], rank: Rank = ALONE) -> t
         (40000, torch.float32, "4ed14f1e7c778aee"),
     ],
 )
-@pytest.mark.parametrize("longest", [8192, 2**24])
-def test_the_word_hash_is_that_of_sglangs_kernel(monkeypatch, longest, count, dtype, expected):
-    monkeypatch.setattr(checksums, "LONGEST_PIECE", longest)
+@pytest.mark.parametrize("chunk", [6, 4 * 8192, 2**24])
+def test_the_word_hash_is_that_of_sglangs_kernel(monkeypatch, chunk, count, dtype, expected):
+    monkeypatch.setattr(word_hash, "CHUNK_BYTES", chunk)
     tensor = (torch.arange(count) * 3 - 7).to(dtype)
     assert word_hash_pieces([tensor]) == expected
     assert word_hash_pieces([tensor[: count // 2], tensor[count // 2 :]]) == expected
+
+
+def test_pieces_may_come_in_any_order_and_end_within_a_word():
+    data = torch.randint(-(2**15), 2**15, (40_003,), generator=torch.Generator().manual_seed(3))
+    data = data.to(torch.int16)
+    whole = word_hash_pieces([data])
+    cuts = [0, 1, 4, 9, 8192, 20_001, 39_000, 40_003]
+    hashed = word_hash.WordHash(data.nbytes, torch.device("cpu"))
+    for first, last in reversed(list(pairwise(cuts))):
+        hashed.add(data[first:last], 2 * first)
+    assert word_hash.digest(int(hashed.result())) == whole
+    # Columns of a matrix, whose rows do not lie one after the other.
+    columns = data[:40_000].view(200, 200)[:, 7:150]
+    assert word_hash_pieces([columns]) == word_hash_pieces([columns.contiguous()])
+
+
+def test_hashing_takes_a_bounded_amount_of_memory(monkeypatch):
+    """Beside the pieces: no copy of the parameter, whatever its size."""
+    monkeypatch.setattr(word_hash, "CHUNK_BYTES", 2**16)
+    sizes = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                own = all(result.untyped_storage().data_ptr() != p.data_ptr() for p in pieces)
+                sizes.append(result.untyped_storage().nbytes() * own)
+            return result
+
+    pieces = [torch.ones(2**20, dtype=torch.bfloat16), torch.ones(2**19, dtype=torch.bfloat16)]
+    with Largest():
+        word_hash_pieces(pieces)
+    # Places are counted in 64 bits before they become words.
+    assert 0 < max(sizes) <= 2 * 2**16
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_parameters_are_hashed_from_tensors_as_they_come(size):
+    """Bit for bit what is computed from all tensors together, for every rank and kind."""
+    tensors = held(
+        **{f"{LAYER}__{p}_proj__weight": (n, 6) for p, n in (("q", 16), ("k", 4), ("v", 4))},
+        **{f"m__experts__{e}__{p}_proj__weight": (8, 6) for e in range(3) for p in ("gate", "up")},
+        **{f"m__experts__{e}__down_proj__weight": (6, 8) for e in range(3)},
+        model__embed_tokens__weight=(70, 6),
+        a__o_proj__weight=(6, 16),
+        a__norm__weight=(5,),
+        unused__weight=(3,),
+    )
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    names = [f"{LAYER}.qkv_proj.weight", "m.experts.w13_weight", "m.experts.w2_weight"]
+    names += ["model.embed_tokens.weight", "a.o_proj.weight", "a.norm.weight"]
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for number in range(size):
+        rank = Rank(number, size, 2)
+        expected = checksums.expected_checksums(names, tensors, rank, word_hash_pieces)
+        assert list(expected) == names
+        hashes = ParameterHashes([*names, "not.known"], shapes, rank)
+        for name in sorted(tensors, reverse=True):
+            assert hashes.digests().keys() < set(names)
+            hashes.take(name, tensors[name])
+        assert hashes.digests() == expected
 
 
 def test_the_byte_hash_is_the_beginning_of_sha256():

@@ -6,6 +6,8 @@ import base64
 import io
 import os
 import pickle
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch.multiprocessing import reductions
 
-from megatron_rlsd.weight_sync import WeightSyncError
+from megatron_rlsd.weight_sync import WeightSyncError, flat
 from megatron_rlsd.weight_sync.flat import FlatWeights
+from megatron_rlsd.weight_sync.host_copies import HostCopies
 from megatron_rlsd.weight_sync.payload import payload, shared_buffer
 from megatron_rlsd.weight_sync.transport import checked
 
@@ -67,10 +70,63 @@ def test_another_stream_may_follow_in_the_same_buffers():
     small = [(str(i), torch.full((7,), float(i))) for i in range(30)]
     assert [bucket.nbytes for bucket in weights.refill(large)] == [400, 12]
     # Not more in a bucket because its buffer had to be larger before.
-    assert [bucket.nbytes for bucket in weights.refill(small)] == [84] * 10
+    # The first is small: nothing can be sent before it is full.
+    assert [bucket.nbytes for bucket in weights.refill(small)] == [28, *[84] * 9, 56]
     assert all(torch.equal(weights[name], tensor) for name, tensor in small)
     assert list(weights.refill(large)) == weights.buckets
     assert torch.equal(weights["a"], torch.ones(100))
+
+
+def test_a_bucket_on_a_device_is_sent_before_it_is_in_main_memory(monkeypatch):
+    """Its way there goes through few slots, none of which is filled again too early."""
+    started, allowed = [], threading.Event()
+
+    def start(source, slot):
+        started.append((source, slot))
+
+        def wait():
+            assert allowed.wait(60)
+            slot.copy_(source)
+
+        return wait
+
+    monkeypatch.setattr(flat, "HostCopies", partial(HostCopies, slots=3, start=start))
+    weights = FlatWeights(800, lambda n: torch.empty(n, dtype=torch.uint8), torch.device("cpu"))
+    sent = [("a", torch.arange(20.0)), ("large", torch.arange(350.0)), ("b", torch.ones(3))]
+    buckets = weights.refill(sent)
+    first = next(buckets)
+    # On the device it is whole; the copy has begun and is not done.
+    assert dict(first.tensors())["a"].equal(sent[0][1])
+    assert len(started) == 1
+    assert not first.copying[0].done()
+    # The large one needs two slots of 800 bytes.
+    assert next(buckets).nbytes == 1400
+    assert [slot.numel() for _, slot in started] == [80, 800, 600]
+    last: list[flat.FlatBucket] = []
+    waiting = threading.Thread(target=lambda: last.extend(buckets))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive(), "no slot is free"
+    allowed.set()
+    waiting.join(60)
+    assert len(last) == 1
+    assert len({slot.data_ptr() for _, slot in started}) <= 3
+    assert all(torch.equal(weights[name], tensor) for name, tensor in sent)
+    weights.clear()
+
+
+def test_a_copy_to_main_memory_that_failed_is_not_taken_for_the_weights(monkeypatch):
+    def start(source, slot):
+        def wait():
+            raise RuntimeError("the GPU is gone")
+
+        return wait
+
+    monkeypatch.setattr(flat, "HostCopies", partial(HostCopies, start=start))
+    weights = FlatWeights(100, lambda n: torch.empty(n, dtype=torch.uint8), torch.device("cpu"))
+    assert len(list(weights.refill([("a", torch.ones(3))]))) == 1
+    with pytest.raises(RuntimeError, match="the GPU is gone"):
+        weights["a"].sum()
 
 
 def test_a_stream_may_reuse_its_buffer():
