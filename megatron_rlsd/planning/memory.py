@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.ops.triton_head import EXP_BUDGET_BYTES
 from megatron_rlsd.hf_bridge import ModelDims
+from megatron_rlsd.ops.triton_head import EXP_BUDGET_BYTES
 from megatron_rlsd.parallel.eight_bit import copy_bytes, saved_bytes
 from megatron_rlsd.parallel.layout import layers_of_stage
 from megatron_rlsd.parallel.memory import rank_parameters, state_bytes

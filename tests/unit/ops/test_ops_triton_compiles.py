@@ -36,7 +36,6 @@ def test_kernels_fit_their_gpus_and_use_their_matrix_units(tmp_path):
             # A loop whose loads were not made asynchronous waits for memory in every turn.
             assert report["bulk_copies" if case["descriptors"] else "async_copies"] > 0, report
             assert report["narrow_accesses"] == 0, report
-        assert report["stack_bytes"] == 0, report
             # Spilled registers; Triton 3.9 keeps six numbers of the entropy's epilogue there.
             assert report["stack_bytes"] <= (24 if case["with_entropy"] else 0), report
             if case["dtype"] == "bf16":
