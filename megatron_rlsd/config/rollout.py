@@ -139,8 +139,8 @@ class WeightSyncConfig(Section):
     path: str | None = None
     """disk: a folder that trainer and servers share; default: run_dir/weight_sync."""
     bucket_mib: int = Field(256, ge=1)
-    """MiB of tensors that are sent together, or written to one file. Two buckets are under way at
-    a time."""
+    """MiB of tensors that are sent together, or written to one file. Three buckets are on rank 0's
+    GPU at a time: one is gathered, one sent, one copied to main memory."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the published tensors; default: as the trainer has them. It should be the servers'."""
     verify_interval: int = Field(1, ge=0)

@@ -143,7 +143,8 @@ def rank_memory(
         step["temporaries of AdamW"] = state.optimizer // moments_bytes * TEMPORARY_ADAM_BYTES
     publish = {"whole tensors for export": 2 * updated.item * _largest_tensor(model)}
     if config.rollout.engine == "sglang":
-        publish["buckets under way"] = 2 * config.weight_sync.bucket_mib * 2**20
+        # One is gathered, one is sent, one may still be on its way to main memory.
+        publish["buckets under way"] = 3 * config.weight_sync.bucket_mib * 2**20
     moments = {"update": update, "score": score, "optimizer step": step, "weight sync": publish}
     if config.rollout.engine == "embedded":
         held["embedded engine's replica"] = updated.item * model_parameters(model, config)

@@ -19,6 +19,9 @@ from megatron_rlsd.planning.rates import Rates
 from megatron_rlsd.planning.work import Lengths, StepTokens
 
 TERA, GIGA = 1e12, 1e9
+HASH_PASSES = 80
+"""Times that hashing on a GPU reads or writes each byte: plain torch operations, some 20 for each of
+two sums."""
 DECODE_STRIDE = 32
 """Tokens that the model of decoding takes at once."""
 
@@ -104,19 +107,43 @@ class StepTimer:
         )
 
     def weight_sync(self) -> float:
-        """Write and read a folder, or send over the network, once to each server; colocated also
-        to move the optimizer's state away and back."""
+        """Until every server has the weights; colocated also to move the optimizer's state away and
+        back. Comparisons count with their share of a publication."""
+        settings, rates = self._config.weight_sync, self._rates
         size = self._item * model_parameters(self._model, self._config)
+        gather = self._gather_weights(size)
         if self._config.rollout.engine == "embedded":
-            return size / (self._rates.nvlink_gbs * GIGA)
+            return gather
         servers = len(self._config.rollout.sglang.urls) or self._config.rollout.sglang.num_servers
-        moved = 2 * self._state() / (self._rates.pcie_gbs * GIGA)
-        moved *= self._config.rollout.colocated
+        to_host = size / (rates.pcie_gbs * GIGA)
+        if settings.transport == "disk":
+            # What was written is read once by each server, and by rank 0 to hash it.
+            seconds = gather + (1 + servers) * size / (rates.disk_gbs * GIGA)
+        else:
+            # Every bucket goes to each server by itself, and to main memory, while the next one is
+            # gathered: the slowest of the three counts.
+            way = rates.nvlink_gbs if settings.transport == "ipc" else rates.network_gbs
+            seconds = max(gather, to_host, servers * size / (way * GIGA))
+        if settings.verify_interval:
+            seconds += self.verification() / settings.verify_interval
+        if self._config.rollout.colocated:
+            seconds += 2 * self._state() / (rates.pcie_gbs * GIGA)
+        return seconds
+
+    def verification(self) -> float:
+        """Of one comparison of all servers: hashing here; theirs is one pass over their memory."""
+        size = self._item * model_parameters(self._model, self._config)
+        seconds = HASH_PASSES * size / (self._rates.hbm_gbs * GIGA)
         if self._config.weight_sync.transport == "disk":
-            return (1 + servers) * size / (self._rates.disk_gbs * GIGA) + moved
-        if self._config.weight_sync.transport == "ipc":
-            return size / (self._rates.nvlink_gbs * GIGA) + moved
-        return size / (self._rates.network_gbs * GIGA)
+            seconds += size / (self._rates.disk_gbs * GIGA)
+        return seconds
+
+    def _gather_weights(self, size: float) -> float:
+        """Until every rank has had whole tensors: shards from their stage, then from each rank that
+        splits them."""
+        tp, stages = self._parallel.tensor, self._parallel.pipeline
+        between = size / tp / self._bandwidth(tp * stages) if stages > 1 else 0.0
+        return between + (size * (tp - 1) / tp + size) / self._bandwidth(tp)
 
     def rollout(self) -> float | None:
         """Until the last response ends; each engine decodes what fits it at once."""
@@ -180,8 +207,10 @@ class StepTimer:
         return seconds
 
     def _copy_weights(self) -> float:
+        """A snapshot and the parameters change places, and change back: three or four copies, two
+        at a time in opposite directions."""
         held = max(self._held(stage).total for stage in range(self._parallel.pipeline))
-        return held * self._item / (self._rates.pcie_gbs * GIGA)
+        return 2 * held * self._item / (self._rates.pcie_gbs * GIGA)
 
     def _passes(self, tokens: float, *, training: bool) -> tuple[float, float, float]:
         """Computing, communicating and waiting, in seconds, of one pass over ``tokens``."""

@@ -349,8 +349,38 @@ def test_colocated_servers_and_the_trainers_state_take_turns(
     assert plan.server.cached_tokens == pytest.approx(cache / (80 * 2 * 8 * 128 * 2), rel=1e-3)
     # 12 bytes of state for each parameter of a rank's half go to the host and come back.
     held = max(rank_parameters(model, config.parallel, stage).total for stage in range(4))
-    copied = 141.1e9 / 300e9 + 2 * held * 12 / 2 / 25e9
+    # Rank 0's way to main memory is the slowest of a bucket's; all are hashed each time.
+    copied = 141.1e9 / 25e9 + 80 * 141.1e9 / 3350e9 + 2 * held * 12 / 2 / 25e9
     assert plan.time.weight_sync == pytest.approx(copied, rel=0.01)
+
+
+def test_a_weight_sync_counts_every_servers_bytes_and_its_share_of_comparisons(
+    config: Config, model: ModelShape
+) -> None:
+    def seconds(servers: int, interval: int, transport: str = "broadcast") -> float:
+        other = changed(
+            config,
+            {
+                "rollout.sglang.num_servers": servers,
+                "weight_sync.verify_interval": interval,
+                "weight_sync.transport": transport,
+            },
+        )
+        assert other is not None
+        return plan_of(other, model).time.weight_sync
+
+    size = 2 * 70.55e9
+    # Rank 0 sends all servers the same bytes one after the other, at 40 GB/s.
+    assert seconds(2, 0) == pytest.approx(2 * size / 40e9, rel=1e-3)
+    assert seconds(4, 0) == pytest.approx(4 * size / 40e9, rel=1e-3)
+    # With one, the copy to main memory at 25 GB/s takes longer.
+    assert seconds(1, 0) == pytest.approx(size / 25e9, rel=1e-3)
+    compared = 80 * size / 3350e9
+    assert seconds(4, 1) - seconds(4, 0) == pytest.approx(compared, rel=1e-3)
+    assert seconds(4, 10) - seconds(4, 0) == pytest.approx(compared / 10, rel=1e-3)
+    # Each server reads the folder, and so does whoever hashes it.
+    read = seconds(4, 1, "disk") - seconds(3, 0, "disk")
+    assert read == pytest.approx(2 * size / 2e9 + compared, rel=1e-3)
 
 
 def test_what_the_gpu_and_the_host_hold_for_the_teacher(config: Config, model: ModelDims) -> None:
