@@ -115,7 +115,14 @@ class Actor:
             require_fused_attention(self._config, groups.device)
         start_userbuffers(config, shape, kind, groups)
         self.chunks: list[HeadGPTModel] = build_model(
-            self._config, family, hf_config, groups, kind, trains=total_updates is not None
+            self._config,
+            family,
+            hf_config,
+            groups,
+            kind,
+            gradients_in_place=total_updates is not None
+            and kind == "transformer_engine"
+            and "weight_gradient" not in config.model.disabled_fusions,
         )
         if config.algorithm.routing_replay == "rollout":
             for chunk in self.chunks:

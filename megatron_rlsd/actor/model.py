@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
+from megatron_rlsd.actor.fusions import add_weight_gradients_in_place, fusion_fields
 from megatron_rlsd.actor.layers import block_spec
 from megatron_rlsd.actor.precision import LayerKind, precision_fields
 from megatron_rlsd.actor.routing_replay import RoutingReplay
@@ -99,9 +100,8 @@ def transformer_config(
     fields = family.transformer_config_fields(hf_config)
     latent = fields.get("multi_latent_attention", False)
     config_class = MLATransformerConfig if latent else TransformerConfig
-    precision = precision_fields(
-        model.precision, kind, has_experts=bool(fields.get("num_moe_experts"))
-    )
+    has_experts = bool(fields.get("num_moe_experts"))
+    precision = precision_fields(model.precision, kind, has_experts=has_experts)
     return config_class(
         **fields,
         **recompute,
@@ -135,7 +135,7 @@ def transformer_config(
         # interleaved stages; over NCCL those are overlapped, and others batched, as usual.
         batch_p2p_comm=torch.cuda.is_available() and not interleaved,
         overlap_p2p_comm=torch.cuda.is_available() and interleaved,
-        **fusion_fields(kind, latent=latent, has_experts=bool(fields.get("num_moe_experts"))),
+        **fusion_fields(model, kind, latent=latent, has_experts=has_experts),
     )
 
 
@@ -146,39 +146,6 @@ def dispatcher_fields(parallel: ParallelConfig) -> dict[str, Any]:
     if find_spec("deep_ep") is None:
         raise UserError("parallel.dispatcher=deepep: the package deep_ep is not installed")
     return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
-
-
-def fusion_fields(kind: LayerKind, *, latent: bool, has_experts: bool) -> dict[str, Any]:
-    """Which of Megatron's fused variants run; all of them are CUDA kernels of Transformer Engine.
-
-    Unfused, Megatron rotates the sequences of a pack one by one, in about ten kernels each, and
-    SwiGLU keeps two more activations. Latent attention's rotation has a fused form for YaRN alone.
-    """
-    engine = kind == "transformer_engine"
-    return {
-        # Weight gradients: see ``add_weight_gradients_in_place``.
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": engine and not latent,
-        "use_te_activation_func": engine and not has_experts,
-        "bias_activation_fusion": engine and has_experts,
-        "moe_grouped_gemm": engine and has_experts,
-        "moe_permute_fusion": engine and has_experts,
-        "moe_router_fusion": engine and has_experts,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-    }
-
-
-def add_weight_gradients_in_place(chunk: HeadGPTModel) -> None:
-    """Let Transformer Engine's layers add weight gradients to Megatron's float32 ones themselves.
-
-    It is what ``gradient_accumulation_fusion`` does, which Megatron admits only where apex is
-    installed, for the sake of an output layer that never runs here: the head takes its weight.
-    """
-    for module in chunk.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
 
 
 def _leave_unset(weight: Tensor) -> Tensor:
@@ -192,11 +159,12 @@ def build_model(
     groups: ParallelGroups,
     kind: LayerKind = "local",
     *,
-    trains: bool = False,
+    gradients_in_place: bool = False,
 ) -> list[HeadGPTModel]:
     """This rank's model chunks (one, unless pipeline stages are interleaved), weights unset.
 
-    ``trains``: Megatron's data-parallel wrapper will give the parameters float32 gradients.
+    ``gradients_in_place``: see ``fusions``; Megatron's data-parallel wrapper must then give the
+    parameters float32 gradients.
     """
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     chunks = []
@@ -212,7 +180,7 @@ def build_model(
             **family.model_fields(hf_config)
             | {"vocab_size": round_up(hf_config["vocab_size"], config.tensor_model_parallel_size)},
         )
-        if kind == "transformer_engine" and trains:
+        if gradients_in_place:
             add_weight_gradients_in_place(chunk)
         chunks.append(chunk.to(groups.device))
     return chunks

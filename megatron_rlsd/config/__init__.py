@@ -13,7 +13,13 @@ from megatron_rlsd.config.data import (
 )
 from megatron_rlsd.config.environment import EnvironmentConfig
 from megatron_rlsd.config.loading import dump_config, flattened, load_config, parse_config
-from megatron_rlsd.config.model import ModelConfig, ParallelConfig, PrecisionConfig, TokenizerConfig
+from megatron_rlsd.config.model import (
+    Fusion,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TokenizerConfig,
+)
 from megatron_rlsd.config.operation import (
     CheckpointConfig,
     DistributedConfig,
@@ -50,6 +56,7 @@ __all__ = [
     "EmbeddedEngineConfig",
     "EnvironmentConfig",
     "EvalConfig",
+    "Fusion",
     "GuessingGameSource",
     "JsonlSource",
     "MlflowConfig",

@@ -79,11 +79,17 @@ class PrecisionConfig(Section):
         return {"none": 1, "current": 16, "mxfp8": 32, "blockwise": 128}[self.fp8]
 
 
+Fusion = Literal["rope", "activation", "weight_gradient", "moe_permute", "moe_router"]
+
+
 class ModelConfig(Section):
     hf_path: str
     """Folder with config.json and safetensors; the architecture and the initial weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     precision: PrecisionConfig = PrecisionConfig()
+    disabled_fusions: list[Fusion] = []
+    """Fused kernels of Transformer Engine that are not to run (all that it has do): rotation of
+    queries and keys, SwiGLU, weight gradients added in place, moving tokens to experts, routing."""
     tp_comm_overlap: bool = False
     """Communication of tensor parallelism beside the products (Transformer Engine's userbuffers).
     Every micro-batch is then padded to train.max_tokens_per_microbatch tokens."""

@@ -6,10 +6,11 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from megatron_rlsd.config import Config
+from megatron_rlsd.config import Config, Fusion
 from megatron_rlsd.diagnosis.check import Doubt, Skip
 from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.memory import rank_parameters
@@ -56,7 +57,10 @@ def check_fast_kernels(config: Config | None = None) -> str:
         raise Skip("there is no GPU to choose for")
     if found := slow_paths(config, device()):
         raise Doubt("\n".join(found))
-    return "the head runs on Triton, the layers are Transformer Engine's"
+    off = config.model.disabled_fusions if config else []
+    kept = ", ".join(name for name in get_args(Fusion) if name not in off)
+    fused = f"fused: {kept or 'nothing'}"
+    return f"the head runs on Triton, the layers are Transformer Engine's; {fused}"
 
 
 def check_space(config: Config, model: ModelDims | None) -> str:

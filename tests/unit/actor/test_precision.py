@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rlsd.actor import model
-from megatron_rlsd.actor.model import dispatcher_fields, fusion_fields
+from megatron_rlsd.actor.model import dispatcher_fields
 from megatron_rlsd.actor.precision import check_fp8, layer_kind, precision_fields
 from megatron_rlsd.config import (
     Config,
@@ -23,7 +23,7 @@ from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes, saved_
 from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.parallel.memory import layer_products
 from megatron_rlsd.runtime.errors import UserError
-from tests.unit.tiny_hf import MODELS, save_tiny
+from tests.unit.tiny_hf import save_tiny
 
 CPU = torch.device("cpu")
 BFLOAT16 = {"dtype": "bfloat16"}
@@ -216,13 +216,10 @@ def test_overlap_without_what_it_needs_is_refused(settings, message) -> None:
         OptimizerConfig(**settings)
 
 
-def test_experts_are_padded_and_have_fused_kernels() -> None:
+def test_experts_are_padded() -> None:
     precision = PrecisionConfig(fp8="blockwise")
     fields = precision_fields(precision, "transformer_engine", has_experts=True)
     assert fields["moe_router_padding_for_quantization"]
-    fused = fusion_fields("transformer_engine", latent=False, has_experts=True)
-    assert fused["moe_grouped_gemm"]
-    assert fused["moe_permute_fusion"]
 
 
 def test_deepep_is_refused_by_name_where_it_is_missing() -> None:
@@ -231,26 +228,3 @@ def test_deepep_is_refused_by_name_where_it_is_missing() -> None:
         ParallelConfig(dispatcher="deepep")
     with pytest.raises(UserError, match="dispatcher=deepep: the package deep_ep is not"):
         dispatcher_fields(ParallelConfig(expert=2, dispatcher="deepep"))
-
-
-def test_local_layers_have_no_fused_kernels() -> None:
-    assert not any(fusion_fields("local", latent=False, has_experts=True).values())
-
-
-def test_rotation_is_fused_but_for_latent_attention() -> None:
-    assert fusion_fields("transformer_engine", latent=False, has_experts=False)["apply_rope_fusion"]
-    assert not fusion_fields("transformer_engine", latent=True, has_experts=False)[
-        "apply_rope_fusion"
-    ]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_no_field_of_a_family_is_given_twice(name: str, tmp_path: Path) -> None:
-    """TransformerConfig takes each keyword once, whichever layers it is for."""
-    save_tiny(name, tmp_path)
-    hf_config = load_hf_config(tmp_path)
-    fields = family_for(hf_config).transformer_config_fields(hf_config)
-    for kind in ("local", "transformer_engine"):
-        latent = fields.get("multi_latent_attention", False)
-        fused = fusion_fields(kind, latent=latent, has_experts=True)
-        assert not set(fields) & set(fused)

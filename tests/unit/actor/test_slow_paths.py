@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from megatron_rlsd.actor import precision, slow_paths
-from megatron_rlsd.config import Config
+from megatron_rlsd.config import Config, Fusion
 from megatron_rlsd.diagnosis import machine
 from megatron_rlsd.diagnosis.check import Doubt, Skip
 from megatron_rlsd.ops.backends import BackendChoice
@@ -80,10 +81,24 @@ def test_each_slow_choice_is_said_with_its_reason(
         machine.check_fast_kernels()
 
 
-def test_nothing_is_said_where_the_fast_ones_run(
-    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lost", [None, "rope", "moe_router"])
+def test_a_lost_fusion_is_said_and_nothing_where_all_run(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, lost: str | None
 ) -> None:
+    def found(*_: object, **settings: object) -> dict[str, str | None]:
+        return dict.fromkeys(get_args(Fusion)) | ({lost: "not there"} if lost else {})
+
     monkeypatch.setattr(slow_paths, "backend_choice", lambda *_: BackendChoice("triton", ""))
     monkeypatch.setattr(slow_paths, "missing_engine", lambda _: None)
+    monkeypatch.setattr(slow_paths, "fusions", found)
     monkeypatch.setattr(machine, "device", lambda: GPU)
-    assert "Triton" in machine.check_fast_kernels(make_config())
+    if lost is None:
+        assert machine.check_fast_kernels(make_config()).endswith(
+            "fused: rope, activation, weight_gradient, moe_permute, moe_router"
+        )
+        return
+    assert slow_paths.slow_paths(make_config(), GPU) == [f"{lost} is not fused: not there"]
+    # Whoever switches it off does not miss it.
+    off = make_config(model={"disabled_fusions": [lost]})
+    assert slow_paths.slow_paths(off, GPU) == []
+    assert lost not in machine.check_fast_kernels(off)
