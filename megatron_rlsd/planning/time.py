@@ -20,8 +20,8 @@ from megatron_rlsd.planning.work import Lengths, StepTokens
 
 TERA, GIGA = 1e12, 1e9
 HASH_PASSES = 80
-"""Times that hashing on a GPU reads or writes each byte: plain torch operations, some 20 for each of
-two sums."""
+"""Times that hashing on a GPU reads or writes each byte: plain torch operations, some 20 for each
+of two sums."""
 DECODE_STRIDE = 32
 """Tokens that the model of decoding takes at once."""
 

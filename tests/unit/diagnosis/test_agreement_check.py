@@ -10,8 +10,9 @@ import pytest
 from megatron_rlsd.config import Config
 from megatron_rlsd.diagnosis import agreement
 from megatron_rlsd.diagnosis.agreement import check_agreement
-from megatron_rlsd.diagnosis.check import Doubt, Skip, Trouble
+from megatron_rlsd.diagnosis.check import Doubt, Skip
 from megatron_rlsd.rollout.sglang.agreement import Libraries
+from megatron_rlsd.runtime.errors import UserError
 
 
 def libraries(python: str, nccl: tuple[int, ...] | None, torch: str) -> Libraries:
@@ -45,11 +46,11 @@ def test_one_nccl_is_named_with_both_torches(check: Any) -> None:
 
 
 def test_what_cannot_be_is_trouble_and_what_is_bridged_a_doubt(check: Any) -> None:
-    with pytest.raises(Trouble, match=r"\(/ours\) loads 2\.27\.5, the servers \(/theirs\) 2\.30"):
+    with pytest.raises(UserError, match=r"\(/ours\) loads 2\.27\.5, the servers \(/theirs\) 2\.30"):
         check(OLD, NEW, "broadcast")
     with pytest.raises(Doubt, match="by LD_PRELOAD; any others would be refused"):
         check(NEW, ((2, 30, 5), "2.14.1"), "broadcast")
-    with pytest.raises(Trouble, match="refuses the CUDA IPC handles"):
+    with pytest.raises(UserError, match="refuses the CUDA IPC handles"):
         check(NEW, OLD, "ipc")
     with pytest.raises(Doubt, match="promises only the reverse"):
         check(((2, 31, 0), "2.15.0"), NEW, "ipc")
@@ -75,7 +76,7 @@ def test_without_a_configuration_the_projects_environments_are_compared(
         check_agreement()
     (tmp_path / "python").touch()
     assert check_agreement().startswith("NCCL 2.30.7 here")
-    with pytest.raises(Trouble):
+    with pytest.raises(UserError):
         check(OLD, NEW, "broadcast")
     with pytest.raises(Doubt, match=r"the servers \(/theirs\) 2\.30\.7"):
         check_agreement()

@@ -355,7 +355,7 @@ def test_colocated_servers_and_the_trainers_state_take_turns(
 
 
 def test_a_weight_sync_counts_every_servers_bytes_and_its_share_of_comparisons(
-    config: Config, model: ModelShape
+    config: Config, model: ModelDims
 ) -> None:
     def seconds(servers: int, interval: int, transport: str = "broadcast") -> float:
         other = changed(
