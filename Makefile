@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job: warm start, RLSD, evaluation before and after
 # make test   set up .venv and run everything that CI runs
+# make gpu-wheels  files that a GPU machine without a package index needs for benchmarks/gpu_day.py
 # make bench  side-by-side benchmarks on this machine
 # make sglang-cpu   set up .venv-sglang, in which SGLang serves small models without a GPU
 # make test-sglang  the tests against real SGLang servers alone
@@ -22,7 +23,7 @@ BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
 SLURM_PROGRAMS := munged slurmctld slurmd sbatch
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 
-.PHONY: demo test test-sglang test-vllm vllm-cpu test-slurm sglang-cpu try-sglang-cpu slurm try-slurm lint bench clean
+.PHONY: demo test test-sglang test-vllm vllm-cpu test-slurm sglang-cpu try-sglang-cpu slurm try-slurm lint bench gpu-wheels clean
 
 demo: $(READY)
 	PYTHON=$(BIN)/python bash examples/run_rlsd_tiny.sh
@@ -64,6 +65,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+gpu-wheels:
+	bash benchmarks/gpu_wheels.sh
 
 bench: $(READY)
 	$(BIN)/python benchmarks/embedded_engine.py

@@ -63,6 +63,20 @@ class PhaseTrace:
             file.writelines(json.dumps(line) + ",\n" for line in lines)
 
 
+@contextmanager
+def named(phase: str) -> Iterator[None]:
+    """Show the block under ``phase`` in torch.profiler's traces and, on GPUs, as an NVTX range."""
+    import torch  # here, so that whoever only reads traces need not wait for it
+    from torch.profiler import record_function
+
+    with record_function(phase):
+        if not torch.cuda.is_available():
+            yield
+            return
+        with torch.cuda.nvtx.range(phase):
+            yield
+
+
 def read_trace(path: Path) -> list[dict[str, Any]]:
     """The events of a trace that may lack its closing bracket, or the end of its last line."""
     events = []

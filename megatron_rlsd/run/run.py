@@ -16,6 +16,7 @@ from megatron_rlsd.experience.evaluation import evaluate
 from megatron_rlsd.hf_bridge import save_hf_folder
 from megatron_rlsd.learner.credit import CreditCollector, attach_credit
 from megatron_rlsd.observability import MetricsLogger
+from megatron_rlsd.observability.trace import named
 from megatron_rlsd.parallel.exchange import (
     broadcast_bytes,
     gather_bytes,
@@ -50,8 +51,8 @@ class Run:
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
-        """A part of a step: timed, and known to the other ranks' watchdogs."""
-        with self.continuity.watchdog.phase(name, step), self.log.phase(name):
+        """A part of a step: timed, named in profiles, and known to the other ranks' watchdogs."""
+        with self.continuity.watchdog.phase(name, step), self.log.phase(name), named(name):
             yield
 
     def rollout(self, step: int) -> tuple[list[Group], TrainBatch, dict[str, float]]:
