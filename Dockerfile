@@ -36,10 +36,10 @@ COPY --chown=rlsd:rlsd . /opt/megatron_rlsd
 RUN /opt/trainer/bin/pip install --no-deps --no-build-isolation -e /opt/megatron_rlsd \
     && rm -r /tmp/requirements
 
-# The trainer starts SGLang from here unless rollout.sglang.python says otherwise.
-RUN ln -s /opt/sglang /opt/megatron_rlsd/.venv-sglang
-# Ends the build where trainer and servers would not load the same NCCL.
-RUN /opt/trainer/bin/python -c \
+# The trainer starts SGLang from here unless rollout.sglang.python says otherwise. The build ends here
+# where trainer and servers would not load the same NCCL.
+RUN ln -s /opt/sglang /opt/megatron_rlsd/.venv-sglang \
+    && /opt/trainer/bin/python -c \
     'from megatron_rlsd.diagnosis.agreement import check_agreement; print(check_agreement())'
 ENV PATH=/opt/trainer/bin:${PATH} \
     PYTHON=/opt/trainer/bin/python
