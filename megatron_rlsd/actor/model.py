@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_rlsd.actor.fusions import add_weight_gradients_in_place, fusion_fields
 from megatron_rlsd.actor.layers import block_spec
+from megatron_rlsd.actor.marks import set_marks
 from megatron_rlsd.actor.precision import LayerKind, precision_fields
 from megatron_rlsd.actor.routing_replay import RoutingReplay
 from megatron_rlsd.actor.userbuffers import overlap_fields
@@ -183,4 +184,5 @@ def build_model(
         if gradients_in_place:
             add_weight_gradients_in_place(chunk)
         chunks.append(chunk.to(groups.device))
+    set_marks(chunks, family, hf_config, config, groups)
     return chunks

@@ -108,6 +108,9 @@ class ModelDims:
     """Width of all shared experts of a layer together; 0: there are none."""
     latent: LatentAttentionDims | None = None
     """Set for MLA only."""
+    duplicated_latents: bool = False
+    """MLA's down projections are whole on every tensor-parallel rank, as in Transformer Engine's
+    layers, instead of split as in Megatron's own."""
     num_mtp_layers: int = 0
     """Layers for multi-token prediction that the checkpoint may hold after the model's own."""
 
@@ -171,7 +174,7 @@ class ModelDims:
             over_tp.append("ffn_hidden_size")
         if self.shared_expert_ffn_size:
             over_tp.append("shared_expert_ffn_size")
-        if self.latent is not None:
+        if self.latent is not None and not self.duplicated_latents:
             over_tp += ["q_lora_rank", "kv_down_size"]
         splits = [("tensor parallel size", layout.tp_size, name) for name in over_tp]
         if self.moe_layers:

@@ -91,6 +91,28 @@ class ColumnParallel(SplitDimension):
         super().__init__(0, *sizes)
 
 
+class LatentDown(ColumnParallel):
+    """A projection to a latent: split as above, or whole on every rank in layers that duplicate it
+    (``dims.duplicated_latents``). A checkpoint's tensor is the same either way."""
+
+    def shard_shape(self, dims: ModelDims, tp_size: int) -> Shape:
+        return super().shard_shape(dims, 1 if dims.duplicated_latents else tp_size)
+
+    def shard(self, read: Sequence[Read], dims: ModelDims, tp_rank: int, tp_size: int) -> Tensor:
+        if dims.duplicated_latents:
+            tp_rank, tp_size = 0, 1
+        return super().shard(read, dims, tp_rank, tp_size)
+
+    def merge(self, shards: Sequence[Tensor], dims: ModelDims) -> tuple[Tensor, ...]:
+        return super().merge(shards[:1] if dims.duplicated_latents else shards, dims)
+
+
+def is_whole(mapping: Mapping, dims: ModelDims) -> bool:
+    """Does every tensor-parallel rank hold the same whole parameter?"""
+    duplicated = isinstance(mapping, LatentDown) and dims.duplicated_latents
+    return duplicated or isinstance(mapping, Replicated)
+
+
 class RowParallel(SplitDimension):
     """Input features split: [out, in] -> [out, in / T]."""
 

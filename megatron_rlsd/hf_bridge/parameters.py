@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,9 +29,13 @@ def unwrap(chunk: nn.Module) -> Any:
 
 
 def model_dims(model_chunks: Sequence[nn.Module], family: Family, hf_config: HFConfig) -> ModelDims:
-    """The config's sizes, with the vocabulary padding and the tying that the model really has."""
+    """The config's sizes, with the vocabulary padding, the tying and the kind of layers that the
+    model really has."""
     model = unwrap(model_chunks[0])
-    dims = family.dims(hf_config, padded_vocab_size=model.vocab_size)
+    dims = replace(
+        family.dims(hf_config, padded_vocab_size=model.vocab_size),
+        duplicated_latents=_duplicates_latents(model),
+    )
     for name, built, wanted in (
         ("num_layers", model.config.num_layers, dims.num_layers),
         (
@@ -42,6 +47,16 @@ def model_dims(model_chunks: Sequence[nn.Module], family: Family, hf_config: HFC
         if built != wanted:
             raise UserError(f"the model has {name}={built}, its config.json says {wanted}")
     return dims
+
+
+def _duplicates_latents(model: Any) -> bool:
+    """Megatron's own layer for the down projections splits them and has no mode; Transformer
+    Engine's has one, which is None where ranks hold the same."""
+    for layer in model.decoder.layers:
+        down = getattr(layer.self_attention, "linear_kv_down_proj", None)
+        if down is not None:
+            return getattr(down, "parallel_mode", "column") is None
+    return False
 
 
 def local_parameters(

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rlsd.config import ParallelConfig
-from megatron_rlsd.hf_bridge import ModelDims
+from megatron_rlsd.hf_bridge import ModelDims, ShardLayout
 from megatron_rlsd.parallel.layout import check_layout
 from megatron_rlsd.runtime import machine
 
@@ -76,6 +76,15 @@ class ParallelGroups:
     def expert_dp(self) -> dist.ProcessGroup:
         """Ranks with the same expert parameters."""
         return self.megatron.expt_dp
+
+    @property
+    def shard_layout(self) -> ShardLayout:
+        """Whose slices of the parameters this rank holds."""
+        return ShardLayout(
+            *(self.tp.rank(), self.tp.size()),
+            *(self.ep.rank(), self.ep.size()),
+            *(self.expert_tp.rank(), self.expert_tp.size()),
+        )
 
     @property
     def is_last_stage(self) -> bool:

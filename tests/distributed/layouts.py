@@ -21,12 +21,13 @@ from megatron_rlsd.actor.actor import Actor, TokenValues
 from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config, parse_config
+from megatron_rlsd.hf_bridge.parameters import model_dims
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.parallel.memory import StateBytes, state_bytes
 from megatron_rlsd.teacher import Teacher
 from tests.actors import actor_of
-from tests.distributed.ranks import next_world, run_on_ranks
+from tests.distributed.ranks import BEFORE, next_world, run_on_ranks
 from tests.models import save_random_model
 
 VOCAB = 131
@@ -54,6 +55,8 @@ class Layout:
     recompute: str = "none"
     sequence_ratio: bool = False
     """The importance ratio of a whole response (GSPO), which context parallelism splits."""
+    layers: str = "auto"
+    """As in model.precision: local ones on a CPU, unless tests/te is installed."""
     since: tuple[int, int] = (0, 16)
     """The first Megatron-Core release that has this layout right."""
 
@@ -79,12 +82,13 @@ class Layout:
         parts += ["distributed optimizer"] * self.distributed_optimizer
         parts += [f"{self.recompute} recompute"] * (self.recompute != "none")
         parts += ["sequence ratio"] * self.sequence_ratio
+        parts += [f"{self.layers} layers"] * (self.layers != "auto")
         return " ".join(parts) or "one process"
 
     @property
     def reference(self) -> Layout:
         """The one process that this layout must equal."""
-        return Layout(1, model=self.model, sequence_ratio=self.sequence_ratio)
+        return Layout(1, model=self.model, sequence_ratio=self.sequence_ratio, layers=self.layers)
 
     @property
     def key(self) -> str:
@@ -122,6 +126,40 @@ def save_models(folder: Path) -> dict[str, Path]:
     return {name: save_random_model(config, folder / name) for name, config in made.items()}
 
 
+def save_latent_model(folder: Path) -> Path:
+    """A DeepSeek model: latent attention, grouped routing with biases, a shared expert."""
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            q_lora_rank=14,
+            kv_lora_rank=10,
+            qk_nope_head_dim=6,
+            qk_rope_head_dim=4,
+            v_head_dim=10,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            num_experts_per_tok=4,
+            n_group=4,
+            topk_group=2,
+            moe_intermediate_size=20,
+            first_k_dense_replace=1,
+            max_position_embeddings=128,
+            initializer_range=0.2,
+        )
+    )
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
 def batch() -> tuple[list[Sequence], list[Sequence], list[float]]:
     """Odd lengths: a one-token prompt, a one-token response, one longer than a micro-batch."""
     rng = random.Random(3)
@@ -150,7 +188,11 @@ class Measured:
 
 
 def measure(
-    layouts: list[Layout], models: dict[str, Path], out: Path, seconds: float = 600
+    layouts: list[Layout],
+    models: dict[str, Path],
+    out: Path,
+    seconds: float = 600,
+    before: list[Any] = BEFORE,
 ) -> dict[Layout, Measured]:
     """Train in each of the layouts, which are all of one world size, in the same processes."""
     run_on_ranks(
@@ -161,6 +203,7 @@ def measure(
         str(out),
         seconds=seconds,
         worlds=len(layouts) + 1,
+        before=before,
     )
     return {
         layout: Measured(
@@ -217,7 +260,12 @@ def layout_config(layout: Layout, path: str) -> Config:
     return parse_config(
         {
             "run_dir": "unused",
-            "model": {"hf_path": path, "dtype": "float32", "recompute": layout.recompute},
+            "model": {
+                "hf_path": path,
+                "dtype": "float32",
+                "recompute": layout.recompute,
+                "precision": {"layers": layout.layers},
+            },
             "parallel": {
                 "tensor": layout.tensor,
                 "pipeline": layout.pipeline,
@@ -311,6 +359,9 @@ def _state(
         stage=groups.pp.rank(),
         dtype=config.model.dtype,
         distributed_optimizer=layout.distributed_optimizer,
+        duplicated_latents=model_dims(
+            actor.chunks, actor.family, actor.hf_config
+        ).duplicated_latents,
     )
     return {
         "stage": groups.pp.rank(),

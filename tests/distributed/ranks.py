@@ -17,6 +17,9 @@ StartMethod = Literal["forkserver", "spawn"]
 # GPUs they are not: Transformer Engine may start CUDA when imported, which bears no fork.
 multiprocessing.set_forkserver_preload(["megatron_rlsd.sft", "megatron_rlsd.train"])
 DEFAULT: StartMethod = "spawn" if torch.cuda.is_available() else "forkserver"
+BEFORE: list[Any] = []
+"""Unpickled in each rank before the function, and so before anything that the function's module
+imports (tests/te, whose ranks are spawned)."""
 
 
 def run_on_ranks(
@@ -25,7 +28,8 @@ def run_on_ranks(
     *args: Any,
     seconds: float,
     worlds: int = 1,
-    start_method: StartMethod = DEFAULT,
+    start_method: StartMethod | None = None,
+    before: list[Any] = BEFORE,
 ) -> None:
     """Call ``function(*args)`` on every rank with torchrun's variables set; raise if one fails.
 
@@ -40,10 +44,17 @@ def run_on_ranks(
     ]
     context = mp.start_processes(
         _rank_main,
-        args=(world_size, [store.port for store in stores], dict(os.environ), function, args),
+        args=(
+            world_size,
+            [store.port for store in stores],
+            dict(os.environ),
+            before,
+            function,
+            args,
+        ),
         nprocs=world_size,
         join=False,
-        start_method=start_method,
+        start_method=start_method or ("spawn" if before else DEFAULT),
     )
     deadline = time.monotonic() + seconds
     try:
@@ -65,6 +76,7 @@ def _rank_main(
     world_size: int,
     ports: list[int],
     environment: dict[str, str],
+    before: list[Any],
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:

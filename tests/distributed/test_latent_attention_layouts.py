@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from tests.distributed.layouts import (
-    VOCAB,
     Layout,
     Measured,
     check_state,
     differences,
     measure,
+    save_latent_model,
 )
 
 ONE = Layout(1, model="deepseek")
@@ -31,37 +30,7 @@ SPLIT = (
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deepseek")
-    torch.manual_seed(0)
-    model = transformers.DeepseekV3ForCausalLM(
-        transformers.DeepseekV3Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=56,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            q_lora_rank=14,
-            kv_lora_rank=10,
-            qk_nope_head_dim=6,
-            qk_rope_head_dim=4,
-            v_head_dim=10,
-            n_routed_experts=8,
-            n_shared_experts=1,
-            num_experts_per_tok=4,
-            n_group=4,
-            topk_group=2,
-            moe_intermediate_size=20,
-            first_k_dense_replace=1,
-            max_position_embeddings=128,
-            initializer_range=0.2,
-        )
-    )
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.normal_(0.0, 0.2)
-    model.save_pretrained(folder)
-    return folder
+    return save_latent_model(tmp_path_factory.mktemp("deepseek"))
 
 
 @pytest.fixture(scope="module")

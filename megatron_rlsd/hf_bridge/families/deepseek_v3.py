@@ -17,6 +17,7 @@ from megatron_rlsd.hf_bridge.family import Family, ParameterRow, ParameterTable
 from megatron_rlsd.hf_bridge.mappings import (
     ColumnParallel,
     FusedGateUp,
+    LatentDown,
     Replicated,
     RowParallel,
 )
@@ -97,7 +98,7 @@ ATTENTION = (
     ParameterRow(
         "self_attention.linear_q_down_proj.weight",
         "self_attn.q_a_proj.weight",
-        ColumnParallel("q_lora_rank", "hidden_size"),
+        LatentDown("q_lora_rank", "hidden_size"),
         when=_has_q_lora,
     ),
     ParameterRow(
@@ -122,7 +123,7 @@ ATTENTION = (
     ParameterRow(
         "self_attention.linear_kv_down_proj.weight",
         "self_attn.kv_a_proj_with_mqa.weight",
-        ColumnParallel("kv_down_size", "hidden_size"),
+        LatentDown("kv_down_size", "hidden_size"),
     ),
     ParameterRow(
         "self_attention.kv_layernorm.weight",
