@@ -13,7 +13,7 @@ from megatron_rlsd.conversion.checkpoint_keys import (
     checkpoint_tensors,
 )
 from megatron_rlsd.conversion.row_runs import row_runs
-from megatron_rlsd.conversion.torch_dist import TorchDistFolder
+from megatron_rlsd.conversion.torch_dist import METADATA_NAME, TorchDistFolder
 from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.mappings import Ranges, Shape
 from megatron_rlsd.hf_bridge.reader import load_hf_config
@@ -39,6 +39,7 @@ class MegatronWeights:
         self.path = Path(path)
         self.hf_files = self.path / HF_FILES
         if not (self.hf_files / "config.json").is_file():
+            _refuse_folder_of_checkpoints(self.path)
             raise UserError(
                 f"{self.hf_files / 'config.json'} is missing: it says which model the "
                 "checkpoint's tensors are"
@@ -142,3 +143,16 @@ class MegatronWeights:
             )
         self._stored.check_tiling(sorted(set(keys.values())))
         return keys
+
+
+def _refuse_folder_of_checkpoints(path: Path) -> None:
+    """Raise UserError that names the newest checkpoint, where a run's folder was given for it."""
+    if (path / METADATA_NAME).is_file():
+        return
+    for pattern in ("step_*", "checkpoints/step_*"):
+        found = sorted(f.parent for f in path.glob(f"{pattern}/{METADATA_NAME}"))
+        if found:
+            raise UserError(
+                f"{path} is not a checkpoint but holds {len(found)} of them; "
+                f"the newest is {found[-1]}"
+            )

@@ -1,7 +1,8 @@
 """Modules that have moved: users' files that import them by their old names still work in 0.2.
 
-An old name gives the very module that lies elsewhere now, with a DeprecationWarning that says
-where. Nothing in the package itself uses an old name. Remove this module with release 0.3.
+An old name gives the very module that lies elsewhere now, with a FutureWarning that says where
+(Python shows users no DeprecationWarning of what their imported files do). Nothing in the package
+itself uses an old name. Remove this module with release 0.3.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = f"{PACKAGE}.{MOVED[old.removeprefix(PACKAGE + '.')]}"
         warnings.warn(
             f"{old} is {new} now; the old name goes with release 0.3",
-            DeprecationWarning,
+            FutureWarning,
             stacklevel=2,
         )
         # What stands here when this returns is what the import statement gets.

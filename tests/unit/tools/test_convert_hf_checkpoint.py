@@ -256,3 +256,17 @@ def test_smollm2_there_and_back_on_real_text(
     difference, tokens = tool.log_prob_difference(back, bent, text.read_text(), 64)
     assert difference > 0.01
     assert tokens > 10
+
+
+@pytest.mark.parametrize("folder", ["run", "run/checkpoints"])
+def test_a_runs_folder_in_place_of_a_checkpoint_is_told(
+    folder: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 10):
+        checkpoint = tmp_path / f"run/checkpoints/step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / ".metadata").touch()
+    assert run(tool, "to-hf", tmp_path / folder, tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert "is not a checkpoint but holds 2 of them; the newest is" in told
+    assert "run/checkpoints/step_00000010" in told
