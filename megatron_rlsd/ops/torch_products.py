@@ -1,20 +1,26 @@
-"""The torch backend's matrix products, by the fastest library that is there.
+"""The torch backend's matrix products, by the library that is the faster one on this processor.
 
-On x86 CPUs that is oneDNN, called directly: torch.mm goes to MKL, which took 2.1 times as long in
-float32 on the AMD processor of docs/fused_head.md. Both compute in float32. CPUs with AMX (matrix
-units for bfloat16) may round operands to bfloat16 where the inputs are bfloat16 anyway; sums stay
-float32.
+torch.mm goes to MKL. On AMD processors it took 2.1 times as long in float32 as oneDNN, which is
+called directly there; on Intel's oneDNN is level with it but for sums over rows, where it takes 1.6
+times as long (docs/fused_head.md). The maker decides, not a timing at first use: two runs on one
+machine must agree in the last bit. Both libraries compute in float32. CPUs with AMX (matrix units
+for bfloat16) may round operands to bfloat16 where the inputs are bfloat16 anyway, in oneDNN; sums
+stay float32.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
@@ -62,7 +68,20 @@ def _onednn_takes(a: Tensor) -> bool:
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (not _is_intels() or _rounds_operands())
     )
+
+
+@functools.cache
+def _is_intels() -> bool:
+    """Is the processor Intel's? Only Linux is asked; elsewhere it counts as another's."""
+    return CPUINFO.exists() and "GenuineIntel" in CPUINFO.read_text()
+
+
+def _rounds_operands() -> bool:
+    """Is this within ``bfloat16_units``, on a processor that has them?"""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    return matmul is not None and bool(matmul.fp32_precision == "bf16")
 
 
 def _has_amx() -> bool:

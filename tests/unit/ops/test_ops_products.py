@@ -20,12 +20,36 @@ def test_products_of_views(shape, onednn):
     a, b = torch.randn(K, M, generator=generator).T / K**0.5, torch.randn(K, N, generator=generator)
     start = torch.randn(M, N, generator=generator)
     exact = a.double() @ b.double()
-    takes = torch_products._onednn_takes if onednn else lambda a: False
-    with mock.patch.object(torch_products, "_onednn_takes", takes):
+    with mock.patch.object(torch_products, "_is_intels", return_value=not onednn):
         found, total = product(a, b), start.clone()
         add_product(total, a, b)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total.double(), start.double() + exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "onednn"),
+    [
+        ("vendor_id\t: AuthenticAMD\n", True),
+        ("vendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R) Processor\n", False),
+        (None, True),
+    ],
+)
+def test_the_maker_decides_and_amx_goes_through_onednn(cpuinfo, onednn, tmp_path, monkeypatch):
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    monkeypatch.setattr(torch_products, "CPUINFO", file)
+    monkeypatch.setattr(torch_products.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    torch_products._is_intels.cache_clear()
+    try:
+        assert torch_products._onednn_takes(torch.ones(2, 2)) == onednn
+        with mock.patch.object(torch_products, "_has_amx", return_value=True):
+            with bfloat16_units(torch.bfloat16, 0.5):
+                assert torch_products._onednn_takes(torch.ones(2, 2))
+    finally:
+        torch_products._is_intels.cache_clear()
 
 
 def test_amx_leaves_log_probs_exact_and_the_setting_as_it_was():
