@@ -99,7 +99,7 @@ $(BROWSER): tests/browser/unpack.mjs
 	fi
 
 # torch comes first and alone: its exact version has a CPU build, a looser one pulls CUDA along.
-$(READY): requirements/cpu.txt setup.py
+$(READY): requirements/cpu.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements/cpu.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt

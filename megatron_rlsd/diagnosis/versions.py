@@ -51,7 +51,7 @@ MATRIX = {
     "driver": Range((535,)),
     "sglang": Range((0, 5, 10)),
 }
-"""What setup.py asks for, and for the others what the program was written against."""
+"""What pyproject.toml asks for, and for the others what the program was written against."""
 PACKAGES = ("torch", "megatron-core", "transformers", "triton", "transformer-engine", "apex")
 OPTIONAL = {
     "transformer-engine": "the local layers are used",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 FROM_THE_IMAGE = {"torch", "numpy", "triton", "transformer-engine"}
 
 
@@ -22,14 +24,8 @@ def pins(name: str) -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    """What setup.py asks for on the container's Python."""
-    text = (ROOT / "setup.py").read_text()
-    lists = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse(text).body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
-    return [Requirement(line) for line in lists["CORE"] + lists["MEGATRON"]]
+    """What pyproject.toml asks for on the container's Python."""
+    return [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["cpu"]]
 
 
 def test_the_environments_without_a_container_meet_in_torch_and_nccl() -> None:
@@ -53,9 +49,8 @@ def test_the_environments_without_a_container_meet_in_torch_and_nccl() -> None:
 
 
 def test_the_gpu_extra_asks_for_the_engines_library_and_its_torch_part() -> None:
-    setup = (ROOT / "setup.py").read_text()
-    (line,) = re.findall(r'"gpu": \[\*MEGATRON, (.*)\],', setup)
-    asked = {r.name: r for r in map(Requirement, re.findall(r'"([^"]+)"', line))}
+    asked = {r.name: r for r in map(Requirement, EXTRAS["gpu"])}
+    assert asked.pop("megatron_rlsd").extras == {"cpu"}
     assert asked["transformer-engine"].extras == {"core_cu13", "pytorch"}
     ours = pins("gpu.txt")
     for name, each in asked.items():

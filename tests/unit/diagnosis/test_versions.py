@@ -1,10 +1,11 @@
-"""The doctor expects the versions that setup.py asks for, and reads them as packaging does."""
+"""The doctor expects the versions that pyproject.toml asks for; packaging reads them alike."""
 
 from __future__ import annotations
 
-import re
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -12,35 +13,41 @@ from megatron_rlsd.diagnosis.versions import MATRIX
 from megatron_rlsd.runtime.releases import release
 from tests.conftest import ROOT
 
-SETUP = (ROOT / "setup.py").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+ASKED = [
+    Requirement(line)
+    for lines in (PROJECT["dependencies"], EXTRAS["cpu"], EXTRAS["gpu"])
+    for line in lines
+]
 PROBES = [
     f"{major}.{minor}.{micro}" for major in range(6) for minor in range(60) for micro in (0, 1)
 ]
 
 
 def asked(name: str) -> SpecifierSet:
-    """The widest range that setup.py states for a package: an extra may ask for more."""
-    found = re.findall(rf'"{re.escape(name)}(?:\[[\w,]+\])?>=([^",;]*)"', SETUP)
-    return SpecifierSet(f">={min(found, key=Version)}")
+    """The widest range that is stated for a package: an extra may ask for more."""
+    lowest = [next(iter(each.specifier)).version for each in ASKED if each.name == name]
+    return SpecifierSet(f">={min(lowest, key=Version)}")
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "transformer-engine"])
-def test_the_doctor_expects_what_setup_asks_for(name: str) -> None:
+def test_the_doctor_expects_what_is_asked_for(name: str) -> None:
     for version in PROBES:
         assert (release(version) in MATRIX[name]) == asked(name).contains(version), version
 
 
-def test_the_doctor_expects_the_pythons_of_setup() -> None:
-    (stated,) = re.findall(r'python_requires="([^"]*)"', SETUP)
+def test_the_doctor_expects_the_pythons_of_the_package() -> None:
+    stated = PROJECT["requires-python"]
     for version in PROBES:
         assert (release(version) in MATRIX["python"]) == SpecifierSet(stated).contains(version)
 
 
-def test_setup_asks_only_for_supported_megatron() -> None:
-    stated = re.findall(r"'megatron-core([<>=][^;]*);", SETUP)
+def test_only_supported_megatron_is_asked_for() -> None:
+    stated = [each.specifier for each in ASKED if each.name == "megatron-core"]
     assert len(stated) == 2
     for version in PROBES:
-        if any(SpecifierSet(each).contains(version) for each in stated):
+        if any(each.contains(version) for each in stated):
             assert release(version) in MATRIX["megatron-core"], version
 
 
