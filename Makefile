@@ -25,7 +25,7 @@ CUDA_HOME ?= /usr/local/cuda
 TE_LOWEST := $(TE)/megatron-0.16.1
 # With Transformer Engine's layers these hold what they hold of the local ones.
 TE_LAYOUTS := test_actor_layouts test_latent_attention_layouts test_routing_replay \
-	test_checkpoint_layouts test_marks
+	test_checkpoint_layouts
 BROWSER := .browser/chromium
 # A headless Chromium inside an npm package; nothing of it is installed into the system.
 BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
@@ -42,7 +42,7 @@ demo: $(READY)
 
 test: lint models/SmolLM2-135M-Instruct/config.json $(LATEST)/.ready $(BROWSER) try-sglang-cpu try-slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/distributed -m megatron_range
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/distributed tests/te -m megatron_range
 
 test-sglang: $(READY) try-sglang-cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sglang

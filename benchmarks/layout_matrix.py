@@ -9,7 +9,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.distributed.layout_matrix import LAYOUTS, REFERENCES, supported
+from tests.distributed.layout_matrix import LAYOUTS, REFERENCES
 from tests.distributed.layouts import STEPS, Measured, differences, measure, save_models
 
 MODELS = {
@@ -26,7 +26,7 @@ def main(out: Path) -> None:
         models = save_models(Path(folder))
         expected = measure(REFERENCES, models, Path(folder))
         for group in LAYOUTS:
-            for layout, measured in measure(supported(group), models, Path(folder)).items():
+            for layout, measured in measure(LAYOUTS[group], models, Path(folder)).items():
                 found = differences(measured, expected[layout.reference])
                 numbers = " | ".join(f"{found[k]:.1e}" for k in ("loss", "grad_norm", "weights"))
                 numbers += f" | {state_share(measured, expected[layout.reference]):.0%}"

@@ -73,7 +73,7 @@ def set_marks(
     config: TransformerConfig,
     groups: ParallelGroups,
 ) -> list[Corrected]:
-    """Mark every parameter of this rank by the table; what had to be changed.
+    """Mark every parameter of this rank by the table; returns what had to be changed.
 
     Must come before the data-parallel wrapper and the optimizer, which read the marks.
     """

@@ -8,7 +8,6 @@ from megatron_rlsd.config import ParallelConfig
 from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.hf_bridge.dims import round_up
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.runtime.megatron_versions import expert_tensor_problem
 
 
 class LayoutError(UserError):
@@ -150,8 +149,6 @@ def _experts(parallel: ParallelConfig, world_size: int, model: ModelDims) -> Ite
             f"{parallel.expert * split} must divide the {stage} processes of a pipeline stage; "
             f"valid products: {_divisors(stage)}"
         )
-    if problem := expert_tensor_problem(parallel.tensor, parallel.expert, split):
-        yield problem
 
 
 def _indivisible(kind: str, size: int, what: str, count: int) -> str:

@@ -26,21 +26,3 @@ def check_megatron_version() -> tuple[int, ...]:
     if not SUPPORTED[0] <= found < SUPPORTED[1]:
         raise UserError(f"megatron-core {installed} is not supported; expected >= {low}, < {high}")
     return found
-
-
-def expert_tensor_problem(tensor: int, expert: int, expert_tensor: int) -> str | None:
-    """Why this release cannot split experts otherwise than the dense layers, or None if it can.
-
-    Before 0.19 experts count as dense parameters where expert parallel is 1, and their gradients
-    are then summed over the wrong ranks.
-    """
-    if expert_tensor == tensor or expert > 1:
-        return None
-    found = check_megatron_version()
-    if found >= (0, 19):
-        return None
-    return (
-        f"parallel.expert_tensor={expert_tensor} with parallel.tensor={tensor} and "
-        f"parallel.expert=1 gives wrong gradients on Megatron-Core "
-        f"{'.'.join(map(str, found))}; valid there: expert_tensor={tensor}, or expert > 1"
-    )

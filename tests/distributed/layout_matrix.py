@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_rlsd.runtime.megatron_versions import check_megatron_version
 from tests.distributed.layouts import Layout
 
 
@@ -32,7 +31,7 @@ LAYOUTS: dict[str, list[Layout]] = {
         *({}, ZERO),
         *(EXPERTS | SP, EXPERTS | PP2, EP2, EP2 | ZERO, EP2 | CP2),
         EP2 | SP | {"expert_tensor": 1},
-        EXPERTS | SP | {"expert_tensor": 1, "since": (0, 19)},
+        EXPERTS | SP | {"expert_tensor": 1},
     ),
     "four": _of(
         4,
@@ -56,8 +55,3 @@ REFERENCES = sorted(
 
 CORE = ("two", "four")
 """Groups that are held at both ends of the supported Megatron-Core range."""
-
-
-def supported(group: str) -> list[Layout]:
-    """Those of a group that the installed Megatron-Core has right."""
-    return [layout for layout in LAYOUTS[group] if check_megatron_version() >= layout.since]

@@ -57,8 +57,6 @@ class Layout:
     """The importance ratio of a whole response (GSPO), which context parallelism splits."""
     layers: str = "auto"
     """As in model.precision: local ones on a CPU, unless tests/te is installed."""
-    since: tuple[int, int] = (0, 16)
-    """The first Megatron-Core release that has this layout right."""
 
     @property
     def data(self) -> int:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from megatron_rlsd.actor.packing import Sequence
-from tests.distributed.layout_matrix import CORE, LAYOUTS, REFERENCES, supported
+from tests.distributed.layout_matrix import CORE, LAYOUTS, REFERENCES
 from tests.distributed.layouts import (
     LEARNING_RATE,
     LOSS,
@@ -54,7 +54,7 @@ def test_one_process_equals_transformers(models, one_process):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_layouts_equal_one_process(group, models, one_process, tmp_path):
-    for layout, measured in measure(supported(group), models, tmp_path).items():
+    for layout, measured in measure(LAYOUTS[group], models, tmp_path).items():
         different = {
             name: error
             for name, error in differences(measured, one_process[layout.reference]).items()

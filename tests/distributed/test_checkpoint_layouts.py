@@ -19,13 +19,14 @@ from megatron_rlsd.config import parse_config
 from megatron_rlsd.sft import supervised_update
 from megatron_rlsd.teacher import WeightSnapshot
 from tests.actors import actor_of
-from tests.distributed.layouts import save_models
+from tests.distributed.layouts import save_latent_model, save_models
 from tests.distributed.ranks import next_world, run_on_ranks
 from tests.models import save_random_model
 
 VOCAB = 131
 """Odd, so that the padding of the vocabulary differs between layouts."""
 
+TP2_SP = {"tensor": 2, "sequence": True}
 # name -> (ranks, model, parallel, distributed optimizer); the first of each row saves.
 DENSE_FROM_TP2_PP2 = {
     "tp2_pp2": (4, "dense", {"tensor": 2, "pipeline": 2}, False),
@@ -54,6 +55,16 @@ EXPERTS = {
     "ep2_distributed": (2, "experts", {"expert": 2}, True),
     "ep1": (1, "experts", {}, False),
 }
+WHOLE_EXPERTS = {
+    "tp2_etp1_distributed": (2, "experts", {**TP2_SP, "expert_tensor": 1}, True),
+    "tp2_etp2": (2, "experts", TP2_SP, False),
+    "tp1_of_experts": (1, "experts", {}, False),
+}
+LATENT = {
+    "latent_tp2_distributed": (2, "latent", TP2_SP, True),
+    "latent_ep2": (2, "latent", {"expert": 2}, False),
+    "latent_tp1": (1, "latent", {}, False),
+}
 BFLOAT16 = {
     "bf16_tp2_dp2_distributed": (4, "bfloat16", {"tensor": 2}, True),
     "bf16_tp2_dp2_again": (4, "bfloat16", {"tensor": 2}, True),
@@ -64,6 +75,8 @@ ROWS = {
     "dense_distributed": DENSE_FROM_DISTRIBUTED,
     "context": FROM_CONTEXT_PARALLEL,
     "experts": EXPERTS,
+    "whole_experts": WHOLE_EXPERTS,
+    "latent": LATENT,
     "bfloat16": BFLOAT16,
 }
 
@@ -73,6 +86,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything in three starts of processes: four, two, one."""
     folder = tmp_path_factory.mktemp("layouts")
     save_models(folder)
+    save_latent_model(folder / "latent")
     dense = transformers.Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=32,

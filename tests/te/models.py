@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,6 @@ def family_configs() -> dict[str, transformers.PretrainedConfig]:
     }
 
 
-def save_families(folder: Path) -> None:
-    for name, config in family_configs().items():
-        save_random_model(config, folder / name, dtype=torch.bfloat16)
+def save_families(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        save_random_model(family_configs()[name], folder / name, dtype=torch.bfloat16)

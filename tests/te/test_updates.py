@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlsd.runtime.megatron_versions import check_megatron_version
 from tests.distributed.layouts import (
     Layout,
     Measured,
@@ -58,6 +57,7 @@ TWO = (
 IN_CI = (
     Layout(2, **SP),
     Layout(2, **EXPERTS, **SP),
+    Layout(2, **EXPERTS, **SP, expert_tensor=1),
     Layout(2, **EXPERTS, **SP, expert=2, expert_tensor=1),
     Layout(2, **LATENT, **SP),
 )
@@ -85,7 +85,7 @@ def measured(
     models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Layout, Measured]:
     out = tmp_path_factory.mktemp("measured")
-    two = [each for each in (TWO if IS_REAL else IN_CI) if is_right_with_local_layers(each)]
+    two = TWO if IS_REAL else IN_CI
     references = {local(each.reference) for each in two}
     ones = [*map(engine, ONE), *map(local, ONE)] if IS_REAL else []
     found: dict[Layout, Measured] = {}
@@ -95,12 +95,6 @@ def measured(
     ):
         found |= measure(layouts, models, out, seconds=1500, before=BEFORE)
     return found
-
-
-def is_right_with_local_layers(layout: Layout) -> bool:
-    """Before 0.19 the layers of one Megatron release cannot split experts so (docs/layouts.md)."""
-    odd = layout.expert == 1 and layout.expert_tensor not in (None, layout.tensor)
-    return not odd or check_megatron_version() >= (0, 19)
 
 
 def test_updates_are_those_of_one_process_with_local_layers(

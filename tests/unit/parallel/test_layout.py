@@ -5,7 +5,6 @@ import pytest
 from megatron_rlsd.config import ParallelConfig, parse_config
 from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.layout import LayoutError, check_layout, layers_of_stage
-from megatron_rlsd.runtime import megatron_versions
 from megatron_rlsd.runtime.errors import UserError
 
 SHAPE = ModelDims(
@@ -120,6 +119,7 @@ def test_impossible_layouts_are_refused_with_the_numbers(parallel, world, messag
         ({"expert": 12, "context": 3}, 12),
         ({"tensor": 2, "sequence": True, "expert": 2}, 4),
         ({"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1}, 2),
+        ({"tensor": 2, "sequence": True, "expert_tensor": 1}, 2),
         ({"tensor": 4, "sequence": True, "expert": 2, "expert_tensor": 2}, 4),
     ],
 )
@@ -153,15 +153,6 @@ def test_impossible_expert_layouts_are_refused_with_the_numbers(parallel, world,
     with pytest.raises(LayoutError) as error:
         check_layout(ParallelConfig(**parallel), world, EXPERTS)
     assert message in str(error.value)
-
-
-def test_whole_experts_beside_split_layers_need_expert_parallel_before_0_19(monkeypatch):
-    parallel = ParallelConfig(tensor=2, sequence=True, expert_tensor=1)
-    monkeypatch.setattr(megatron_versions, "version", lambda name: "0.16.1")
-    with pytest.raises(LayoutError, match=r"wrong gradients on Megatron-Core 0\.16\.1; valid"):
-        check_layout(parallel, 2, EXPERTS)
-    monkeypatch.setattr(megatron_versions, "version", lambda name: "0.19.2")
-    check_layout(parallel, 2, EXPERTS)
 
 
 def test_a_rank_without_vocabulary_is_refused():
