@@ -31,7 +31,9 @@ class _IntoMainGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         (grad,), (x,), weight = grads, ctx.saved_tensors, ctx.weight
-        weight.main_grad.add_(grad.flatten(0, -2).t().matmul(x.flatten(0, -2)))
+        # In float32, which is all that the kernels round to.
+        rows, inputs = (t.flatten(0, -2).to(weight.main_grad.dtype) for t in (grad, x))
+        weight.main_grad.add_(rows.t().matmul(inputs))
         if not hasattr(weight, "grad_added_to_main_grad"):
             return grad.matmul(weight), None
         weight.grad_added_to_main_grad = True
