@@ -1,4 +1,5 @@
 # make demo   set up .venv and run the main job: warm start, RLSD, evaluation before and after
+# make check  set up .venv and run lint, types and the tests that start no process (3 minutes)
 # make test   set up .venv and run everything that CI runs
 # make gpu-wheels  files that a GPU machine without a package index needs for benchmarks/gpu_day.py
 # make bench  side-by-side benchmarks on this machine
@@ -34,14 +35,18 @@ BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
 SLURM_PROGRAMS := munged slurmctld slurmd sbatch
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 
-.PHONY: demo test test-sglang test-vllm vllm-cpu test-te te-cpu test-slurm sglang-cpu \
+.PHONY: demo check test test-sglang test-vllm vllm-cpu test-te te-cpu test-slurm sglang-cpu \
 	try-sglang-cpu slurm try-slurm lint bench gpu-wheels clean
 
 demo: $(READY)
 	PYTHON=$(BIN)/python bash examples/run_rlsd_tiny.sh
 
+# Without SGLang, Slurm, a GPU or processes; see CONTRIBUTING.md.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 -m "not process and not slow"
+
 test: lint models/SmolLM2-135M-Instruct/config.json $(LATEST)/.ready $(BROWSER) try-sglang-cpu try-slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --durations=25
 	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/distributed tests/te -m megatron_range
 
 test-sglang: $(READY) try-sglang-cpu

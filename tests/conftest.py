@@ -14,7 +14,15 @@ import torch
 import yaml
 
 from megatron_rlsd.config import Config, parse_config
+from tests.tiers import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_runtest_setup,
+    starts_a_process_only_if_marked,
+    watch_processes,
+)
 from tests.triton_interpreter import triton_interpreter
+
+watch_processes()
 
 if find_spec("triton") is not None and not torch.cuda.is_available():
     # Before any test imports triton, which many libraries do.

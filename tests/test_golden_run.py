@@ -51,9 +51,9 @@ FIXED_PATHS = {
 }
 TIMINGS = ("time/", "perf/", "memory/")
 TOLERANCE = {"rel": 2e-4, "abs": 5e-6}
-"""For other processors and releases of torch: with AVX-512 in place of AVX2 the figures differ by at
-most 5e-6 of themselves and 5e-7 in what is noise alone. A sampled token that flips would break it:
-about one run in a thousand has one."""
+"""For other processors and releases of torch. With AVX-512 in place of AVX2 the figures differ by
+5e-6 of themselves at most, and by 5e-7 where they are noise alone. A sampled token that flips would
+break this: about one run in a thousand has one."""
 
 
 def ten_steps(folder: Path, repository: Path = ROOT) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -94,6 +95,7 @@ def test_every_pin_has_a_hash() -> None:
         assert all("--hash=sha256:" in block for block in blocks)
 
 
+@pytest.mark.process
 def test_the_dockerfile_copies_what_is_there_and_starts_what_can_run() -> None:
     text = (ROOT / "Dockerfile").read_text()
     for source in re.findall(r"^COPY (?:--\S+ )?(\S+) ", text, re.MULTILINE):

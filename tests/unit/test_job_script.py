@@ -14,6 +14,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.process
+
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do
     echo "$1" >>"$RECORDS/srun"

@@ -84,6 +84,7 @@ def check_options(name: str, words: list[str]) -> None:
         assert re.search(rf"{option}\b", known), f"{name} has no {option}"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_page_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command)

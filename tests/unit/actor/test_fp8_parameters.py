@@ -104,6 +104,7 @@ def test_a_resume_may_round_weights_but_not_begin_with_rounded_ones() -> None:
         check_settings(stored[True], stored[False], "here")
 
 
+@pytest.mark.process
 def test_all_who_read_and_write_weights(tmp_path: Path) -> None:
     model = tmp_path / "model"
     torch.manual_seed(0)

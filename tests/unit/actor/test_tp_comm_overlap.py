@@ -151,6 +151,7 @@ def test_a_sequence_that_fits_no_micro_batch_is_named() -> None:
         plan_micro_batches([[5, 97]], 96, PackShape(2, 4, fixed_length=96))
 
 
+@pytest.mark.process
 def test_packs_of_one_length_give_the_same_numbers(tmp_path: Path) -> None:
     """Two ranks that split the sequence: log-probabilities, loss, gradient norm and weights."""
     model = save_random_model(

@@ -450,6 +450,7 @@ print(middle - before, peak() - before)
 """
 
 
+@pytest.mark.process
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     """A model of 300 MB whose largest tensor has 10 MB."""
     hf_config = {

@@ -64,6 +64,7 @@ def written(folder: Path, *lines: dict[str, Any]) -> list[Problem]:
     return [table[i] for i in range(len(table))]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_and_mask_are_those_of_the_environments_trajectory(name, tokenizer, tmp_path):
     opening = {"calculator": ["environment.params.instruction='<calc>1+1</calc> is 2.'"]}

@@ -199,6 +199,7 @@ def failed(checks: dict[str, Check]) -> dict[str, str]:
     return {name: check.message for name, check in checks.items() if check.status == "failed"}
 
 
+@pytest.mark.process
 def test_a_healthy_configuration_passes(healthy: tuple[Path, Raw], tmp_path: Path) -> None:
     checks = examine(healthy[1], tmp_path)
     assert failed(checks) == {}
@@ -214,6 +215,7 @@ def test_a_healthy_configuration_passes(healthy: tuple[Path, Raw], tmp_path: Pat
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", list(FAULTS))
 def test_a_planted_fault_is_found_by_name(
     name: str, healthy: tuple[Path, Raw], tmp_path: Path
@@ -233,6 +235,7 @@ def test_versions_outside_the_matrix_fail_by_name(monkeypatch: pytest.MonkeyPatc
     assert [c.name for c in found.values() if c.status == "failed"] == ["version of torch"]
 
 
+@pytest.mark.process
 def test_ranks_that_never_answer_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collective, "_RANK", "import time; time.sleep(60)")
     monkeypatch.setattr(collective, "SECONDS", 1.0)
@@ -240,6 +243,7 @@ def test_ranks_that_never_answer_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         check_collectives()
 
 
+@pytest.mark.process
 def test_a_wrong_sum_names_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import json,sys; json.dump(dict(good=sys.argv[1]=='0', seconds=0), open(sys.argv[5]"
     monkeypatch.setattr(collective, "_RANK", code + "+'/'+sys.argv[1],'w'))")
@@ -254,6 +258,7 @@ def run_tool(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.process
 def test_a_megatron_that_is_too_old_is_found_though_nothing_can_be_imported(
     tmp_path: Path,
 ) -> None:
@@ -268,6 +273,7 @@ def test_a_megatron_that_is_too_old_is_found_though_nothing_can_be_imported(
     assert "0.15.0 is not supported; expected >= 0.16.1" in messages["version of megatron-core"]
 
 
+@pytest.mark.process
 def test_the_tool_compares_engine_and_trainer(healthy: tuple[Path, Raw], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(healthy[1]))
@@ -279,6 +285,7 @@ def test_the_tool_compares_engine_and_trainer(healthy: tuple[Path, Raw], tmp_pat
     assert "sampled tokens differ by" in checks["engine against trainer"]["message"]
 
 
+@pytest.mark.process
 def test_the_tool_prints_a_table_and_fails(healthy: tuple[Path, Raw], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(healthy[1]))

@@ -71,6 +71,7 @@ def test_a_layout_is_judged_before_anything_starts(
     assert bool(said) == bool(code)
 
 
+@pytest.mark.process
 def test_servers_that_the_trainer_cannot_reach_are_refused_before_they_start(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

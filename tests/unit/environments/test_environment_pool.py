@@ -16,6 +16,8 @@ from megatron_rlsd.environments import Call, EnvironmentPool, Failure, Observati
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
+pytestmark = pytest.mark.process
+
 PROBLEM = Problem("p", ({"role": "user", "content": "?"},), "1", metadata={"start": 3})
 
 # The turn says what the environment is to do.

@@ -176,6 +176,7 @@ def test_a_trajectory_is_what_the_engine_returned_with_the_answers_between(play,
     assert [sum(m) for m in batch.loss_masks] == own
 
 
+@pytest.mark.process
 def test_the_limits_end_an_episode_as_cut_off(play):
     with play(
         {"name": "digits.py:Digits", "max_turns": 2}, rollout={"max_response_tokens": 31}
@@ -199,6 +200,7 @@ def test_the_limits_end_an_episode_as_cut_off(play):
     assert metrics["rollout/truncated_share"] > 0.5
 
 
+@pytest.mark.process
 def test_an_environment_that_ends_at_once_leaves_a_single_turn_as_it_was(play):
     with play(rollout={"max_response_tokens": 12}) as (experience, _):
         plain, _ = experience.collect(3)
@@ -220,6 +222,7 @@ def test_an_environment_that_ends_at_once_leaves_a_single_turn_as_it_was(play):
     assert metrics["rollout/turns_mean"] == 1
 
 
+@pytest.mark.process
 def test_a_failing_environment_gives_no_reward_and_is_counted(play):
     with play({"name": "failing.py:Fails"}) as (experience, _):
         groups, metrics = experience.collect(0)

@@ -20,6 +20,8 @@ from megatron_rlsd.rollout import EmbeddedEngine, EngineError
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest, Group
 
+pytestmark = pytest.mark.process
+
 BATCH = 2
 
 

@@ -77,6 +77,7 @@ def test_mlflow_says_that_a_run_failed(tmp_path: Path) -> None:
     assert mlflow_run(tmp_path / "run")[1].info.status == "FAILED"
 
 
+@pytest.mark.process
 def test_wandb_offline_keeps_every_value(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     settings = {"wandb": {"enabled": True, "mode": "offline", "project": "tests"}}

@@ -19,6 +19,7 @@ def test_auto_takes_torch_on_the_cpu_and_says_why():
     assert "cpu" in choice.reason
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("call", ["policy_loss", "token_log_probs"])
 def test_a_forced_backend_that_cannot_run_says_why(call):
     """In a fresh process, since other tests may have put triton into its interpreter."""
@@ -84,6 +85,7 @@ def test_triton_does_not_take_float64():
         token_log_probs(hidden, weight, torch.zeros(1, dtype=torch.int64), backend="triton")
 
 
+@pytest.mark.process
 def test_triton_is_not_imported_where_it_is_not_asked_for():
     script = """
 import sys, torch

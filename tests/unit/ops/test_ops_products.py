@@ -45,9 +45,11 @@ def test_the_maker_decides_and_amx_goes_through_onednn(cpuinfo, onednn, tmp_path
     torch_products._is_intels.cache_clear()
     try:
         assert torch_products._onednn_takes(torch.ones(2, 2)) == onednn
-        with mock.patch.object(torch_products, "_has_amx", return_value=True):
-            with bfloat16_units(torch.bfloat16, 0.5):
-                assert torch_products._onednn_takes(torch.ones(2, 2))
+        with (
+            mock.patch.object(torch_products, "_has_amx", return_value=True),
+            bfloat16_units(torch.bfloat16, 0.5),
+        ):
+            assert torch_products._onednn_takes(torch.ones(2, 2))
     finally:
         torch_products._is_intels.cache_clear()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[3]
 SHARED_BYTES = {(8, 0): 163 * 2**10, (9, 0): 227 * 2**10}
 """Shared memory of one block, by compute capability."""

@@ -245,6 +245,7 @@ def run_tool(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.process
 def test_the_tool_prints_a_plan_that_fits(folder: Path) -> None:
     done = run_tool(folder, "--gpus", "64", "--memory", "80", "--response-tokens", "3000")
     assert done.returncode == 0, done.stderr
@@ -253,6 +254,7 @@ def test_the_tool_prints_a_plan_that_fits(folder: Path) -> None:
     assert "assumed, not measured" in done.stdout
 
 
+@pytest.mark.process
 def test_the_tool_refuses_what_cannot_fit(folder: Path) -> None:
     done = run_tool(folder, "--gpus", "16", "parallel.pipeline=2", "model.recompute=none")
     assert done.returncode == 1
@@ -266,6 +268,7 @@ def test_the_tool_refuses_what_cannot_fit(folder: Path) -> None:
     assert "parallel.tensr: unknown key" in done.stderr
 
 
+@pytest.mark.process
 def test_the_tool_says_what_of_the_model_it_needs(folder: Path) -> None:
     (folder / "config.json").unlink()
     done = run_tool(folder)

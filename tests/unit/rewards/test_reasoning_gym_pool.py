@@ -8,6 +8,8 @@ import reasoning_gym
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.types import RewardInput
 
+pytestmark = pytest.mark.process
+
 # gsm_symbolic and friends, and those whose entries hold more than text (boards, graphs, dates).
 TASKS = [
     "gsm_symbolic",

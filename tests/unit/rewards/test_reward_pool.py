@@ -17,6 +17,8 @@ from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import RewardInput
 
+pytestmark = pytest.mark.process
+
 Sample = Callable[..., RewardInput]
 Pool = Callable[..., RewardPool]
 

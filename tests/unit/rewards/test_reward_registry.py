@@ -44,6 +44,7 @@ def test_missing_function_and_broken_file_are_refused_without_running_the_file(p
         pool("reward", source="def reward(:")
 
 
+@pytest.mark.process
 def test_functions_bound_in_other_ways_are_found(
     pool: Pool, sample: Callable[..., RewardInput]
 ) -> None:
@@ -58,6 +59,7 @@ assigned = lambda sample, x: x
     assert pool(*functions, source=source).score([sample("")])[0].value == 5
 
 
+@pytest.mark.process
 def test_user_file_may_import_its_neighbours(
     pool: Pool, sample: Callable[..., RewardInput], tmp_path: object
 ) -> None:

@@ -52,11 +52,13 @@ def pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., SGLan
 OLD, NEW = told([2, 27, 5], OURS, "2.9.0"), told([2, 30, 7], THEIRS, "2.14.1")
 
 
+@pytest.mark.process
 def test_servers_of_the_same_nccl_are_started_as_they_are(pair: Any) -> None:
     config = pair(told([2, 30, 7], OURS, "2.13.0"), NEW)
     assert agreeing(config, "broadcast") == config
 
 
+@pytest.mark.process
 def test_an_older_trainer_is_refused_with_both_versions_both_pythons_and_what_to_do(
     pair: Any, tmp_path: Path
 ) -> None:
@@ -72,6 +74,7 @@ def test_an_older_trainer_is_refused_with_both_versions_both_pythons_and_what_to
         assert part in message
 
 
+@pytest.mark.process
 def test_servers_get_the_newer_nccl_of_their_trainer_and_it_is_said(
     pair: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +86,7 @@ def test_servers_get_the_newer_nccl_of_their_trainer_and_it_is_said(
     assert "NCCL 2.30.7 of the trainer in place of the older 2.30.5" in capsys.readouterr().out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("ours", "theirs", "reason"),
     [
@@ -107,17 +111,20 @@ def test_servers_that_need_no_nccl_or_run_already_are_not_asked(pair: Any, setti
     assert agreeing(config, "broadcast") == config
 
 
+@pytest.mark.process
 def test_a_torch_without_nccl_is_no_mismatch(pair: Any) -> None:
     config = pair(told(None, None, "2.13.0+cpu", None), NEW)
     assert agreeing(config, "broadcast") == config
 
 
+@pytest.mark.process
 def test_other_transports_do_not_care_for_nccl(pair: Any) -> None:
     for transport in ("disk", "ipc"):
         config = pair(OLD, NEW)
         assert agreeing(config, transport) == config
 
 
+@pytest.mark.process
 def test_ipc_handles_that_the_servers_cannot_read_are_refused(
     pair: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +138,7 @@ def test_ipc_handles_that_the_servers_cannot_read_are_refused(
     assert "WARNING: the trainer's torch 2.15.0" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_a_python_that_cannot_tell_is_named_with_its_last_words(pair: Any, tmp_path: Path) -> None:
     config = pair(OLD, NEW)
     (tmp_path / "python").write_text("#!/bin/sh\necho no torch here >&2\nexit 1\n")
@@ -138,6 +146,7 @@ def test_a_python_that_cannot_tell_is_named_with_its_last_words(pair: Any, tmp_p
         agreeing(config, "broadcast")
 
 
+@pytest.mark.process
 def test_this_pythons_libraries_are_those_that_a_process_of_it_tells() -> None:
     command = [sys.executable, str(HERE / "loaded_libraries.py")]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -145,6 +154,7 @@ def test_this_pythons_libraries_are_those_that_a_process_of_it_tells() -> None:
     assert own_libraries().torch == loaded_libraries()["torch"]
 
 
+@pytest.mark.process
 def test_the_library_that_is_loaded_counts_not_the_one_torch_was_built_with(tmp_path: Path) -> None:
     """With a torch of sorts, whose constant says 2.28.9, and two libraries to load."""
     if (compiler := shutil.which("cc")) is None:

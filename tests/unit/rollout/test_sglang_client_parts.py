@@ -238,6 +238,7 @@ def test_flags_reach_the_command_line(tmp_path, monkeypatch):
     assert env["NCCL_DEBUG"] == "WARN"
 
 
+@pytest.mark.process
 def test_a_warning_to_the_whole_process_tree_ends_no_server(tmp_path):
     process = ServerProcess(["sleep", "600"], os.environ, tmp_path / "log")
     try:
@@ -285,6 +286,7 @@ def wait_for_size(group: int, size: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("killed", ["starter", "guard"])
 def test_a_command_ends_with_its_starter_and_with_its_guard(killed):
     starter = subprocess.Popen(

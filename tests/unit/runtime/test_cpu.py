@@ -123,6 +123,7 @@ def test_a_patch_without_its_target_raises():
         cpu.PATCHES["megatron.core.jit"]({"__name__": "megatron.core.jit"})
 
 
+@pytest.mark.process
 @needs_no_cuda
 def test_installing_after_megatron_is_refused():
     code = (

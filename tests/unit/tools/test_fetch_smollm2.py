@@ -35,6 +35,7 @@ def model_folder(tool: ModuleType) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_the_fetched_folder_passes_its_check(tool: ModuleType, model_folder: Path):
     tool.check(model_folder)
     assert not list(model_folder.parent.glob(f".{model_folder.name}.*")), "work folder left behind"
@@ -49,6 +50,7 @@ def test_numbers_are_split_into_digits_and_text_survives_a_round_trip(
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
+@pytest.mark.process
 def test_a_complete_folder_is_left_as_it_is(model_folder: Path):
     before = {file.name: file.stat().st_mtime_ns for file in model_folder.iterdir()}
     process = subprocess.run(
@@ -66,6 +68,7 @@ def test_a_folder_with_something_else_in_it_is_not_touched(tool: ModuleType, tmp
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.process
 def test_without_a_registry_the_error_says_so_and_nothing_is_left(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

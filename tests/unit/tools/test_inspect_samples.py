@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_samples.py"
 ORANGE, BLUE = "48;2;217;95;2", "48;2;31;105;190"
 """The terminal's codes of a full background."""

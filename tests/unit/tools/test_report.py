@@ -142,6 +142,7 @@ def texts(page: Page, selector: str) -> list[str]:
     )
 
 
+@pytest.mark.process
 def test_the_page_is_one_file_that_asks_for_nothing(page: Page, page_file: Path) -> None:
     assert page.errors == []
     assert page.requests == [page_file.as_uri()]
@@ -280,6 +281,7 @@ def test_the_credit_view_is_bounded_by_tokens(page_file: Path) -> None:
     assert (first["in_file"], last["step"]) == (3, 11)
 
 
+@pytest.mark.process
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, page_file: Path) -> None:
     ended = report(tmp_path)
     assert ended.returncode == 2

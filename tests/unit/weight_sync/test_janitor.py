@@ -7,7 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from megatron_rlsd.weight_sync.payload import remove_stale_names
+
+pytestmark = pytest.mark.process
 
 OWNERS = """
 import os, signal
