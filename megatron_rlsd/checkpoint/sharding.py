@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megatron_rlsd.actor.model import HeadGPTModel
@@ -51,6 +53,7 @@ def model_pieces(chunks: Sequence[HeadGPTModel], groups: ParallelGroups) -> list
     pieces = []
     metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
     for chunk in chunks:
+        _admit_activations(chunk)
         for base in nested_values(chunk.sharded_state_dict(metadata=metadata)):
             if not isinstance(base, ShardedTensorFactory | ShardedTensor):
                 continue  # Transformer Engine's extra state: for delayed scaling, not used here
@@ -67,6 +70,20 @@ def model_pieces(chunks: Sequence[HeadGPTModel], groups: ParallelGroups) -> list
                 start = part.data.storage_offset() - base.data.storage_offset()
                 pieces.append(Piece(owner, start, part, base.data))
     return pieces
+
+
+def _admit_activations(chunk: HeadGPTModel) -> None:
+    """Megatron-Core 0.16 asks each part of a feed-forward layer for what it saves, Transformer
+    Engine's activation too, which has nothing and no such method."""
+    for module in chunk.modules():
+        if isinstance(module, MLP):
+            for part in module.children():
+                if not hasattr(part, "sharded_state_dict") and not any(part.parameters()):
+                    part.sharded_state_dict = _nothing  # type: ignore[assignment]
+
+
+def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
+    return {}
 
 
 def model_tensors(pieces: Sequence[Piece]) -> list[ShardedTensor]:

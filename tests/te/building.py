@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_rlsd.actor import marks, model
 from megatron_rlsd.actor.precision import LayerKind
+from megatron_rlsd.checkpoint.sharding import model_pieces
 from megatron_rlsd.config import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_rlsd.hf_bridge import export_hf_tensors, family_for, load_hf_config, load_hf_weights
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
@@ -93,7 +94,9 @@ def build_one(
     wanted = load_file(folder / "model.safetensors")
     different = sorted(set(wanted) ^ set(exported))
     different += [n for n in wanted if n in exported and not torch.equal(wanted[n], exported[n])]
+    saved = {id(piece.owner) for piece in model_pieces(chunks, groups)}
     return {
+        "unsaved": [n for c in chunks for n, p in c.named_parameters() if id(p) not in saved],
         "different": different,
         "modules": sorted({type(m).__name__ for chunk in chunks for m in chunk.modules()}),
         "corrected": [asdict(each) for each in corrected],

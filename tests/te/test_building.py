@@ -59,6 +59,12 @@ def test_families_load_and_export_bit_for_bit(built: list[dict[str, Any]]) -> No
     assert not different
 
 
+def test_every_parameter_has_its_place_in_a_checkpoint(built: list[dict[str, Any]]) -> None:
+    """Beside parts that have nothing to save: the fused activation."""
+    unsaved = {(str(b["parallel"]), b["name"]): b["unsaved"] for b in built if b["unsaved"]}
+    assert not unsaved
+
+
 def test_the_layers_are_transformer_engines(built: list[dict[str, Any]]) -> None:
     for line in built:
         grouped = "TEColumnParallelGroupedLinear" in line["modules"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,9 @@ def _mark(parameter: nn.Parameter, dimension: int) -> None:
 
 class _Module(nn.Module):
     """What Megatron asks of every module with products."""
+
+    fp8 = fp8_calibration = False
+    fp8_meta: ClassVar[dict[str, Any]] = {"fp8_checkpoint": False}
 
     def _settle(
         self,
@@ -153,6 +156,7 @@ class Linear(_Module):
     ) -> None:
         super().__init__()
         self.fuse_wgrad_accumulation, self.return_bias = fuse_wgrad_accumulation, return_bias
+        self.use_bias = bias
         sizes = in_features, out_features
         self._settle(tp_group, tp_size, parallel_mode, sequence_parallel, sizes)
         self._weight("weight", params_dtype, init_method)
@@ -197,6 +201,7 @@ class LayerNormLinear(_Module):
             raise NotImplementedError(normalization)
         self.eps, self.return_layernorm_output = eps, return_layernorm_output
         self.fuse_wgrad_accumulation, self.return_bias = fuse_wgrad_accumulation, return_bias
+        self.use_bias = bias
         sizes = in_features, out_features
         self._settle(tp_group, tp_size, parallel_mode, sequence_parallel, sizes)
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features, dtype=params_dtype))
@@ -239,6 +244,7 @@ class GroupedLinear(_Module):
         super().__init__()
         self.num_gemms = num_gemms
         self.fuse_wgrad_accumulation, self.return_bias = fuse_wgrad_accumulation, return_bias
+        self.use_bias = bias
         sizes = in_features, out_features
         self._settle(tp_group, tp_size, parallel_mode, sequence_parallel, sizes)
         for number in range(num_gemms):
