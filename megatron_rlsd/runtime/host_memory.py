@@ -56,7 +56,10 @@ class HostBlock:
 
     def _place(self, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         size = shape.numel() * dtype.itemsize
-        return self.buffer[start : start + size].view(dtype).view(shape)
+        # By way of numpy, so that each has a storage of its own size: Megatron's checkpoint writer
+        # copies all tensors that are views of a larger one before it writes the first.
+        part = torch.from_numpy(self.buffer.numpy()[start : start + size])
+        return part.view(dtype).view(shape)
 
 
 def lock_pages(buffer: Tensor) -> Callable[[], None]:
