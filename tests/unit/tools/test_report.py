@@ -27,6 +27,9 @@ from megatron_rlsd.types import (
 )
 from tests.browser.chromium import Page, chromium, find_chromium
 
+# The page is made by the tool and opened in a browser, by whichever test comes first.
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "report.py"
 NASTY = "</script><img src=x onerror=alert(1)>"
@@ -142,7 +145,6 @@ def texts(page: Page, selector: str) -> list[str]:
     )
 
 
-@pytest.mark.process
 def test_the_page_is_one_file_that_asks_for_nothing(page: Page, page_file: Path) -> None:
     assert page.errors == []
     assert page.requests == [page_file.as_uri()]
@@ -281,7 +283,6 @@ def test_the_credit_view_is_bounded_by_tokens(page_file: Path) -> None:
     assert (first["in_file"], last["step"]) == (3, 11)
 
 
-@pytest.mark.process
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, page_file: Path) -> None:
     ended = report(tmp_path)
     assert ended.returncode == 2
