@@ -243,7 +243,7 @@ def beside_transformers(actor: Actor, model: Path, sequence: Sequence) -> dict[s
 def transformers_log_probs(
     path: Path, sequence: Sequence, last: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Of the last tokens [last], float32."""
+    """Log-probabilities of the last tokens, [last] float32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")

@@ -103,7 +103,7 @@ def timed(out: ResultsFile, name: str, command: list[str]) -> None:
 
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of every number that all steps after the first have."""
+    """Return the median of every number that all steps after the first have."""
     steps = [row for row in rows if "time/step_s" in row][1:]
     names = set.intersection(*(set(row) for row in steps)) if steps else set()
     numbers = {n: [row[n] for row in steps] for n in sorted(names)}

@@ -26,7 +26,7 @@ from megatron_rlsd.parallel.groups import ParallelGroups
 
 @dataclass(frozen=True)
 class Marks:
-    """Of one parameter, as its attributes of these names."""
+    """The marks of one parameter; fields are named as its attributes."""
 
     tensor_model_parallel: bool
     """Each tensor-parallel rank's part counts in the norm; else only the first rank's."""

@@ -95,7 +95,7 @@ class RoutingReplay:
         modules = config.recompute_modules or []
         granularity = config.recompute_granularity
         recomputed = granularity == "full" or (granularity == "selective" and "moe" in modules)
-        # Megatron's fused top-k asks nobody, and would route past the replay without a word.
+        # Megatron's fused top-k never asks the replay, and would ignore it silently.
         config.moe_router_fusion = False
         self._tp_group = tp_group if config.sequence_parallel else None
         self.routers: list[ReplayedRouter] = []
