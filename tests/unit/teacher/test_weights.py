@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from megatron_rlsd.config import TeacherConfig
+from megatron_rlsd.runtime.host_memory import ALIGNMENT
 from megatron_rlsd.teacher import Teacher
+from tests.memory import span
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_the_teacher_computes_in_the_students_own_memory(mode, dtype, beside):
             assert torch.equal(snapshot.tensors[name], value)
     assert {name: value.data_ptr() for name, value in snapshot.tensors.items()} == addresses
     # One block for the snapshot; another for the student only where float32 would lose to 16 bits.
-    assert len({value.untyped_storage().data_ptr() for value in snapshot.tensors.values()}) == 1
+    assert span(snapshot.tensors.values()) <= len(kept) * 2 * ALIGNMENT
     assert (len(snapshot._away[1]) if snapshot._away else 0) == beside
 
 
