@@ -10,6 +10,7 @@ all that is measured is noise. Evidence weights exp(sign(A) gain) are clipped to
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ from megatron_rlsd.ops import PolicyLossStats
 from megatron_rlsd.parallel.exchange import all_reduce_metrics
 from megatron_rlsd.types import TrainBatch
 
+WARN = logging.getLogger(__name__).warning
 OnTokens = Callable[[MicroBatch, PolicyLossStats], None]
 
 
@@ -111,7 +113,7 @@ class NoiseGauge:
         return on_tokens
 
     def metrics(self) -> dict[str, float]:
-        """Of all ranks, and equal on them; empty where none was due. Rank 0 prints a warning."""
+        """Of all ranks, and equal on them; empty where none was due. Rank 0 warns."""
         if not self._is_due:
             return {}
         groups = self._actor.groups
@@ -130,14 +132,14 @@ class NoiseGauge:
         if bound > 0:
             share = found["noise/evidence_clip_share"] = found["noise/gain_std"] / bound
             if groups.rank == 0 and share >= self._config.teacher.noise_share:
-                print(noise_warning(found, bound, self._config.teacher.noise_share), flush=True)
+                WARN(noise_warning(found, bound, self._config.teacher.noise_share))
         return found
 
 
 def noise_warning(found: dict[str, float], bound: float, share: float) -> str:
     """What a user reads when the noise is no longer small beside the evidence."""
     return (
-        f"warning: under identical prompts, where the gain is 0, it has a spread of "
+        f"under identical prompts, where the gain is 0, it has a spread of "
         f"{found['noise/gain_std']:.2g} (largest {found['noise/gain_abs_max']:.2g}): "
         f"{100 * found['noise/evidence_clip_share']:.0f} % of log(1 + algorithm.evidence_clip) = "
         f"{bound:.3g}, and more than {100 * share:g} % (teacher.noise_share); credit of single "

@@ -77,6 +77,10 @@ class Display:
     def show(self, content: RenderableType) -> None:
         """A table or a message."""
 
+    def warn(self, line: str) -> None:
+        """A warning, which no setting hides."""
+        print(line, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """No more will follow."""
 
@@ -92,6 +96,9 @@ class PlainDisplay(Display):
         plain = isinstance(content, str)  # no colours guessed, no line broken
         self._console.print(content, soft_wrap=plain, markup=not plain, highlight=not plain)
         self._console.file.flush()
+
+    def warn(self, line: str) -> None:
+        self.show(line)
 
 
 class LiveDisplay(PlainDisplay):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_rlsd.config import ObservabilityConfig, flattened
 from megatron_rlsd.observability.display import Display, StepLine, make_display
@@ -19,12 +20,15 @@ from megatron_rlsd.observability.metrics_file import (
     keep_before,
     move_aside,
 )
+from megatron_rlsd.observability.profiler import StepProfiler
+from megatron_rlsd.observability.run_warnings import WARNINGS_NAME, RunWarnings
 from megatron_rlsd.observability.samples import drop_samples_from, write_samples
 from megatron_rlsd.observability.tables import evaluation_table, phase_lines, summary_table
 from megatron_rlsd.observability.trace import Gather, PhaseTrace
 from megatron_rlsd.observability.trackers import Tracker, build_trackers
 from megatron_rlsd.types import Group
 
+WARN = logging.getLogger(__name__).warning
 BETWEEN_STEPS = ("evaluation", "checkpoint")
 """Phases that no step's own time counts."""
 STEPS_FOR_TIME_LEFT = 20
@@ -44,8 +48,9 @@ class MetricsLogger:
     ``step`` numbers count from 0, as the training loop does; an evaluation's step is the number of
     steps done before it. With ``resume_step`` (the first step to be run) the lines of earlier steps
     are kept and later ones dropped; without it, what an earlier run left in ``run_dir`` is moved
-    aside to metrics.jsonl.1, samples.1, tensorboard.1 and trace.1. ``enabled=False`` (every rank
-    but 0) writes and shows nothing; only a trace and a profile are made on other ranks too.
+    aside to metrics.jsonl.1, samples.1, tensorboard.1, trace.1 and warnings.jsonl.1.
+    ``enabled=False`` (every rank but 0) writes and shows nothing; only a trace and a profile are
+    made on other ranks too.
 
     ``gather`` brings every rank's bytes to rank 0 for a trace (None: there is one rank only);
     ``step`` and ``summary`` are then collective. ``settings`` is the configuration, shown by
@@ -86,6 +91,9 @@ class MetricsLogger:
         self._line = StepLine(total_steps)
         self._file: MetricsFile | None = None
         self._trackers: list[Tracker] = []
+        self._warnings = RunWarnings(
+            run_dir / WARNINGS_NAME, lambda line: self._display.warn(line), lambda: self._next_step
+        )
         self._steps: list[dict[str, float | None]] = []
         self._evaluations: list[dict[str, float]] = []
         self._phases: list[str] = []
@@ -112,12 +120,15 @@ class MetricsLogger:
         self._display = make_display(
             self._config.progress, self._total_steps, done=self._resume_step or 0
         )
+        self._warnings.__enter__()
         if moved:
             names = ", ".join(path.name for path in moved)
             self._display.show(f"{self._run_dir} holds an earlier run, now moved to {names}")
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *trace: object) -> None:
+        if self._enabled:
+            self._warnings.__exit__()
         self._display.close()
         self._profiler.end()
         for tracker in self._trackers:
@@ -232,6 +243,8 @@ class MetricsLogger:
         for name in ("rollout/response_tokens", "train/tokens"):
             if total := sum(step.get(name) or 0 for step in self._steps):
                 lines.append(f"{name} in all: {total:,.0f}")
+        if self._warnings.count:
+            lines.append(f"warnings     {self._warnings.count}, see {self._warnings.path}")
         lines.append(f"metrics      {self.metrics_path}")
         for name in ("samples", "tensorboard", "wandb", "mlflow", "trace", "profile"):
             if (self._run_dir / name).exists():
@@ -253,13 +266,13 @@ class MetricsLogger:
                 tracker.write(step, finite)
             except Exception as error:  # metrics.jsonl has it all: no reason to stop the run
                 self._trackers.remove(tracker)
-                self._display.show(f"{type(tracker).__name__} is given up at step {step}: {error}")
+                WARN(f"{type(tracker).__name__} is given up at step {step}: {error}")
 
     def _move_earlier_run_aside(self) -> list[Path]:
         if not self.metrics_path.exists() or not self.metrics_path.stat().st_size:
             return []
-        trace_dir = self._run_dir / "trace"
-        return move_aside([self.metrics_path, self.samples_dir, self.tensorboard_dir, trace_dir])
+        others = [self._run_dir / "trace", self._warnings.path]
+        return move_aside([self.metrics_path, self.samples_dir, self.tensorboard_dir, *others])
 
     def _take_up_earlier_run(self, resume_step: int) -> None:
         for record in keep_before(self.metrics_path, resume_step):
@@ -279,39 +292,3 @@ def _as_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
             raise TypeError(f"metric {name!r} must be a number, got {value!r:.80}")
         numbers[name] = value if type(value) is int else float(value)
     return numbers
-
-
-if TYPE_CHECKING:
-    from torch.profiler import profile
-
-
-class StepProfiler:
-    """Profiles the chosen steps on this rank, each to ``folder``/step_000003_rank_0.json.gz."""
-
-    def __init__(self, folder: Path, steps: Collection[int], rank: int) -> None:
-        self._folder, self._steps, self._rank = folder, frozenset(steps), rank
-        self._profile: profile | None = None
-        self._step = -1
-
-    def begin(self, step: int) -> None:
-        """Step ``step`` starts now."""
-        if step in self._steps and self._profile is None:
-            import torch  # here, so that whoever only reads runs need not wait for it
-            from torch.profiler import ProfilerActivity, profile
-
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-            self._step = step
-            self._profile = profile(activities=activities)
-            self._profile.start()
-
-    def end(self) -> None:
-        """The step that began is over (or the run is)."""
-        if self._profile is None:
-            return
-        finished, self._profile = self._profile, None
-        finished.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"step_{self._step:06d}_rank_{self._rank}.json.gz"
-        finished.export_chrome_trace(str(self._folder / name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,6 +27,8 @@ from megatron_rlsd.rollout.sglang import set_nccl_switches
 from megatron_rlsd.run.engines import rollout_engine
 from megatron_rlsd.run.run import Run
 from megatron_rlsd.runtime.errors import UserError
+
+WARN = logging.getLogger(__name__).warning
 
 
 @contextmanager
@@ -99,7 +102,7 @@ def assemble(
         actor = Actor(config, family, hf_config, groups, total_updates)
         if groups.rank == 0:
             for slow in slow_paths(config, groups.device):
-                print(f"WARNING: {slow}", flush=True)
+                WARN(slow)
         if rewards is not None:
             rewards.wait_until_ready()
         if environments is not None:

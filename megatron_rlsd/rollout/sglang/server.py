@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from megatron_rlsd.rollout.sglang.process import (
     server_environment,
 )
 
+WARN = logging.getLogger(__name__).warning
 POLL_SECONDS = 0.25
 MAX_FAULTS = 3
 """Faults without a good answer in between after which even a healthy server is restarted."""
@@ -162,7 +164,7 @@ class Supervisor:
                 return
             server.lose(reason)
             self._changed()
-            print(f"{server} is out: {reason}", flush=True)
+            WARN(f"{server} is out: {reason}")
             await asyncio.sleep(min(MAX_PAUSE_SECONDS, 0.5 * 2**server.restarts))
             server.restarts += 1
 
