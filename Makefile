@@ -46,7 +46,8 @@ check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 -m "not process and not slow"
 
 test: lint models/SmolLM2-135M-Instruct/config.json $(LATEST)/.ready $(BROWSER) try-sglang-cpu try-slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --durations=25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadgroup --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/unit --durations=25
 	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/distributed tests/te -m megatron_range
 
 test-sglang: $(READY) try-sglang-cpu

@@ -16,8 +16,9 @@ import sys
 
 import torch
 
-from megatron_rlsd.actor.actor import Actor, TokenValues, UpdateResult
+from megatron_rlsd.actor.actor import Actor, TokenValues
 from megatron_rlsd.actor.balance import balanced_partition
+from megatron_rlsd.actor.outcome import UpdateResult
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import (

@@ -94,7 +94,7 @@ def check_tensors(
                 continue
             if info.shape != shape:
                 why = ""
-                if len(shape) > 0 and shape[0] == dims.vocab_size != info.shape[:1]:
+                if len(shape) > 0 and shape[0] == dims.vocab_size and shape[:1] != info.shape[:1]:
                     why = f" (config.json says vocab_size={dims.vocab_size})"
                 problems.append(f"{name} has shape {info.shape}, expected {shape}{why}")
             if info.dtype not in FLOAT_DTYPES:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_rlsd.actor.actor import Actor, Distillation, TokenValues, UpdateResult
+from megatron_rlsd.actor.actor import Actor, Distillation, TokenValues
 from megatron_rlsd.actor.balance import balanced_partition
+from megatron_rlsd.actor.outcome import UpdateResult
 from megatron_rlsd.actor.packing import Sequence, student_sequence
 from megatron_rlsd.algorithms import importance_weights, own_functions, token_loss_weights
 from megatron_rlsd.config import AlgorithmConfig, Config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from megatron_rlsd.actor.actor import UpdateResult
+from megatron_rlsd.actor.outcome import UpdateResult
 
 
 def update_metrics(results: list[UpdateResult]) -> dict[str, float]:

@@ -5,7 +5,8 @@ Megatron and no reinforcement-learning object is known.
 """
 
 from megatron_rlsd.ops.backends import BackendChoice, BackendUnavailable, backend_choice
-from megatron_rlsd.ops.divergence import DivergenceConfig, divergence_loss
+from megatron_rlsd.ops.divergence import divergence_loss
+from megatron_rlsd.ops.divergence_rows import DivergenceConfig
 from megatron_rlsd.ops.interface import policy_loss, token_log_probs
 from megatron_rlsd.ops.stats import PolicyLossStats
 from megatron_rlsd.ops.token_loss import PolicyLossConfig
