@@ -21,7 +21,7 @@ def train(config: Config) -> None:
     steps = config.train.steps
     with assemble(config, total_updates=config.total_updates, total_steps=steps) as run:
         learner = Learner(config, run.actor)
-        start = run.continuity.resume(run.actor, learner.snapshots(), run.rollouts)
+        start = run.continuity.resume(run.actor, learner.snapshots(), run.collector)
         run.publish_weights(version=start)
         if config.eval.at_start and start == 0:
             run.evaluate(step=0)

@@ -7,13 +7,13 @@ import statistics
 from dataclasses import replace
 
 from megatron_rlsd.config import EvalConfig
-from megatron_rlsd.experience.experience import Experience
+from megatron_rlsd.experience.groups import GroupBuilder
 from megatron_rlsd.observability.leakage import leakage_metrics
 from megatron_rlsd.types import Group, Problem, Trajectory
 
 
 def evaluate(
-    experience: Experience, problems: dict[str, list[Problem]], config: EvalConfig
+    builder: GroupBuilder, problems: dict[str, list[Problem]], config: EvalConfig
 ) -> dict[str, float]:
     """Metrics per source, ``<source>/<metric>``; the same problems and seeds every time.
 
@@ -24,18 +24,16 @@ def evaluate(
     metrics: dict[str, float] = {}
     for name, chosen in problems.items():
         if config.greedy:
-            params = replace(experience.sampling, temperature=0.0, top_p=1.0, top_k=0)
-            groups = experience.respond(chosen, 1, params, label=f"eval/{name}")
+            params = replace(builder.sampling, temperature=0.0, top_p=1.0, top_k=0)
+            groups = builder.respond(chosen, 1, params, label=f"eval/{name}")
             metrics[f"{name}/greedy_pass@1"] = statistics.fmean(
-                experience.solved(g.trajectories[0]) for g in groups
+                builder.solved(g.trajectories[0]) for g in groups
             )
             metrics |= _shape_metrics(f"{name}/greedy_", groups)
         if config.n_samples:
-            params = replace(
-                experience.sampling, temperature=config.temperature, top_p=1.0, top_k=0
-            )
-            groups = experience.respond(chosen, config.n_samples, params, label=f"eval/{name}")
-            solved = [sum(map(experience.solved, g.trajectories)) for g in groups]
+            params = replace(builder.sampling, temperature=config.temperature, top_p=1.0, top_k=0)
+            groups = builder.respond(chosen, config.n_samples, params, label=f"eval/{name}")
+            solved = [sum(map(builder.solved, g.trajectories)) for g in groups]
             for k in sorted({1, *config.pass_at_k}):
                 metrics[f"{name}/sampled_pass@{k}"] = statistics.fmean(
                     pass_at_k(config.n_samples, correct, k) for correct in solved

@@ -18,11 +18,11 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from megatron_rlsd.algorithms import has_signal
 from megatron_rlsd.config import Config
-from megatron_rlsd.experience.experience import Experience
+from megatron_rlsd.experience.groups import GroupBuilder
+from megatron_rlsd.experience.questions import Questions
+from megatron_rlsd.experience.rules import BatchRules
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest, Group, Problem, Trajectory
 
 CLOSE_SECONDS = 60.0
@@ -40,8 +40,9 @@ class _Ticket:
     requests: list[GenerationRequest]
 
 
-class RolloutStream:
-    """Takes Experience's place where ``rollout.asynchronous.max_staleness`` > 0; on rank 0.
+class StreamCollector:
+    """A Collector whose questions are answered while training goes on
+    (``rollout.asynchronous.max_staleness`` > 0).
 
     A thread hands out requests, takes in responses, and scores them. ``published`` tells it which
     weights the servers have; nothing is asked before the first call. ``span`` notes (name, step,
@@ -51,11 +52,14 @@ class RolloutStream:
     def __init__(
         self,
         config: Config,
-        experience: Experience,
+        questions: Questions,
+        builder: GroupBuilder,
         engine: Submits,
         span: Callable[[str, int, int, int, int], None] = lambda *_: None,
     ) -> None:
-        self._config, self._experience, self._engine, self._span = config, experience, engine, span
+        self._config, self._engine, self._span = config, engine, span
+        self._questions, self._builder = questions, builder
+        self._rules = BatchRules(config, builder)
         self._batch = config.rollout.prompts_per_step
         self._staleness = config.rollout.asynchronous.max_staleness
         self._changed = threading.Condition()
@@ -84,7 +88,7 @@ class RolloutStream:
         self._answered.put(None)
 
     def collect(self, step: int) -> tuple[list[Group], dict[str, float]]:
-        """As ``Experience.collect``: the groups that were let in first among those that are ready.
+        """See Collector: the groups that were let in first among those that are ready.
 
         Waits, at most ``rollout.sglang.generate_timeout_seconds``. Raises what ended the thread.
         """
@@ -106,14 +110,16 @@ class RolloutStream:
                     )
                 self._changed.wait(left)
             chosen = [self._ready.pop(number) for number in sorted(self._ready)[: self._batch]]
-            metrics = {f"rollout/{name}": float(n) for name, n in self._counts.items()}
-            metrics["rollout/groups_under_way"] = len(self._under_way) + len(self._ready)
+            counts = self._counts.copy()
             self._counts.clear()
-        metrics["rollout/wait_seconds"] = time.monotonic() - waited_from
-        for name in ("stale_groups", "filtered_groups"):
-            metrics.setdefault(f"rollout/{name}", 0.0)
-        trajectories = [t for group in chosen for t in group.trajectories]
-        return chosen, self._experience.finish(chosen) | metrics | _staleness(trajectories, step)
+            under_way = len(self._under_way) + len(self._ready)
+        waited = time.monotonic() - waited_from
+        metrics = self._rules.finish(chosen, counts, step) | {
+            "rollout/stale_groups": counts["stale_groups"],
+            "rollout/groups_under_way": under_way,
+            "rollout/wait_seconds": waited,
+        }
+        return chosen, metrics | _staleness([t for g in chosen for t in g.trajectories], step)
 
     def state(self) -> dict[str, Any]:
         """JSON data: the data position, and the questions that were let in but not used.
@@ -124,12 +130,16 @@ class RolloutStream:
             unused = {n: t.problem for n, t in self._under_way.items()}
             unused |= {number: group.problem for number, group in self._ready.items()}
             problems = [unused[number] for number in sorted(unused)] + list(self._waiting)
-            return self._experience.state() | {"in_flight_rollouts": [asdict(p) for p in problems]}
+            return {
+                "source": self._questions.state(),
+                "pending_groups": [],
+                "in_flight_rollouts": [asdict(problem) for problem in problems],
+            }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken, by a stream or by an Experience."""
+        """Go on where ``state`` was taken, by this collector or by a StepCollector."""
         with self._changed:
-            self._experience.load_state(state | {"in_flight_rollouts": []})
+            self._questions.load_state(state["source"])
             for content in state["in_flight_rollouts"]:
                 messages = tuple(content["messages"])
                 self._waiting.append(Problem(**{**content, "messages": messages}))
@@ -150,7 +160,7 @@ class RolloutStream:
                     ticket, future = answered
                     self._take_in(
                         ticket,
-                        self._experience.group(ticket.problem, ticket.requests, future.result()),
+                        self._builder.build(ticket.problem, ticket.requests, future.result()),
                     )
         except BaseException as error:
             with self._changed:
@@ -166,9 +176,9 @@ class RolloutStream:
                 if self._waiting:
                     problem = self._waiting.popleft()
                 else:
-                    problem = self._experience.draw(self._counts)
+                    (problem,) = self._questions.draw(1, self._counts)
                 label = f"{self._first}/stream/{self._let_in}"
-                ticket = _Ticket(self._let_in, problem, self._experience.requests(problem, label))
+                ticket = _Ticket(self._let_in, problem, self._builder.requests(problem, label))
                 self._under_way[self._let_in] = ticket
                 self._began.setdefault(self._let_in // self._batch, time.time_ns())
                 self._let_in += 1
@@ -185,14 +195,14 @@ class RolloutStream:
             del self._under_way[ticket.number]
             self._counts["groups"] += 1
             most = self._config.algorithm.max_refills * self._batch
-            unwanted = self._config.algorithm.group_filter and not has_signal(group.rewards)
-            if unwanted and self._filtered_in_row < most:
+            if self._rules.takes(group):
+                self._filtered_in_row = 0
+                self._ready[ticket.number] = group
+            elif self._filtered_in_row < most:
                 self._counts["filtered_groups"] += 1
                 self._filtered_in_row += 1
                 self._replaced += 1
             else:
-                if not unwanted:
-                    self._filtered_in_row = 0
                 self._ready[ticket.number] = group
             batch = ticket.number // self._batch
             self._ended[batch] += 1
@@ -220,8 +230,6 @@ def _staleness(trajectories: list[Trajectory], step: int) -> dict[str, float]:
         generation = each.generation
         whole = [generation.weight_version] * len(generation.token_ids)
         lags += [step - version for version in generation.token_versions or whole]
-    if not lags:
-        raise UserError(f"none of the responses of step {step} has a token")
     return {
         "rollout/staleness_mean": statistics.fmean(lags),
         "rollout/staleness_max": float(max(lags)),

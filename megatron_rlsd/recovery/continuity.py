@@ -26,7 +26,7 @@ from megatron_rlsd.types import TrainBatch
 
 
 class Position(Protocol):
-    """Where a stream of data stands (ProblemSource, Experience), as JSON data."""
+    """Where a stream of data stands (ProblemSource, Collector), as JSON data."""
 
     def state(self) -> dict[str, Any]: ...
 

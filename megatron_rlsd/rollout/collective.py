@@ -9,6 +9,7 @@ the process group's time limit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ from megatron_rlsd.parallel.exchange import (
     unpack_message,
     unragged,
 )
-from megatron_rlsd.rollout.engine import RolloutEngine
+from megatron_rlsd.rollout.engine import EngineError, RolloutEngine
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 
 Result = TypeVar("Result")
@@ -61,6 +62,13 @@ class CollectiveEngine:
         answers = self._answer(message)
         assert answers is not None
         return [generation for answer in answers for generation in _unpack_generations(answer)]
+
+    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]:
+        """Raises EngineError: the ranks that would sample are the ones that train."""
+        raise EngineError(
+            "the embedded engine samples only while training waits for it; "
+            "rollout.asynchronous needs rollout.engine=sglang"
+        )
 
     def _assist(self) -> None:
         while True:

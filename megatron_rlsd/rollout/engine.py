@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 import torch
@@ -43,11 +44,15 @@ class RolloutEngine(Protocol):
 
 
 class TrainerEngine(Protocol):
-    """A RolloutEngine whose rank 0 generates while the others wait or help."""
+    """A RolloutEngine whose rank 0 generates while the others wait or help.
+
+    ``submit`` is ``generate`` in the background; EngineError from an engine that cannot do that.
+    """
 
     @property
     def weight_version(self) -> int: ...
     def generate(self, requests: list[GenerationRequest]) -> list[Generation]: ...
+    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]: ...
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
     def run_on_rank_zero(self, work: Callable[[], Result]) -> Result | None: ...
     def close(self) -> None: ...

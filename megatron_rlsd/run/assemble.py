@@ -14,7 +14,7 @@ from megatron_rlsd.checkpoint.start import Program
 from megatron_rlsd.config import Config, dump_config
 from megatron_rlsd.data import PromptBuilder, build_sources, evaluation_problems, load_tokenizer
 from megatron_rlsd.environments import EnvironmentPool
-from megatron_rlsd.experience import Experience, RolloutStream
+from megatron_rlsd.experience import GroupBuilder, Questions, build_collector
 from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.observability import MetricsLogger
@@ -22,7 +22,6 @@ from megatron_rlsd.parallel.exchange import gather_bytes
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.recovery.continuity import continuity
 from megatron_rlsd.rewards import RewardPool
-from megatron_rlsd.rollout.served import ServedEngine
 from megatron_rlsd.rollout.sglang import set_nccl_switches
 from megatron_rlsd.run.engines import rollout_engine
 from megatron_rlsd.run.run import Run
@@ -77,8 +76,7 @@ def assemble(
             )
         )
         engine, publisher = stack.enter_context(rollout_engine(config, groups, hf_config, prompts))
-        rewards, environments, experience, eval_problems = None, None, None, {}
-        rollouts: Experience | RolloutStream | None = None
+        rewards, environments, builder, collector, eval_problems = None, None, None, None, {}
         if groups.rank == 0:
             # Its workers import their libraries while the model is built.
             rewards = stack.enter_context(RewardPool(config.reward))
@@ -89,12 +87,16 @@ def assemble(
             if config.environment.name is not None:
                 environments = stack.enter_context(EnvironmentPool(config.environment))
                 episodes = Episodes(config, prompts, tokenizer, engine, environments)
-            experience = Experience(config, source, prompts, tokenizer, engine, rewards, episodes)
-            rollouts = experience
-            if config.rollout.asynchronous.max_staleness and program == "train":
-                assert isinstance(engine, ServedEngine)
-                rollouts = stream = RolloutStream(config, experience, engine, log.span)
-                stack.callback(stream.close)
+            builder = GroupBuilder(config, prompts, tokenizer, engine, rewards, episodes)
+            collector = build_collector(
+                config,
+                Questions(source, prompts, config.prompts.max_prompt_tokens),
+                builder,
+                engine,
+                log.span,
+                beside_training=program == "train",
+            )
+            stack.callback(collector.close)
             for number, each in enumerate(config.data.eval):
                 problems = evaluation_problems(each, config.eval.num_problems)
                 name = problems[0].source
@@ -109,8 +111,8 @@ def assemble(
             environments.wait_until_ready()
         yield Run(
             *(config, groups, tokenizer, prompts, actor, log, engine),
-            experience=experience,
-            rollouts=rollouts,
+            builder=builder,
+            collector=collector,
             eval_problems=eval_problems,
             continuity=kept,
             publisher=publisher,

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, Tokenizer
-from megatron_rlsd.experience import Experience, RolloutStream, train_batch, trained
+from megatron_rlsd.experience import Collector, GroupBuilder, train_batch, trained
 from megatron_rlsd.experience.evaluation import evaluate
 from megatron_rlsd.hf_bridge import save_hf_folder
 from megatron_rlsd.learner.credit import CreditCollector, attach_credit
@@ -33,7 +33,7 @@ from megatron_rlsd.weight_sync import Publisher
 
 @dataclass
 class Run:
-    """One rank's parts. ``experience``, ``rollouts`` and ``eval_problems``: on rank 0 only."""
+    """One rank's parts. ``builder``, ``collector`` and ``eval_problems``: on rank 0 only."""
 
     config: Config
     process_groups: ParallelGroups
@@ -42,8 +42,8 @@ class Run:
     actor: Actor
     log: MetricsLogger
     engine: TrainerEngine
-    experience: Experience | None
-    rollouts: Experience | RolloutStream | None
+    builder: GroupBuilder | None
+    collector: Collector | None
     """Where training batches come from."""
     eval_problems: dict[str, list[Problem]]
     continuity: Continuity
@@ -59,8 +59,8 @@ class Run:
         """Sampled and rewarded: groups and metrics on rank 0, the batch on every rank."""
 
         def work() -> tuple[list[Group], dict[str, float]]:
-            assert self.rollouts is not None
-            return self.rollouts.collect(step)
+            assert self.collector is not None
+            return self.collector.collect(step)
 
         groups, metrics = self.engine.run_on_rank_zero(work) or ([], {})
         if self.config.rollout.colocated and self.actor.trains:
@@ -79,8 +79,8 @@ class Run:
         if self.config.rollout.colocated:
             self.actor.make_room()
         metrics = self.publisher.publish(self.actor, version)
-        if isinstance(self.rollouts, RolloutStream):
-            self.rollouts.published(version)
+        if self.collector is not None:
+            self.collector.published(version)
         return metrics
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -92,8 +92,8 @@ class Run:
             return {}
 
         def work() -> bytes:
-            assert self.experience is not None
-            results = evaluate(self.experience, self.eval_problems, self.config.eval)
+            assert self.builder is not None
+            results = evaluate(self.builder, self.eval_problems, self.config.eval)
             self.log.evaluation(step, results)
             return json.dumps(results).encode()
 

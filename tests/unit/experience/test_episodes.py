@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, build_sources, load_tokenizer
 from megatron_rlsd.environments import EnvironmentPool
-from megatron_rlsd.experience import Experience, train_batch
+from megatron_rlsd.experience import GroupBuilder, Questions, train_batch
 from megatron_rlsd.experience.episodes import Episodes
+from megatron_rlsd.experience.synchronous import StepCollector
 from megatron_rlsd.observability.samples import sample_row
 from megatron_rlsd.parallel.exchange import pack_train_batch, unpack_train_batch
 from megatron_rlsd.rewards import RewardPool
@@ -79,16 +80,14 @@ def play(make_config: Callable[..., Config], tiny_model: Path, tmp_path: Path) -
         prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
         engine = RecordingEngine(tiny_model)
         source = build_sources(config.data.train, 0)
-        with RewardPool(config.reward) as rewards:
-            if environment is None:
-                yield Experience(config, source, prompts, tokenizer, engine, rewards), engine
-                return
-            with EnvironmentPool(config.environment) as pool:
+        questions = Questions(source, prompts, config.prompts.max_prompt_tokens)
+        with RewardPool(config.reward) as rewards, ExitStack() as stack:
+            episodes = None
+            if environment is not None:
+                pool = stack.enter_context(EnvironmentPool(config.environment))
                 episodes = Episodes(config, prompts, tokenizer, engine, pool)
-                yield (
-                    Experience(config, source, prompts, tokenizer, engine, rewards, episodes),
-                    engine,
-                )
+            builder = GroupBuilder(config, prompts, tokenizer, engine, rewards, episodes)
+            yield StepCollector(config, questions, builder), engine
 
     return build
 
@@ -106,10 +105,10 @@ def turns_of(trajectory: Trajectory) -> list[tuple[int, list[int]]]:
 
 
 def test_a_trajectory_is_what_the_engine_returned_with_the_answers_between(play, tiny_model):
-    with play({"name": "digits.py:Digits", "role": "tool"}) as (experience, engine):
-        groups, metrics = experience.collect(0)
+    with play({"name": "digits.py:Digits", "role": "tool"}) as (collector, engine):
+        groups, metrics = collector.collect(0)
     trajectories = [t for g in groups for t in g.trajectories]
-    tokenizer = experience._tokenizer
+    tokenizer = collector._builder._tokenizer
     assert len(trajectories) == 12
     assert {len(t.transcript) for t in trajectories} >= {1, 5}
     # All episodes that go on are asked together, in their order.
@@ -180,8 +179,8 @@ def test_a_trajectory_is_what_the_engine_returned_with_the_answers_between(play,
 def test_the_limits_end_an_episode_as_cut_off(play):
     with play(
         {"name": "digits.py:Digits", "max_turns": 2}, rollout={"max_response_tokens": 31}
-    ) as (experience, engine):
-        groups, metrics = experience.collect(0)
+    ) as (collector, engine):
+        groups, metrics = collector.collect(0)
     found = [t for g in groups for t in g.trajectories]
     for trajectory in found:
         generation = trajectory.generation
@@ -202,11 +201,11 @@ def test_the_limits_end_an_episode_as_cut_off(play):
 
 @pytest.mark.process
 def test_an_environment_that_ends_at_once_leaves_a_single_turn_as_it_was(play):
-    with play(rollout={"max_response_tokens": 12}) as (experience, _):
-        plain, _ = experience.collect(3)
+    with play(rollout={"max_response_tokens": 12}) as (collector, _):
+        plain, _ = collector.collect(3)
     ends = {"name": "failing.py:Ends", "max_turn_tokens": None}
-    with play(ends, rollout={"max_response_tokens": 12}) as (experience, _):
-        played, metrics = experience.collect(3)
+    with play(ends, rollout={"max_response_tokens": 12}) as (collector, _):
+        played, metrics = collector.collect(3)
     for before, after in zip(plain, played, strict=True):
         assert before.problem == after.problem
         for one, other in zip(before.trajectories, after.trajectories, strict=True):
@@ -224,8 +223,8 @@ def test_an_environment_that_ends_at_once_leaves_a_single_turn_as_it_was(play):
 
 @pytest.mark.process
 def test_a_failing_environment_gives_no_reward_and_is_counted(play):
-    with play({"name": "failing.py:Fails"}) as (experience, _):
-        groups, metrics = experience.collect(0)
+    with play({"name": "failing.py:Fails"}) as (collector, _):
+        groups, metrics = collector.collect(0)
     found = [t for g in groups for t in g.trajectories]
     unbegun = [t for t in found if int(t.problem.answer) % 3 == 0]
     assert 0 < len(unbegun) < len(found)

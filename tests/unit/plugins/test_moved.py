@@ -36,7 +36,7 @@ def test_a_users_file_with_old_names_loads(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "from megatron_rlsd.episodes import Episodes\n"
-        "from megatron_rlsd.experience import Experience, train_batch, trained\n"
+        "from megatron_rlsd.experience import GroupBuilder, train_batch, trained\n"
         "from megatron_rlsd.hf_bridge.convert import to_hf, to_megatron\n"
         "from megatron_rlsd.learner import Learner, Scores\n"
         "from megatron_rlsd.lifecycle import Preempted\n"

@@ -1,0 +1,203 @@
+"""From a question to a scored group with the teacher's prompts; runs on rank 0."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from megatron_rlsd.algorithms import evidence_span
+from megatron_rlsd.config import Config
+from megatron_rlsd.data import PromptBuilder, Tokenizer
+from megatron_rlsd.experience.episodes import Episodes
+from megatron_rlsd.experience.seeds import sample_seed
+from megatron_rlsd.rollout.engine import RolloutEngine
+from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.teacher import response_hints, wrong_hints
+from megatron_rlsd.types import (
+    Generation,
+    GenerationRequest,
+    Group,
+    Problem,
+    RewardInput,
+    RewardResult,
+    SamplingParams,
+    Trajectory,
+)
+
+
+class Rewards(Protocol):
+    @property
+    def labels(self) -> list[str]: ...
+    def score(self, samples: list[RewardInput]) -> list[RewardResult]: ...
+
+
+class GroupBuilder:
+    """Makes groups of responses: asks for them, scores them, and adds what the teacher is told.
+
+    Every group comes from here: those that the collectors train on, whether the engine samples
+    while training waits or beside it, and those of an evaluation.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: PromptBuilder,
+        tokenizer: Tokenizer,
+        engine: RolloutEngine,
+        rewards: Rewards,
+        episodes: Episodes | None = None,
+    ) -> None:
+        """``episodes``: where an environment answers the model; None: a response is one turn."""
+        self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
+        self._engine, self._rewards, self._episodes = engine, rewards, episodes
+        self._critique_seen = False
+        self._without_critique = 0
+        self.sampling = SamplingParams(
+            max_new_tokens=config.rollout.max_response_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            stop_token_ids=(*tokenizer.stop_token_ids, *config.rollout.stop_token_ids),
+        )
+
+    def sample(self, problems: list[Problem], label: str) -> list[Group]:
+        """Training groups of these questions, sampled now; ``label`` and the seed fix the samples.
+
+        Raises UserError as ``build`` does.
+        """
+        n = self._config.rollout.n_samples_per_prompt
+        groups = self.respond(problems, n, self.sampling, label)
+        for group in groups:
+            self._add_hints(group)
+        return groups
+
+    def requests(self, problem: Problem, label: str) -> list[GenerationRequest]:
+        """The requests of a training group, for an engine that samples in the background."""
+        n = self._config.rollout.n_samples_per_prompt
+        return self._requests(problem, n, self.sampling, label)
+
+    def build(
+        self, problem: Problem, requests: list[GenerationRequest], generations: list[Generation]
+    ) -> Group:
+        """The training group of what ``requests`` brought.
+
+        Raises UserError with ``teacher.hint`` critique, where the first ``prompts_per_step``
+        questions have none under ``teacher.critique_key``; and as Rewards.score does.
+        """
+        prompts = (request.prompt_ids for request in requests)
+        trajectories = [
+            self._trajectory(problem, ids, g) for ids, g in zip(prompts, generations, strict=True)
+        ]
+        self._reward(trajectories, self.sampling.max_new_tokens)
+        group = Group(problem, trajectories)
+        self._add_hints(group)
+        return group
+
+    def respond(
+        self, problems: list[Problem], n: int, params: SamplingParams, label: str
+    ) -> list[Group]:
+        """``n`` scored responses to each problem, for no teacher to read; ``label`` and the seed
+        fix the samples."""
+        if self._episodes is not None:
+            trajectories = self._episodes.play(problems, n, params, label)
+        else:
+            requests = [
+                request
+                for index, problem in enumerate(problems)
+                for request in self._requests(problem, n, params, f"{label}/{index}")
+            ]
+            trajectories = [
+                self._trajectory(problems[number // n], request.prompt_ids, generation)
+                for number, (request, generation) in enumerate(
+                    zip(requests, self._engine.generate(requests), strict=True)
+                )
+            ]
+        self._reward(trajectories, params.max_new_tokens)
+        groups = [trajectories[i * n : (i + 1) * n] for i in range(len(problems))]
+        # An environment may have added to the question.
+        return [Group(group[0].problem, group) for group in groups]
+
+    def solved(self, trajectory: Trajectory) -> bool:
+        """Did the first reward function accept the response?"""
+        assert trajectory.reward is not None
+        first = self._config.reward.functions[0].name
+        return trajectory.reward.parts[first] >= self._config.reward.solved_threshold
+
+    def _requests(
+        self, problem: Problem, n: int, params: SamplingParams, label: str
+    ) -> list[GenerationRequest]:
+        prompt_ids = self._prompts.student(problem)
+        seeds = [sample_seed(self._config.train.seed, label, sample) for sample in range(n)]
+        return [GenerationRequest(prompt_ids, params, seed) for seed in seeds]
+
+    def _trajectory(
+        self, problem: Problem, prompt_ids: list[int], generation: Generation
+    ) -> Trajectory:
+        return Trajectory(
+            problem,
+            prompt_ids,
+            teacher_prompt_ids=[],
+            generation=generation,
+            response_text=self._tokenizer.decode(generation.token_ids),
+        )
+
+    def _reward(self, trajectories: list[Trajectory], max_tokens: int) -> None:
+        played = [t for t in trajectories if not t.environment_error]
+        results = self._rewards.score(
+            [
+                RewardInput(
+                    problem=t.problem,
+                    response=t.transcript[-1]["content"] if t.transcript else t.response_text,
+                    num_tokens=len(t.generation.token_ids),
+                    max_tokens=max_tokens,
+                    finish_reason=t.generation.finish_reason,
+                    transcript=t.transcript,
+                    environment_reward=t.environment_reward,
+                )
+                for t in played
+            ]
+        )
+        for trajectory, result in zip(played, results, strict=True):
+            trajectory.reward = result
+        for trajectory in trajectories:
+            if trajectory.environment_error:
+                trajectory.reward = RewardResult(
+                    value=0.0,
+                    parts=dict.fromkeys(self._rewards.labels, 0.0),
+                    errors={"environment": trajectory.environment_error},
+                )
+
+    def _add_hints(self, group: Group) -> None:
+        """Everything that the teacher's passes need."""
+        algorithm, problem = self._config.algorithm, group.problem
+        solved = [self.solved(t) for t in group.trajectories]
+        hints = response_hints(group, solved, self._config.teacher)
+        if hints is None:
+            own = self._prompts.teacher(problem)
+            prompts = [own] * len(group.trajectories)
+        else:
+            prompts = [[] if h is None else self._prompts.teacher(problem, h) for h in hints]
+        for trajectory, prompt in zip(group.trajectories, prompts, strict=True):
+            trajectory.teacher_prompt_ids = prompt
+        if algorithm.contrasts_hints:
+            for trajectory, hint in zip(
+                group.trajectories, wrong_hints(group, solved), strict=True
+            ):
+                if hint is not None:
+                    trajectory.contrast_prompt_ids = self._prompts.teacher(problem, hint)
+        if algorithm.span_start is not None or algorithm.span_end is not None:
+            for t in group.trajectories:
+                t.evidence_span = evidence_span(
+                    t.response_text, t.generation.token_ids, self._tokenizer.decode, algorithm
+                )
+        if self._config.teacher.hint == "critique" and not self._critique_seen:
+            self._look_for_critiques(group)
+
+    def _look_for_critiques(self, group: Group) -> None:
+        """A wrong key would train without a teacher, in silence."""
+        self._critique_seen = any(t.teacher_prompt_ids for t in group.trajectories)
+        self._without_critique += not self._critique_seen
+        if self._without_critique == self._config.rollout.prompts_per_step:
+            raise UserError(
+                f"teacher.hint=critique: none of the first {self._without_critique} problems has a "
+                f"text under metadata[{self._config.teacher.critique_key!r}] (teacher.critique_key)"
+            )

@@ -1,0 +1,58 @@
+"""The questions that training asks, in the order of the data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from megatron_rlsd.data import (
+    ProblemSource,
+    PromptBuilder,
+    PromptTooLong,
+    refuse_demonstration,
+)
+from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.types import Problem
+
+ROUNDS = 100
+"""Times that the source is asked for what is still missing, before a draw gives up."""
+
+
+class Questions:
+    """Draws the next questions whose prompts fit, and knows where the data stands."""
+
+    def __init__(
+        self, source: ProblemSource, prompts: PromptBuilder, max_prompt_tokens: int
+    ) -> None:
+        self._source, self._prompts = source, prompts
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def draw(self, count: int, counts: Counter[str]) -> list[Problem]:
+        """The next ``count`` questions that fit; the others go into counts["prompts_too_long"].
+
+        Raises UserError where too few fit, and for a conversation to imitate.
+        """
+        problems: list[Problem] = []
+        for _ in range(ROUNDS):
+            for problem in self._source.next(count - len(problems)):
+                try:
+                    self._prompts.student(refuse_demonstration(problem))
+                except PromptTooLong:
+                    counts["prompts_too_long"] += 1
+                else:
+                    problems.append(problem)
+            if len(problems) == count:
+                return problems
+        raise UserError(
+            f"only {len(problems)} of {count} questions have prompts of at most "
+            f"prompts.max_prompt_tokens={self._max_prompt_tokens} tokens "
+            f"({counts['prompts_too_long']} were longer)"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The data position as JSON data."""
+        return self._source.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken; UserError if it belongs to other data."""
+        self._source.load_state(state)
