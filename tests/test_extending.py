@@ -14,6 +14,7 @@ import transformers
 
 from megatron_rlsd import train
 from megatron_rlsd.algorithms import registry, response_advantages
+from megatron_rlsd.commands import convert
 from megatron_rlsd.config import Config, RewardConfig, load_config
 from megatron_rlsd.config.variants import VARIANTS
 from megatron_rlsd.hf_bridge import FAMILIES, SafetensorsFolder
@@ -26,7 +27,6 @@ from megatron_rlsd.rewards.registry import REWARDS
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, Group, Problem, RewardInput, RewardResult, Trajectory
 from tests.distributed.ranks import run_on_ranks
-from tests.scripts import load_script
 from tests.test_algorithms import Scorer, sampled
 
 ROOT = Path(__file__).parent.parent
@@ -208,7 +208,7 @@ def test_a_run_with_an_algorithm_and_a_model_family_of_ones_own(phi3: Path, tmp_
 def test_a_family_of_ones_own_is_converted(
     phi3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = load_script("tools/convert_hf_checkpoint.py").main
+    main = convert.main
     megatron, back = str(tmp_path / "megatron"), str(tmp_path / "back")
     assert main(["to-megatron", str(phi3), megatron, "--tensor-parallel=2"]) == 2
     assert "a table of your own is named under plugins" in capsys.readouterr().err

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_rlsd.commands import convert
 from megatron_rlsd.observability import read_metrics
 from tests.conftest import ROOT
-from tools import convert_hf_checkpoint
 
 pytestmark = pytest.mark.process
 
@@ -87,16 +87,16 @@ def test_checkpoints_are_verified_and_turned_into_hugging_face_folders(
     for name, hf_name in (("converted", "model"), (CHECKPOINT, "run/hf/final")):
         checkpoint, source, out = old / name, old / hf_name, old / f"{Path(name).name}_hf"
         arguments = ["verify", str(checkpoint), str(source), "--skip-log-probs"]
-        assert convert_hf_checkpoint.main(arguments) == 0
+        assert convert.main(arguments) == 0
         assert "24 tensors bit-identical" in capsys.readouterr().out
-        assert convert_hf_checkpoint.main(["to-hf", str(checkpoint), str(out)]) == 0
+        assert convert.main(["to-hf", str(checkpoint), str(out)]) == 0
         made, known = (
             load_file(out / "model.safetensors"),
             load_file(source / "model.safetensors"),
         )
         assert made.keys() == known.keys()
         assert all(torch.equal(made[name], tensor) for name, tensor in known.items())
-        assert convert_hf_checkpoint.main(["inspect", str(checkpoint)]) == 0
+        assert convert.main(["inspect", str(checkpoint)]) == 0
 
 
 def test_a_converted_folder_starts_a_run(old: Path) -> None:

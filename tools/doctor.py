@@ -1,69 +1,8 @@
-"""Is everything in order for a run? Checks the machine, and what a configuration names.
+"""Is everything in order for a run? The program is ``rlsd doctor``; this file starts it."""
 
-    tools/doctor.py [CONFIG.yaml] [--json] [--gpus N] [--deep] [key=value ...]
-
---deep also loads the weights, starts the rollout engine, and compares the log-probabilities of what
-it samples with the trainer's; a layout of several processes is started with torchrun. Exit code 0:
-nothing failed. 1: something did.
-"""
-
-from __future__ import annotations
-
-import json
-import os
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 
-from megatron_rlsd.config import config_parser
-from megatron_rlsd.diagnosis.check import Check
-from megatron_rlsd.diagnosis.versions import version_checks
-
-MARKS = {"ok": "ok", "warning": "WARNING", "failed": "FAILED", "skipped": "skipped"}
-
-
-def main(argv: list[str]) -> int:
-    parser = config_parser(__doc__, optional=True)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--gpus", type=int, help="processes of the trainer; default: WORLD_SIZE")
-    parser.add_argument("--deep", action="store_true")
-    args = parser.parse_intermixed_args(argv)
-    if args.deep and args.config is None:
-        parser.error("--deep needs a CONFIG")
-    rank, world = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE")
-    known = args.gpus or (int(world) if world else None)
-    if rank > 0 and not args.deep:
-        return 0
-    checks: Iterable[Check]
-    try:
-        # Imported late: it fails where Megatron-Core does, and then the versions say why.
-        from megatron_rlsd.diagnosis.doctor import Doctor
-    except Exception as error:
-        checks = [*version_checks(), Check("program", "failed", f"cannot be imported: {error}")]
-    else:
-        doctor = Doctor(args.config, args.overrides, world_size=known, deep=args.deep)
-        if rank > 0:
-            return int(doctor.engine_check().status == "failed")
-        checks = doctor.checks()
-    found = list(show(checks, quiet=args.json))
-    failed = [check.name for check in found if check.status == "failed"]
-    if args.json:
-        print(json.dumps({"failed": failed, "checks": [asdict(check) for check in found]}))
-    else:
-        print(f"\n{len(failed)} failed: {', '.join(failed)}" if failed else "\nnothing failed")
-    return int(bool(failed))
-
-
-def show(checks: Iterable[Check], *, quiet: bool) -> Iterator[Check]:
-    """Print each check as it is done."""
-    for check in checks:
-        if not quiet:
-            first, *more = check.message.splitlines() or [""]
-            print(f"{MARKS[check.status]:<8} {check.name:<28} {first}", flush=True)
-            for line in more:
-                print(f"{'':<37} {line}")
-        yield check
-
+from megatron_rlsd.commands import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("doctor", sys.argv[1:]))

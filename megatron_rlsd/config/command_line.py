@@ -6,16 +6,37 @@ import argparse
 from pathlib import Path
 
 
-def config_parser(description: str | None, *, optional: bool = False) -> argparse.ArgumentParser:
+class _ConfigParser(argparse.ArgumentParser):
+    """Its help ends with the settings."""
+
+    def format_help(self) -> str:
+        from megatron_rlsd.config.listing import overview
+
+        return (
+            f"{super().format_help()}\nsettings (rlsd settings KEY says what one means; entries of "
+            f"lists are numbered from 0):\n{overview()}\n"
+        )
+
+
+def config_parser(
+    description: str | None,
+    prog: str | None = None,
+    *,
+    optional: bool = False,
+    settings: bool = False,
+) -> argparse.ArgumentParser:
     """A parser of ``CONFIG.yaml [key=value ...]``, to which options may be added.
 
-    It gives ``config`` and ``overrides``, which ``load_config`` takes. ``optional``: the program
-    also does without a configuration. To be used with ``parse_intermixed_args``, so that options
-    may stand anywhere.
+    It gives ``config`` and ``overrides``, which ``load_config`` takes. ``prog``: the program's name
+    in messages. ``optional``: the program also does without a configuration. ``settings``: the help
+    lists every key. To be used with ``parse_intermixed_args``, so that options may stand anywhere.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = (_ConfigParser if settings else argparse.ArgumentParser)(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=None if settings else "The settings: rlsd settings.",
     )
-    parser.add_argument("config", type=Path, nargs="?" if optional else None)
+    parser.add_argument("config", type=Path, nargs="?" if optional else None, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser

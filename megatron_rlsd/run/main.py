@@ -26,6 +26,11 @@ def main(command: Callable[[Config], None], argv: list[str], usage: str) -> int:
         config = load_config(arguments.config, arguments.overrides)
     except UserError as error:
         return tell(error)
+    return execute(command, config)
+
+
+def execute(command: Callable[[Config], None], config: Config) -> int:
+    """Run a program to its end, which status.json tells; the exit code."""
     stop_with_launcher()
     write_status(config.run_dir, None)
     status, code, message = "finished", 0, ""

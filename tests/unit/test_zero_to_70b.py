@@ -6,18 +6,20 @@ import argparse
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_rlsd.commands import plan
 from megatron_rlsd.config import load_config
 from tests.conftest import ROOT
-from tests.scripts import load_script
 from tests.unit.planning.test_plan import LLAMA_70B
 
 PAGE = ROOT / "docs" / "zero_to_70b.md"
@@ -48,8 +50,9 @@ def check_tool(path: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("parse_args", "parse_intermixed_args"):
         original = getattr(argparse.ArgumentParser, name)
         monkeypatch.setattr(argparse.ArgumentParser, name, stop_after(original))
+    monkeypatch.setattr(sys, "argv", [path, *words])
     with pytest.raises(Parsed):
-        load_script(path).main(words)
+        runpy.run_path(str(ROOT / path), run_name="__main__")
     if config := getattr(taken[0], "config", None):
         load_config(ROOT / config, taken[0].overrides)
 
@@ -128,6 +131,6 @@ def test_the_plan_shows_what_the_page_says(
     (command,) = (c for c in commands() if "plan_run" in c and "--search" not in c)
     words = [str(ROOT / w) if w.startswith("examples/") else w for w in shlex.split(command)[2:]]
     monkeypatch.chdir(tmp_path)
-    assert load_script("tools/plan_run.py").main(words) == 0
+    assert plan.main(words) == 0
     (said,) = re.findall(r"`(FITS, .*?)`", PAGE.read_text())
     assert said in capsys.readouterr().out

@@ -17,12 +17,13 @@ from megatron_rlsd.actor.model import build_model, transformer_config
 from megatron_rlsd.checkpoint.manifest import read_manifest
 from megatron_rlsd.checkpoint.sharding import model_pieces, model_tensors
 from megatron_rlsd.checkpoint.storage import load_into
+from megatron_rlsd.commands import convert
+from megatron_rlsd.commands.conversions import log_prob_difference
 from megatron_rlsd.config import ModelConfig, ParallelConfig
-from megatron_rlsd.conversion.compare import tensor_hash
+from megatron_rlsd.conversion.compare import open_checkpoint, tensor_hash
 from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for, load_hf_config
 from megatron_rlsd.parallel.groups import parallel_world
 from tests.models import save_random_model
-from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[3]
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -30,7 +31,7 @@ SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    return load_script("tools/convert_hf_checkpoint.py")
+    return convert
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_bad_input_is_told_in_one_line(
     ("args", "message"),
     [
         (("to-megatron", "a", "b", "--tensor-parallel", "0"), "at least 1"),
-        (("to-megatron", "a", "b", "--dtype", "int8"), "expected one of float32"),
+        (("to-megatron", "a", "b", "--dtype", "int8"), "float32"),
         (("to-hf", "a", "b", "--max-shard-size", "big"), "expected for example 5GB"),
         (("explode",), "invalid choice"),
     ],
@@ -245,7 +246,7 @@ def test_smollm2_there_and_back_on_real_text(
     assert "log-probabilities: transformers and Megatron differ by at most" in shown
 
     # The comparison would prove nothing if it could not fail.
-    weights = tool.open_checkpoint(back)
+    weights = open_checkpoint(back)
     bent = SimpleNamespace(
         path=weights.path,
         tensors=weights.tensors,
@@ -253,7 +254,7 @@ def test_smollm2_there_and_back_on_real_text(
             weights.slice(name, ranges) * (1.01 if name == "model.norm.weight" else 1)
         ),
     )
-    difference, tokens = tool.log_prob_difference(back, bent, text.read_text(), 64)
+    difference, tokens = log_prob_difference(back, bent, text.read_text(), 64)
     assert difference > 0.01
     assert tokens > 10
 

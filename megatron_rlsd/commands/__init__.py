@@ -1,0 +1,90 @@
+"""The one command line, ``rlsd``: a table of commands, each a module of its own.
+
+A command's module has ``main(argv) -> exit code``, where ``argv`` is what stands behind the
+command's name. It imports torch and whatever imports torch only inside ``main``, after the command
+line is read, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from dataclasses import dataclass
+
+from megatron_rlsd import __version__
+from megatron_rlsd.commands.missing import explained
+from megatron_rlsd.runtime.errors import UserError, tell
+
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of the table."""
+
+    module: str
+    help: str
+    """One line for ``rlsd --help``."""
+
+
+COMMANDS = {
+    "demo": Command("demo", "build a small model, warm-start it and train it with RLSD, on CPUs"),
+    "train": Command("train", "RLSD and its relatives on the questions and rewards of a CONFIG"),
+    "sft": Command("sft", "supervised warm start with the same CONFIG"),
+    "serve": Command("serve", "this node's SGLang servers, for a trainer that runs elsewhere"),
+    "rollout": Command("rollout", "sample and score responses without training"),
+    "plan": Command("plan", "does a CONFIG fit, how long does a step take, which layout is best"),
+    "doctor": Command("doctor", "is everything in order for a run"),
+    "convert": Command("convert", "Hugging Face folders to Megatron checkpoints and back"),
+    "report": Command("report", "one HTML file about one or several runs"),
+    "inspect": Command("inspect", "a run's responses in the terminal, coloured by credit"),
+    "replay": Command("replay", "make one recorded update again and compare"),
+    "tiny-model": Command("tiny_model", "a small random model with a tokenizer of its own"),
+    "settings": Command("settings", "what every key of a CONFIG means; a JSON schema for editors"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rlsd COMMAND ...``; the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"megatron_rlsd {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        return tell(
+            UserError(f"rlsd has no command {words[0]!r}{meant}; it has {', '.join(COMMANDS)}")
+        )
+    return run(words[0], words[1:])
+
+
+def run(name: str, argv: list[str]) -> int:
+    """One command with its own arguments; also what the files in tools/ start."""
+    try:
+        module = importlib.import_module(f"megatron_rlsd.commands.{COMMANDS[name].module}")
+        return int(module.main(argv))
+    except UserError as error:  # of an import: Megatron-Core is missing or not supported
+        return tell(error)
+    except ImportError as error:
+        return tell(explained(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def overview() -> str:
+    """What ``rlsd --help`` prints."""
+    lines = [
+        "usage: rlsd COMMAND ... | rlsd COMMAND --help | rlsd --version",
+        "",
+        "Post-training of language models with RLSD (arXiv:2604.03128) on Megatron-Core.",
+        "",
+    ]
+    width = max(map(len, COMMANDS))
+    lines += [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
