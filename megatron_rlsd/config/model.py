@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import datetime
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -139,7 +140,13 @@ class TokenizerConfig(Section):
     """Tokenizer folder or sentencepiece file; default: model.hf_path."""
     kind: Literal["auto", "hf", "sentencepiece"] = "auto"
     chat_template: str | None = None
-    """A Jinja chat template in place of the tokenizer's own (required where it has none)."""
+    """A Jinja chat template in place of the tokenizer's own (required where it has none): the
+    template itself, a file with it, or the name of one of the tokenizer's templates."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the chat template, as ``enable_thinking: false``. Exports have them as
+    defaults."""
+    template_date: datetime.date = datetime.date(2024, 7, 26)
+    """The day that a chat template gets which writes the current date (``strftime_now``)."""
 
 
 class ParallelConfig(Section):

@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
 
 import sentencepiece
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_rlsd.config import TokenizerConfig
+from megatron_rlsd.data.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, template_from
+from megatron_rlsd.data.stop_tokens import end_tokens
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.small_files import read_text
 
 MODEL_FILE = "tokenizer.model"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -45,29 +45,23 @@ class SentencePieceTokenizer:
     template (neither ``chat_template`` nor chat_template.jinja beside the model).
     """
 
-    def __init__(self, model_file: Path, chat_template: str | None = None) -> None:
+    def __init__(self, model_file: Path, config: TokenizerConfig | None = None) -> None:
+        config = TokenizerConfig() if config is None else config
         self._model_file = model_file
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model_file.read_bytes())
         except (OSError, RuntimeError) as error:
             raise UserError(f"{model_file} is not a sentencepiece model: {error}") from error
-        template_file = model_file.with_name(TEMPLATE_FILE)
-        if chat_template is None and template_file.is_file():
-            chat_template = template_file.read_text()
-        if chat_template is None:
-            raise UserError(
-                f"{model_file} comes without a chat template: set tokenizer.chat_template, or put "
-                f"{TEMPLATE_FILE} beside it"
-            )
         if self._model.eos_id() < 0:
             raise UserError(f"{model_file} has no eos piece")
-        self._chat_template = chat_template
-        self._template = _compile(chat_template)
         self.vocab_size: int = self._model.vocab_size()
         self.eos_token_id: int = self._model.eos_id()
         pad = self._model.pad_id()
         self.pad_token_id: int = pad if pad >= 0 else self.eos_token_id
+        bos = self._model.bos_id()
+        self.bos_token_id = bos if bos >= 0 else None
+        self.template = self._template(config)
         self._markers = self._find_markers()
         self._marker_pattern = re.compile(
             "|".join(sorted(map(re.escape, self._markers), key=len, reverse=True))
@@ -75,7 +69,8 @@ class SentencePieceTokenizer:
         self._never_text = {*self._markers.values(), self._model.unk_id()}
         self._has_bytes = any(self._model.is_byte(i) for i in range(self.vocab_size))
         self.end_of_turn_id = self._find_end_of_turn()
-        self.stop_token_ids = tuple(dict.fromkeys([self.end_of_turn_id, self.eos_token_id]))
+        stops = end_tokens(model_file.parent, self.vocab_size)
+        self.stop_token_ids = tuple(dict.fromkeys([self.end_of_turn_id, self.eos_token_id, *stops]))
 
     def encode(self, text: str) -> list[int]:
         # A user-defined marker would be matched anywhere in the text; cut in two, it is not.
@@ -100,7 +95,7 @@ class SentencePieceTokenizer:
     def after_turn(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> list[int]:
-        turn = _unused_character([self._chat_template, *(m["content"] for m in messages)])
+        turn = _unused_character([self.template.source, *(m["content"] for m in messages)])
         turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": turn}]
         text, guard = self._render([*turns, *messages], add_generation_prompt)
         _, found, rest = text.partition(turn)
@@ -113,7 +108,25 @@ class SentencePieceTokenizer:
         target = folder / MODEL_FILE
         if not target.exists() or not target.samefile(self._model_file):
             shutil.copyfile(self._model_file, target)
-        (folder / TEMPLATE_FILE).write_text(self._chat_template)
+        (folder / TEMPLATE_FILE).write_text(self.template.exported(), encoding="utf-8")
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._markers.values()
+
+    def _template(self, config: TokenizerConfig) -> ChatTemplate:
+        file = self._model_file.with_name(TEMPLATE_FILE)
+        if config.chat_template is not None:
+            source = template_from(config.chat_template, {}, str(self._model_file))
+        elif file.exists():
+            source = read_text(file, MAX_TEMPLATE_BYTES)
+        else:
+            raise UserError(
+                f"{self._model_file} comes without a chat template: set tokenizer.chat_template, "
+                f"or put {TEMPLATE_FILE} beside it"
+            )
+        ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+        texts = {n: "" if i is None else self._model.id_to_piece(i) for n, i in ids.items()}
+        return ChatTemplate(source, texts, config.chat_template_kwargs, config.template_date)
 
     def _render(
         self, messages: list[dict[str, str]], add_generation_prompt: bool
@@ -122,21 +135,9 @@ class SentencePieceTokenizer:
         # The contents carry a private character inside whatever could be read as a marker. It
         # survives anything a template does to them (trim, concatenation) and is taken out again
         # once the template's own markers are known.
-        guard = _unused_character([self._chat_template, *(m["content"] for m in messages)])
+        guard = _unused_character([self.template.source, *(m["content"] for m in messages)])
         guarded = [{**m, "content": self._guard(m["content"], guard)} for m in messages]
-        try:
-            text = self._template.render(
-                messages=guarded,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._piece_or_nothing(self._model.bos_id()),
-                eos_token=self._piece_or_nothing(self.eos_token_id),
-                raise_exception=_raise_template_error,
-            )
-        except (TemplateError, TypeError) as error:
-            roles = [message["role"] for message in messages]
-            raise UserError(
-                f"the chat template refuses messages of roles {roles}: {error}"
-            ) from error
+        text = self.template.render(guarded, add_generation_prompt)
         return text, guard
 
     def _split(self, text: str, guard: str) -> Iterator[list[int]]:
@@ -197,9 +198,6 @@ class SentencePieceTokenizer:
         closing = ids[ends[-1] :] if ends else []
         return next((i for i in closing if i in self._markers.values()), self.eos_token_id)
 
-    def _piece_or_nothing(self, token_id: int) -> str:
-        return self._model.id_to_piece(token_id) if token_id >= 0 else ""
-
 
 def train_sentencepiece(
     texts: Iterable[str],
@@ -259,21 +257,6 @@ def train_sentencepiece(
     (out_dir / MODEL_FILE).write_bytes(model.getvalue())
     (out_dir / TEMPLATE_FILE).write_text(chat_template)
     return SentencePieceTokenizer(out_dir / MODEL_FILE)
-
-
-def _compile(chat_template: str) -> Any:
-    # The same settings as in transformers, so that a template means the same in both.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    try:
-        return environment.from_string(chat_template)
-    except TemplateError as error:
-        raise UserError(f"the chat template is not valid Jinja: {error}") from error
-
-
-def _raise_template_error(message: str) -> NoReturn:
-    raise TemplateError(message)
 
 
 def _unused_character(texts: list[str]) -> str:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Protocol
 
 from megatron_rlsd.config import TokenizerConfig
+from megatron_rlsd.data.chat_template import ChatTemplate
 from megatron_rlsd.data.hf_tokenizer import HFTokenizer
+from megatron_rlsd.data.probes import check_template
 from megatron_rlsd.data.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
 from megatron_rlsd.runtime.errors import UserError
 
+WARN = logging.getLogger(__name__).warning
+
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Ids are plain ints in [0, vocab_size)."""
+    """Text to token ids and back. Ids are plain ints in [0, vocab_size).
+
+    Only a chat template writes control tokens: their names in messages, and in text that is
+    encoded, stay text.
+    """
+
+    template: ChatTemplate
 
     eos_token_id: int
     end_of_turn_id: int
@@ -20,6 +31,7 @@ class Tokenizer(Protocol):
     stop_token_ids: tuple[int, ...]
     """Generation ends at any of these: end of turn, eos, and what generation_config.json adds."""
     pad_token_id: int
+    bos_token_id: int | None
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
@@ -41,29 +53,45 @@ class Tokenizer(Protocol):
         template refuses them."""
 
     def save(self, folder: Path) -> None:
-        """Write everything that load_tokenizer needs into ``folder``."""
+        """Write everything that load_tokenizer, and others, need into ``folder``: the same ids,
+        the chat template in use, and no reference to code."""
+
+    def is_special(self, token_id: int) -> bool:
+        """Is it a control token?"""
 
 
 def load_tokenizer(config: TokenizerConfig, default_path: str | Path) -> Tokenizer:
     """The tokenizer at ``config.path``, or at ``default_path`` (the model folder) without one.
 
     ``auto`` takes sentencepiece for a .model file and for a folder that has tokenizer.model but no
-    tokenizer.json or tokenizer_config.json. Raises UserError if there is no tokenizer or no
-    chat template.
+    tokenizer.json or tokenizer_config.json. Raises UserError if there is no tokenizer, or no
+    chat template that shows a question.
     """
     path = Path(config.path or default_path)
     key = "tokenizer.path" if config.path else "model.hf_path, as tokenizer.path is not set"
     if not path.exists():
         raise UserError(f"tokenizer {path} ({key}) does not exist")
+    tokenizer = _opened(config, path, key)
+    check_template(tokenizer)
+    if tokenizer.template.writes_the_date:
+        WARN(
+            "the chat template writes the date of the day: here it is tokenizer.template_date=%s "
+            "in every prompt, so that prompts stay the same; servers of an export write their own",
+            config.template_date,
+        )
+    return tokenizer
+
+
+def _opened(config: TokenizerConfig, path: Path, key: str) -> Tokenizer:
     kind = config.kind
     if kind == "auto":
         kind = "sentencepiece" if _is_bare_sentencepiece(path) else "hf"
     if kind == "hf":
-        return HFTokenizer(path, config.chat_template)
+        return HFTokenizer(path, config)
     model_file = path / MODEL_FILE if path.is_dir() else path
     if not model_file.is_file():
         raise UserError(f"tokenizer folder {path} ({key}) has no {MODEL_FILE}")
-    return SentencePieceTokenizer(model_file, config.chat_template)
+    return SentencePieceTokenizer(model_file, config)
 
 
 def _is_bare_sentencepiece(path: Path) -> bool:
