@@ -10,21 +10,24 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_rlsd.config.root import Config
+from megatron_rlsd.config.yaml_text import override_value, parse_yaml
 from megatron_rlsd.plugins import load_plugins
 from megatron_rlsd.runtime.errors import UserError
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply ``a.b=value`` overrides (values are YAML) and validate.
+    """Read a YAML file, apply ``a.b=value`` overrides (``override_value``) and validate.
 
-    Raises UserError that names each unknown key, bad value or missing section.
+    Raises UserError that names each unknown or repeated key, bad value or missing section.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from error
+    except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of config sections, got {type(raw).__name__}")
@@ -56,7 +59,8 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
 
 def dump_config(config: Config, path: Path) -> None:
     """Write every setting, defaults included, as YAML that load_config reads back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    path.write_text(text, encoding="utf-8")
 
 
 def flattened(settings: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
@@ -72,25 +76,29 @@ def flattened(settings: Mapping[str, Any], separator: str = ".") -> dict[str, An
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
+    key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r} must look like section.key=value")
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
         if isinstance(node, dict):
-            node = node.setdefault(part, {})
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
         else:
             node = node[_list_index(node, part, override)]
         if not isinstance(node, dict | list):
             raise UserError(f"override {override!r}: {part} is a value, not a section")
-    node[last if isinstance(node, dict) else _list_index(node, last, override)] = yaml.safe_load(
-        value
-    )
+    try:
+        value = override_value(text)
+    except ValueError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node[last if isinstance(node, dict) else _list_index(node, last, override)] = value
 
 
 def _list_index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise UserError(
             f"override {override!r}: {part!r} must be an index below {len(node)}, the list's length"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.load import check_tensors
 from megatron_rlsd.hf_bridge.reader import Weights, load_hf_config
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.json_text import read_json_object
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,7 @@ def hashes(weights: Weights) -> dict[str, str]:
 
 def check_hashes(found: dict[str, str], file: Path) -> list[str]:
     """What differs from the hashes in ``file``, as ``hashes`` gave them; raises if it is none."""
-    try:
-        wanted = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is no file of hashes: {error}") from error
-    if not isinstance(wanted, dict):
-        raise UserError(f"{file} is no file of hashes")
+    wanted = read_json_object(file)
     return [
         f"{name} differs from its hash in {file}"
         if name in found and name in wanted

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.json_text import read_json_object
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -24,7 +23,7 @@ def check_token_ids(folder: str | Path, vocab_size: int) -> None:
         if largest >= vocab_size:
             problems.append(f"{file} has token id {largest}")
     generation = folder / "generation_config.json"
-    for key, value in _json(generation).items() if generation.is_file() else ():
+    for key, value in read_json_object(generation).items() if generation.is_file() else ():
         ids = value if isinstance(value, list) else [value]
         if key in _SPECIAL and any(type(i) is int and i >= vocab_size for i in ids):
             problems.append(f"{generation.name} has {key}={value}")
@@ -41,13 +40,13 @@ def _largest_ids(folder: Path) -> list[tuple[str, int]]:
         folder / name for name in ("tokenizer.json", "added_tokens.json", "tokenizer.model")
     )
     if whole.is_file():
-        content = _json(whole)
+        content = read_json_object(whole)
         ids = [token["id"] for token in content.get("added_tokens") or []]
         vocabulary = (content.get("model") or {}).get("vocab") or {}
         ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         found.append((whole.name, ids))
     if added.is_file():
-        found.append((added.name, list(_json(added).values())))
+        found.append((added.name, list(read_json_object(added).values())))
     if pieces.is_file() and not whole.is_file():
         found.append((pieces.name, range(_sentencepiece_size(pieces))))
     try:
@@ -63,13 +62,3 @@ def _sentencepiece_size(path: Path) -> int:
         return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size())
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path} is no sentencepiece model: {error}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold an object, got {type(content).__name__}")
-    return content

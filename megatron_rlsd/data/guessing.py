@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from megatron_rlsd.config import GuessingGameSource
+from megatron_rlsd.data.digest import digest_of
 from megatron_rlsd.types import Problem
 
 
@@ -18,6 +19,7 @@ class GuessingProblems:
     def __init__(self, source: GuessingGameSource) -> None:
         self.name = "guessing_game"
         self._source = source
+        self.digest = digest_of(source.low, source.high, source.seed, source.size)
 
     def __len__(self) -> int:
         return self._source.size

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rlsd.config import ReasoningGymSource
+from megatron_rlsd.data.digest import digest_of
 from megatron_rlsd.data.worked_solutions import worked_solution
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
@@ -54,7 +55,12 @@ class GymProblems:
         self._seed = _spread_seed(source.seed)
         _refuse_unusable(source.task, source.params)
         self._items = _create(source, self._seed)
-        self[0]
+        first = self[0]
+        self.digest = digest_of(
+            *(source.task, self._params, source.seed, source.size),
+            *(first.messages, first.answer),
+        )
+        """Of the settings, and of a problem that the installed generator makes of them."""
 
     def __len__(self) -> int:
         return self._size

@@ -23,6 +23,8 @@ class ProblemTable(Protocol):
     """A finite collection of problems, each made or read when it is asked for."""
 
     name: str
+    digest: str
+    """Of the content: problems that differ, or their order, make another one."""
 
     def __len__(self) -> int: ...
 
@@ -75,11 +77,16 @@ class MixedSource:
         return [self._draw() for _ in range(n)]
 
     def state(self) -> dict[str, Any]:
-        """JSON data: the seed, and name, size and draws so far of every table."""
+        """JSON data: the seed, and name, size, digest and draws so far of every table."""
         return {
             "seed": self._seed,
             "tables": [
-                {"name": table.name, "size": len(table), "drawn": drawn}
+                {
+                    "name": table.name,
+                    "size": len(table),
+                    "digest": table.digest,
+                    "drawn": drawn,
+                }
                 for table, drawn in zip(self._tables, self._drawn, strict=True)
             ],
         }
@@ -87,8 +94,8 @@ class MixedSource:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken.
 
-        Raises UserError if the seed, a table's name or its number of problems has changed since:
-        the stream would silently be another one. Weights may change.
+        Raises UserError if the seed has changed since, or a table's name, number of problems or
+        content: the stream would silently be another one. Weights may change.
         """
         mine = self.state()
         identity = [(t["name"], t["size"]) for t in mine["tables"]]
@@ -99,6 +106,14 @@ class MixedSource:
                 f"seed {state['seed']} over {_describe(saved)}; configured now: "
                 f"seed {mine['seed']} over {_describe(identity)}"
             )
+        for before, now in zip(state["tables"], mine["tables"], strict=True):
+            # Release 0.1 saved no digest.
+            if before.get("digest", now["digest"]) != now["digest"]:
+                raise UserError(
+                    f"the saved data position belongs to other data: the content of {now['name']} "
+                    f"has changed since (digest {before['digest']}, now {now['digest']}): problems "
+                    "were edited or stand in another order, or a generator got other settings"
+                )
         self._drawn = [int(t["drawn"]) for t in state["tables"]]
 
     def notes(self) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +11,7 @@ from megatron_rlsd.hf_bridge.mappings import Ranges
 from megatron_rlsd.hf_bridge.safetensors_file import SafetensorsFile, TensorInfo
 from megatron_rlsd.hf_bridge.wording import listed
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.json_text import read_json, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -23,13 +22,7 @@ def load_hf_config(hf_path: str | Path) -> dict[str, Any]:
     path = hf_folder(hf_path) / "config.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: not a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold an object, got {type(config).__name__}")
-    return config
+    return read_json_object(path)
 
 
 class Weights(Protocol):
@@ -113,17 +106,7 @@ def hf_folder(path: str | Path) -> Path:
 
 def read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index file: tensor name -> file name."""
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated = [name for name, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if repeated:
-            raise UserError(f"{path} names more than once: {listed(repeated)}")
-        return dict(pairs)
-
-    try:
-        index = json.loads(path.read_text(), object_pairs_hook=without_duplicates)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} has no weight_map")

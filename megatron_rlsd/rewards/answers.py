@@ -6,7 +6,7 @@ import re
 from decimal import Decimal
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
-_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|[+-]?\.\d+")
+_NUMBER = re.compile(r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6})?")
 
 
 def extract_answer(response: str, pattern: str | None = None) -> str | None:
@@ -60,13 +60,13 @@ def same_text(left: str, right: str) -> bool:
 
 
 def same_number(left: str, right: str) -> bool:
-    """Both are plain decimal numbers of one value: 1,000 = 1000 = 1000.0; no units, no LaTeX."""
+    """Both are plain numbers of one value: 1,000 = 1000.0 = 1e3; no units, no LaTeX."""
     numbers = [parse_number(left), parse_number(right)]
     return None not in numbers and numbers[0] == numbers[1]
 
 
 def parse_number(text: str) -> Decimal | None:
-    """A decimal number with or without thousands separators; None for anything else."""
+    """A decimal number, perhaps with thousands separators or an exponent; None otherwise."""
     text = text.strip()
     if not _NUMBER.fullmatch(text):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,38 @@ def test_answers_become_text(tmp_path: Path, answer: object, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("literal", "text"),
+    [
+        ("0.00001", "0.00001"),
+        ("1e-5", "0.00001"),
+        ("2.50", "2.50"),
+        ("-0.0", "-0.0"),
+        ("0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
+        ("12345678901234567890.5", "12345678901234567890.5"),
+        ("1e3", "1000"),
+        ("1E400", "1" + "0" * 400),
+        ("9" * 4300, "9" * 4300),
+    ],
+)
+def test_the_digits_of_a_numeric_answer_are_those_of_its_literal(
+    tmp_path: Path, literal: str, text: str
+) -> None:
+    (problem,) = open_lines(tmp_path, f'{{"prompt": "?", "answer": {literal}}}')
+    assert problem.answer == text
+
+
+@pytest.mark.parametrize(
     ("line", "expected"),
     [
         ("{", "expected one JSON object"),
+        ('{"prompt": "a", "prompt": "b", "answer": 1}', "key 'prompt' stands twice"),
+        ('{"prompt": "a", "answer": 1, "metadata": {"x": {"y": 1, "y": 1}}}', "key 'y' stands"),
+        ('{"answer": 1, "prompt": "a", "\\u0061nswer": 2}', "key 'answer' stands twice"),
+        ('{"prompt": "q", "answer": 1e4300}', "answer 1e.*4300 has more than 4300 digits"),
+        ('{"prompt": "q", "answer": 1e-99999}', "more than 4300 digits"),
+        ('{"prompt": "q", "answer": 1e99999999999999999999}', "exponent is out of bounds"),
+        (f'{{"prompt": "q", "answer": {"9" * 4301}}}', "an integer has too many digits"),
+        ('{"prompt": "q", "answer": -Infinity}', "answer must be a finite number"),
         ("[1]", "expected one JSON object, got"),
         ("[" * 100_000, "expected one JSON object"),
         (b'{"prompt": "\xff", "answer": 1}', "UTF-8"),
@@ -141,9 +171,10 @@ def test_malformed_lines_can_be_skipped(tmp_path: Path) -> None:
         "train.jsonl:3",
         "train.jsonl:14",
     ]
-    assert problems.skipped == 11
-    assert "train.jsonl:2" in problems.first_skipped[0]
-    assert len(problems.first_skipped) < 11
+    (note,) = problems.notes()
+    assert "skipped 11 malformed rows: " in note
+    assert "train.jsonl:2" in note
+    assert note.count("train.jsonl:") < 11
 
 
 def test_a_second_use_of_an_id_is_malformed(tmp_path: Path) -> None:
@@ -161,7 +192,7 @@ def test_a_file_without_problems_is_refused(tmp_path: Path, on_malformed: str) -
 
 
 def test_a_file_of_malformed_lines_is_refused_even_when_skipping(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"all 2 lines are malformed(.|\n)*train\.jsonl:1"):
+    with pytest.raises(UserError, match=r"all 2 rows are malformed(.|\n)*train\.jsonl:1"):
         open_lines(tmp_path, "x", "y", on_malformed="skip")
 
 
@@ -170,3 +201,23 @@ def test_a_file_changed_while_in_use_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("short")
     with pytest.raises(UserError, match=r"train\.jsonl:2: the file was changed"):
         problems[1]
+
+
+def test_a_file_edited_while_in_use_is_noticed_though_it_is_valid(tmp_path: Path) -> None:
+    problems = open_lines(tmp_path, GOOD, {**GOOD, "answer": "3"})
+    path = tmp_path / "train.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    assert problems[1].answer == "3"  # another date, the same content
+    path.write_bytes(b"\n".join(reversed(content.split(b"\n"))))
+    os.utime(path, ns=(2, 2))
+    with pytest.raises(UserError, match="its content is not the one that was checked"):
+        problems[1]
+
+
+def test_a_default_id_may_not_be_taken_either(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r":2: id 'train\.jsonl:2' is taken"):
+        open_lines(tmp_path, {**GOOD, "id": "train.jsonl:2"}, GOOD)
+    kept = open_lines(tmp_path, GOOD, {**GOOD, "id": "train.jsonl:1"}, GOOD, on_malformed="skip")
+    assert [kept[i].id for i in range(len(kept))] == ["train.jsonl:1", "train.jsonl:3"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlsd.config import JsonlSource, ReasoningGymSource
+from megatron_rlsd.config import GuessingGameSource, JsonlSource, ReasoningGymSource, Source
 from megatron_rlsd.data import build_sources, evaluation_problems
 from megatron_rlsd.runtime.errors import UserError
 
@@ -101,6 +101,52 @@ def test_state_of_other_data_is_refused(tmp_path: Path) -> None:
         build_sources([jsonl(tmp_path, "a", 6)], seed=0).load_state(state)
     with pytest.raises(UserError, match=r"seed 0 .* seed 1"):
         build_sources([jsonl(tmp_path, "a", 5)], seed=1).load_state(state)
+
+
+def rewritten(source: JsonlSource, how: str) -> None:
+    path = Path(source.path)
+    lines = path.read_text().splitlines()
+    if how == "reordered":
+        lines.reverse()
+    elif how == "edited":
+        lines[2] = lines[2].replace('"answer": 2', '"answer": 7')
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("how", ["reordered", "edited"])
+def test_a_file_of_the_same_length_with_other_content_is_refused(tmp_path: Path, how: str) -> None:
+    sources = [jsonl(tmp_path, "a", 5), jsonl(tmp_path, "b", 5)]
+    state = build_sources(sources, seed=0).state()
+    rewritten(sources[1], "in the same way")
+    build_sources(sources, seed=0).load_state(state)
+    rewritten(sources[1], how)
+    with pytest.raises(UserError, match="the content of b has changed since"):
+        build_sources(sources, seed=0).load_state(state)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (gym(size=9), gym(size=9, seed=1)),
+        (gym(size=9), gym(size=9, params={"min_terms": 2, "max_terms": 3})),
+        (
+            GuessingGameSource(kind="guessing_game", size=9),
+            GuessingGameSource(kind="guessing_game", size=9, high=50),
+        ),
+    ],
+)
+def test_a_generator_with_other_settings_is_other_data(before: Source, after: Source) -> None:
+    state = build_sources([before], seed=0).state()
+    build_sources([before], seed=0).load_state(state)
+    with pytest.raises(UserError, match="a generator got other settings"):
+        build_sources([after], seed=0).load_state(state)
+
+
+def test_a_state_of_release_0_1_has_no_digest_to_compare(tmp_path: Path) -> None:
+    source = build_sources([jsonl(tmp_path, "a", 5)], seed=0)
+    state = source.state()
+    del state["tables"][0]["digest"]
+    source.load_state(state)
 
 
 def test_evaluation_takes_the_first_problems_unshuffled(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_tensor_named_twice_by_the_index(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}'
     )
-    with pytest.raises(UserError, match="more than once: a"):
+    with pytest.raises(UserError, match="key 'a' stands twice"):
         SafetensorsFolder(sharded)
 
 
