@@ -50,7 +50,8 @@ def override_value(text: str) -> Any:
     """
     if text.strip().startswith(_OPENING):
         return _whole(text)
-    tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text.strip(), (True, False))
+    loader: Any = yaml.SafeLoader("")
+    tag = loader.resolve(yaml.ScalarNode, text.strip(), (True, False))
     # 12:30 is a number to YAML 1.1, in base 60.
     return parse_yaml(text) if tag in _SCALARS and ":" not in text else text
 
