@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from megatron_rlsd.checkpoint.start import STATE_NAME, Start, checkpoints_of
 from megatron_rlsd.checkpoint.storage import PendingSave, load_into, start_save
 from megatron_rlsd.config import Config
 from megatron_rlsd.conversion.megatron_weights import HF_FILES
+from megatron_rlsd.hf_bridge.companions import copy_model_files
 from megatron_rlsd.hf_bridge.quantized import is_quantized, values
-from megatron_rlsd.hf_bridge.writer import copy_companions
 from megatron_rlsd.parallel.exchange import pack_message, unpack_message
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.runtime.durable import fresh_partial, partial_of, put_in_place, remove
@@ -60,8 +60,18 @@ class Checkpointer:
     Every method is collective.
     """
 
-    def __init__(self, config: Config, groups: ParallelGroups) -> None:
+    def __init__(
+        self,
+        config: Config,
+        groups: ParallelGroups,
+        write_model_files: Callable[[Path], None] | None = None,
+    ) -> None:
+        """``write_model_files``: makes a folder of what an export needs besides weights; None: of
+        the files in model.hf_path."""
         self._config, self._groups = config, groups
+        self._write_model_files = write_model_files or partial(
+            copy_model_files, Path(config.model.hf_path)
+        )
         self._folder = checkpoints_of(config)
         self._pending: tuple[PendingSave, Path, Path, int] | None = None
 
@@ -160,13 +170,6 @@ class Checkpointer:
         sizes = self._config.parallel.model_dump()
         layout = {name: int(size) for name, size in sizes.items() if isinstance(size, int)}
         return layout | {"world_size": self._groups.world_size}
-
-    def _write_model_files(self, folder: Path) -> None:
-        """config.json, tokenizer and generation files: what a HF export needs besides weights."""
-        source = Path(self._config.model.hf_path)
-        folder.mkdir()
-        shutil.copyfile(source / "config.json", folder / "config.json")
-        copy_companions(source, folder)
 
     def _remove_old(self) -> None:
         keep = self._config.checkpoint.keep

@@ -26,6 +26,7 @@ from megatron_rlsd.conversion.pickled import open_weights
 from megatron_rlsd.conversion.row_runs import Box, boxes, row_runs
 from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
 from megatron_rlsd.conversion.torch_dist import METADATA_NAME, Item, ItemFile, write_metadata
+from megatron_rlsd.hf_bridge.companions import companion_files, copy_companions
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout, round_up
 from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.load import check_tensors, check_tied_aliases
@@ -33,7 +34,7 @@ from megatron_rlsd.hf_bridge.partial import PartialFolder, check_free_space, che
 from megatron_rlsd.hf_bridge.reader import SINGLE_NAME, Weights, load_hf_config
 from megatron_rlsd.hf_bridge.safetensors_file import TORCH_DTYPES
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_files, write_safetensors
-from megatron_rlsd.hf_bridge.writer import copy_companions, write_config, write_index
+from megatron_rlsd.hf_bridge.writer import write_config, write_index
 from megatron_rlsd.runtime.errors import UserError
 
 BUCKET_BYTES = 32 * 2**20
@@ -108,6 +109,7 @@ def to_megatron(
     check_tensors(weights, family, dims, family.entries(dims))
     check_tied_aliases(weights, dims, family.entries(dims), ShardLayout())
     check_token_ids(hf_path, vocab_size)
+    companion_files(Path(hf_path))  # what cannot go along is said before the work
     check_replaceable(out, Path(hf_path), METADATA_NAME)
 
     tensors = checkpoint_tensors(family, dims, layer_axis=layers_are_alike(family, hf_config))
@@ -159,6 +161,7 @@ def to_hf(
     out = Path(out)
     weights = MegatronWeights(checkpoint)
     check_token_ids(weights.hf_files, weights.dims.vocab_size)
+    companion_files(weights.hf_files)
     check_replaceable(out, Path(checkpoint), "config.json")
     kept = {
         name

@@ -46,6 +46,7 @@ class HFTokenizer:
         self._backend = self._files.backend
         # What it matches is a setting of the library's object, and threads share that.
         self._lock = threading.Lock()
+        self._saved_class: object = None
         added = self._backend.get_added_tokens_decoder()
         self._added = {token.content: number for number, token in added.items()}
         special = {token.content for token in added.values() if token.special}
@@ -139,13 +140,16 @@ class HFTokenizer:
 
     def _write_settings(self, folder: Path, settings: dict[str, object]) -> None:
         """tokenizer_config.json under a class by which transformers gives the ids of the file."""
-        path = folder / CONFIG_FILE
-        for name in dict.fromkeys([settings.get("tokenizer_class"), EXACT_CLASS]):
-            if name is not None:
-                content = settings | {"tokenizer_class": name}
-                path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-                if name == EXACT_CLASS or not self.difference_from_transformers(folder):
-                    return
+        own = settings.get("tokenizer_class")
+        names = [own, EXACT_CLASS] if self._saved_class is None else [self._saved_class]
+        for name in filter(None, names):
+            content = settings | {"tokenizer_class": name}
+            (folder / CONFIG_FILE).write_text(
+                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            if name == names[-1] or not self.difference_from_transformers(folder):
+                self._saved_class = name
+                return
 
     def _template(self, config: TokenizerConfig) -> ChatTemplate:
         named = self._files.templates

@@ -8,6 +8,7 @@ a message, or in text given to ``encode``, stay text: a question or a hint canno
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +19,15 @@ import sentencepiece
 
 from megatron_rlsd.config import TokenizerConfig
 from megatron_rlsd.data.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, template_from
+from megatron_rlsd.data.probes import CONVERSATION, TEXTS
 from megatron_rlsd.data.stop_tokens import end_tokens
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.small_files import read_text
 
 MODEL_FILE = "tokenizer.model"
 TEMPLATE_FILE = "chat_template.jinja"
+MADE_FROM = "made_from"
+"""In tokenizer_config.json: the tokenizer.json beside it says the same for other programs."""
 
 END_OF_TURN = "<|end|>"
 ROLE_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -48,6 +52,7 @@ class SentencePieceTokenizer:
     def __init__(self, model_file: Path, config: TokenizerConfig | None = None) -> None:
         config = TokenizerConfig() if config is None else config
         self._model_file = model_file
+        self._converted: dict[str, str] | None = None
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model_file.read_bytes())
@@ -109,9 +114,50 @@ class SentencePieceTokenizer:
         if not target.exists() or not target.samefile(self._model_file):
             shutil.copyfile(self._model_file, target)
         (folder / TEMPLATE_FILE).write_text(self.template.exported(), encoding="utf-8")
+        self._save_for_others(folder)
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._markers.values()
+
+    def _save_for_others(self, folder: Path) -> None:
+        """Write tokenizer.json, which transformers and engines read, if it gives the same ids."""
+        if self._converted is None:
+            self._converted = self._convert(folder)
+        for name, content in self._converted.items():
+            (folder / name).write_text(content, encoding="utf-8")
+
+    def _convert(self, folder: Path) -> dict[str, str]:
+        """Name of a file -> its content; empty if transformers makes another tokenizer of it."""
+        from transformers import PreTrainedTokenizerFast  # slow to import
+
+        names = {"eos_token": self.eos_token_id, "pad_token": self.pad_token_id}
+        if self.bos_token_id is not None:
+            names["bos_token"] = self.bos_token_id
+        special = {name: self._model.id_to_piece(i) for name, i in names.items()}
+        try:
+            converted = PreTrainedTokenizerFast.from_pretrained(
+                folder, local_files_only=True, **special
+            )
+            same = all(
+                converted.encode(text, add_special_tokens=False) == self.encode(text)
+                for text in TEXTS
+            ) and converted.apply_chat_template(
+                list(CONVERSATION), add_generation_prompt=True, return_dict=False
+            ) == self.apply_chat_template(list(CONVERSATION))
+        except Exception:  # a model of a kind that it does not convert, a template it refuses
+            same = False
+        if not same:
+            return {}
+        settings = {
+            **special,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            MADE_FROM: MODEL_FILE,
+        }
+        return {
+            "tokenizer.json": converted.backend_tokenizer.to_str(),
+            "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        }
 
     def _template(self, config: TokenizerConfig) -> ChatTemplate:
         file = self._model_file.with_name(TEMPLATE_FILE)

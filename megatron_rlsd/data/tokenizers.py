@@ -10,8 +10,13 @@ from megatron_rlsd.config import TokenizerConfig
 from megatron_rlsd.data.chat_template import ChatTemplate
 from megatron_rlsd.data.hf_tokenizer import HFTokenizer
 from megatron_rlsd.data.probes import check_template
-from megatron_rlsd.data.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
+from megatron_rlsd.data.sentencepiece_tokenizer import (
+    MADE_FROM,
+    MODEL_FILE,
+    SentencePieceTokenizer,
+)
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.small_files import read_json_object
 
 WARN = logging.getLogger(__name__).warning
 
@@ -63,9 +68,9 @@ class Tokenizer(Protocol):
 def load_tokenizer(config: TokenizerConfig, default_path: str | Path) -> Tokenizer:
     """The tokenizer at ``config.path``, or at ``default_path`` (the model folder) without one.
 
-    ``auto`` takes sentencepiece for a .model file and for a folder that has tokenizer.model but no
-    tokenizer.json or tokenizer_config.json. Raises UserError if there is no tokenizer, or no
-    chat template that shows a question.
+    ``auto`` takes sentencepiece for a .model file and for a folder that has tokenizer.model and no
+    tokenizer.json or tokenizer_config.json of another's making. Raises UserError if there is no
+    tokenizer, or no chat template that shows a question.
     """
     path = Path(config.path or default_path)
     key = "tokenizer.path" if config.path else "model.hf_path, as tokenizer.path is not set"
@@ -97,6 +102,9 @@ def _opened(config: TokenizerConfig, path: Path, key: str) -> Tokenizer:
 def _is_bare_sentencepiece(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".model"
-    return (path / MODEL_FILE).is_file() and not any(
-        (path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-    )
+    settings = path / "tokenizer_config.json"
+    if not (path / MODEL_FILE).is_file():
+        return False
+    if settings.exists():
+        return read_json_object(settings).get(MADE_FROM) == MODEL_FILE
+    return not (path / "tokenizer.json").exists()

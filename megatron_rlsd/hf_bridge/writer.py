@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_rlsd.hf_bridge.companions import (
+    companion_files,
+    copy_companions,
+    without_code,
+    write_json,
+)
 from megatron_rlsd.hf_bridge.partial import check_replaceable
 from megatron_rlsd.hf_bridge.reader import INDEX_NAME, SINGLE_NAME, load_hf_config
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_name, write_safetensors
 from megatron_rlsd.runtime.durable import atomic_folder
 from megatron_rlsd.runtime.errors import UserError
-
-COPIED_FILES = (
-    "tokenizer*",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""What a folder holds besides config and weights; copied unchanged from the source folder."""
 
 
 def save_hf_folder(
@@ -39,15 +29,17 @@ def save_hf_folder(
     source: str | Path | dict[str, Any],
     *,
     is_writer: bool = True,
+    companions: Callable[[Path], None] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write (name, tensor) pairs as a Hugging Face model folder.
 
     ``source`` is the folder whose config.json, tokenizer and generation files go along, or the
-    config alone. Exactly one rank has ``is_writer``; the others only run the iterator to its end,
-    which is how they take part in the collectives behind it, and return without waiting for
-    the writer. ``dtype`` casts the tensors; config.json is told the dtype written.
+    config alone; ``companions`` writes what belongs beside config and weights in its place. Exactly
+    one rank has ``is_writer``; the others only run the iterator to its end, which is how they take
+    part in the collectives behind it, and return without waiting for the writer. ``dtype`` casts
+    the tensors; config.json is told the dtype written.
 
     A crash leaves the old folder or none, never a part. An ``out_dir`` that exists is replaced if
     it is a model folder or empty; UserError if it is something else or the source.
@@ -60,11 +52,14 @@ def save_hf_folder(
     config = dict(source) if isinstance(source, dict) else load_hf_config(source)
     source_folder = None if isinstance(source, dict) else Path(source).absolute()
     check_replaceable(out, source_folder, "config.json")
-    with atomic_folder(out) as partial:
-        written = _write_shards(tensors, partial, dtype, max_shard_bytes)
-        write_config(partial, config, written)
-        if source_folder is not None:
-            copy_companions(source_folder, partial)
+    if companions is None and source_folder is not None:
+        companion_files(source_folder)  # what cannot go along is said before the work
+        companions = partial(copy_companions, source_folder)
+    with atomic_folder(out) as folder:
+        written = _write_shards(tensors, folder, dtype, max_shard_bytes)
+        write_config(folder, config, written)
+        if companions is not None:
+            companions(folder)
 
 
 def _write_shards(
@@ -114,26 +109,14 @@ def _write_shards(
 
 
 def write_config(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """config.json that names the dtype of the weights beside it."""
+    """config.json that names the dtype of the weights beside it, and no code."""
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    write_json(folder / "config.json", config | {key: str(dtype).removeprefix("torch.")})
+    write_json(
+        folder / "config.json", without_code(config) | {key: str(dtype).removeprefix("torch.")}
+    )
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
     """The index that goes with several safetensors files."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_json(folder / INDEX_NAME, index)
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy ``COPIED_FILES``: tokenizer, generation settings, chat template, licence."""
-    for pattern in COPIED_FILES:
-        for path in source.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, folder / path.name)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,9 +44,10 @@ class Continuity:
         watchdog: Watchdog,
         signals: StopSignals,
         program: Program,
+        write_model_files: Callable[[Path], None],
     ) -> None:
         self.start = start
-        self.checkpoints = Checkpointer(config, groups)
+        self.checkpoints = Checkpointer(config, groups, write_model_files)
         self.watchdog = watchdog
         self._config, self._groups, self._signals = config, groups, signals
         self._program = program
@@ -136,9 +137,16 @@ class Continuity:
 
 @contextmanager
 def continuity(
-    config: Config, hf_config: dict[str, Any], groups: ParallelGroups, program: Program
+    config: Config,
+    hf_config: dict[str, Any],
+    groups: ParallelGroups,
+    program: Program,
+    write_model_files: Callable[[Path], None],
 ) -> Iterator[Continuity]:
-    """Agree on where to start, and watch over the ranks until the block ends."""
+    """Agree on where to start, and watch over the ranks until the block ends.
+
+    ``write_model_files``: see Checkpointer.
+    """
     start = agree_on_start(config, hf_config, groups.control, program)
     if groups.rank == 0:
         for note in start.notes:
@@ -148,4 +156,4 @@ def continuity(
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(groups.control, config.distributed.stall_seconds))
         signals = stack.enter_context(StopSignals())
-        yield Continuity(config, groups, start, watchdog, signals, program)
+        yield Continuity(config, groups, start, watchdog, signals, program, write_model_files)

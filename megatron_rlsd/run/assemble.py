@@ -24,6 +24,7 @@ from megatron_rlsd.recovery.continuity import continuity
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout.sglang import set_nccl_switches
 from megatron_rlsd.run.engines import rollout_engine
+from megatron_rlsd.run.model_files import ModelFiles, refuse_to_write_over_the_model
 from megatron_rlsd.run.run import Run
 from megatron_rlsd.runtime.errors import UserError
 
@@ -39,6 +40,8 @@ def assemble(
     ``total_updates`` None: the actor gets no optimizer.
     """
     hf_path = Path(config.model.hf_path)
+    if program != "rollout_only":
+        refuse_to_write_over_the_model(config)
     hf_config = load_hf_config(hf_path)
     family = family_for(hf_config)
     set_nccl_switches(config)
@@ -51,13 +54,16 @@ def assemble(
                 seed=config.train.seed,
             )
         )
-        kept = stack.enter_context(continuity(config, hf_config, groups, program))
         tokenizer = load_tokenizer(config.tokenizer, hf_path)
         if tokenizer.vocab_size > hf_config["vocab_size"]:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids but the model in {hf_path} embeds "
                 f"{hf_config['vocab_size']}"
             )
+        files = ModelFiles(config, hf_config, tokenizer)
+        kept = stack.enter_context(
+            continuity(config, hf_config, groups, program, files.write_with_config)
+        )
         prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
         run_dir = Path(config.run_dir)
         if groups.rank == 0:
@@ -110,7 +116,7 @@ def assemble(
         if environments is not None:
             environments.wait_until_ready()
         yield Run(
-            *(config, groups, tokenizer, prompts, actor, log, engine),
+            *(config, groups, tokenizer, files, prompts, actor, log, engine),
             builder=builder,
             collector=collector,
             eval_problems=eval_problems,

@@ -27,6 +27,7 @@ from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.recovery.continuity import Continuity
 from megatron_rlsd.rollout.engine import TrainerEngine
 from megatron_rlsd.rollout.served import ServedEngine
+from megatron_rlsd.run.model_files import ModelFiles
 from megatron_rlsd.types import Group, Problem, TrainBatch
 from megatron_rlsd.weight_sync import Publisher
 
@@ -38,6 +39,7 @@ class Run:
     config: Config
     process_groups: ParallelGroups
     tokenizer: Tokenizer
+    files: ModelFiles
     prompts: PromptBuilder
     actor: Actor
     log: MetricsLogger
@@ -123,7 +125,8 @@ class Run:
         save_hf_folder(
             self.actor.hf_tensors(),
             out,
-            Path(self.config.model.hf_path),
+            self.files.hf_config,
+            companions=self.files.write,
             is_writer=self.process_groups.rank == 0,
         )
         return out

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer
 
 from megatron_rlsd.config import TokenizerConfig
 from megatron_rlsd.data import (
@@ -89,6 +90,24 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> 
         tokenizer.pad_token_id,
         tokenizer.vocab_size,
     )
+
+
+def test_a_saved_sentencepiece_model_is_the_same_in_transformers(
+    sentencepiece_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(TokenizerConfig(), sentencepiece_folder)
+    tokenizer.save(tmp_path / "saved")
+    assert isinstance(load_tokenizer(TokenizerConfig(), tmp_path / "saved"), SentencePieceTokenizer)
+    (tmp_path / "saved" / "config.json").write_text('{"model_type": "qwen3"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in TRICKY_TEXTS:
+        if not {"<|", "\u2581", "<pad>"} & {text[i : i + n] for i in range(9) for n in (1, 2, 5)}:
+            assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text), text
+    messages = [{"role": "system", "content": "ok"}, *user("12  é\n\n"), *user("x")]
+    assert theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    ) == tokenizer.apply_chat_template(messages)
+    assert theirs.eos_token_id == tokenizer.eos_token_id
 
 
 def test_hf_stops_at_end_of_turn_eos_and_the_generation_config(hf_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def test_tokenizer_and_generation_files_go_along(
     ]  # fmt: skip
     for name in [*companions, "optimizer.pt", "pytorch_model.bin"]:
         (source / name).write_text(f"content of {name}")
+    (source / "tokenizer_config.json").write_text('{"eos_token": "a"}')
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool.jinja").write_text("tool")
     save_hf_folder(tensors_of(source), tmp_path / "out", source)
@@ -95,6 +97,53 @@ def test_tokenizer_and_generation_files_go_along(
     }  # fmt: skip
     assert (tmp_path / "out" / "LICENSE").read_text() == "content of LICENSE"
     assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "tool"
+
+
+def test_code_goes_along_only_with_a_tokenizer_that_is_nothing_else(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source, code = tmp_path / "source", {"AutoModelForCausalLM": "modeling.Model"}
+    save_hf_folder(tensors_of(tiny_folders["llama_tied_mqa"]), source, {"vocab_size": 157})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": code}))
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization.Ours", None]}, "eos_token": "a"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "tokenization.py").write_text("from .words import WORDS\n")
+    for name in ("words.py", "modeling.py", "private.py"):
+        (source / name).write_text("WORDS = []\n")
+    save_hf_folder(tensors_of(source), tmp_path / "out", source)
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == {
+        "tokenization.py",
+        "words.py",
+    }
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == settings
+    (source / "tokenizer.json").write_text("{}")
+    save_hf_folder(tensors_of(source), tmp_path / "out", source)
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+        "eos_token": "a"
+    }
+
+
+def test_what_leads_out_of_the_folder_is_refused_before_anything_is_written(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    save_hf_folder(tensors_of(tiny_folders["llama_tied_mqa"]), source, {"vocab_size": 157})
+    (tmp_path / "secret").write_text("key")
+    for name in ("LICENSE", "tokenizer.json", "additional_chat_templates/x.jinja"):
+        link = source / name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(tmp_path / "secret")
+        with pytest.raises(UserError, match="is a link out of its folder"):
+            save_hf_folder(tensors_of(source), tmp_path / "out", source)
+        link.unlink()
+        os.mkfifo(link)
+        with pytest.raises(UserError, match="is no regular file"):
+            save_hf_folder(tensors_of(source), tmp_path / "out", source)
+        link.unlink()
+        assert not (tmp_path / "out").exists()
 
 
 def test_failure_half_way_keeps_the_old_folder(
