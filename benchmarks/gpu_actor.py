@@ -29,8 +29,9 @@ from device_profile import kernels
 from results_file import ResultsFile, machine
 
 from megatron_rlsd.actor import actor as actor_module
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.config import parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config, save_hf_folder
 from megatron_rlsd.ops import PolicyLossConfig
@@ -208,7 +209,7 @@ def random_sequences(args: argparse.Namespace, vocab_size: int) -> list[Sequence
     ids = torch.randint(
         vocab_size, (args.sequences, args.prompt + args.response), generator=generator
     )
-    return [Sequence(row[: args.prompt].tolist(), row[args.prompt :].tolist()) for row in ids]
+    return [Sequence.of(row[: args.prompt].tolist(), row[args.prompt :].tolist()) for row in ids]
 
 
 def flops(hf_config: dict[str, Any], count: int, length: int, scored: int) -> dict[str, float]:
@@ -247,7 +248,7 @@ def transformers_log_probs(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    ids = torch.tensor([sequence.prompt_ids + sequence.response_ids], device=device)
+    ids = torch.tensor([sequence.token_ids.tolist()], device=device)
     with torch.no_grad():
         logits = model.to(device)(ids[:, :-1], logits_to_keep=last).logits[0]
     rows = logits.float().log_softmax(-1)

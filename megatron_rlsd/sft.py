@@ -16,10 +16,11 @@ import sys
 
 import torch
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.actor.outcome import UpdateResult
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import (
     Conversations,
@@ -94,9 +95,11 @@ def draw_examples(
         except PromptTooLong:
             continue
         if problem.demonstration:
-            examples.append(Sequence(prompt, *conversations.target(problem)))
+            ids, loss_mask = conversations.target(problem)
+            examples.append(Sequence.of(prompt_ids=prompt, response_ids=ids, loss_mask=loss_mask))
         else:
-            examples.append(Sequence(prompt, prompts.sft_target(problem)))
+            ids = prompts.sft_target(problem)
+            examples.append(Sequence.of(prompt_ids=prompt, response_ids=ids))
     if not examples:
         raise UserError(
             f"all {config.sft.batch_size} examples of SFT step {step} have prompts longer than "

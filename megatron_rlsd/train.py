@@ -33,14 +33,14 @@ def train(config: Config) -> None:
                 groups, batch, metrics = run.rollout(step)
 
             with run.phase("score", step):
-                splits = learner.split(batch, step)
-                scores = learner.score(batch, splits, rlsd_lambda)
-                learner.gauge_noise(step, batch, splits, rlsd_lambda)
+                plan = learner.plan(batch, step, rlsd_lambda)
+                scores = learner.score(plan)
+                learner.gauge_noise(plan)
 
             with run.phase("update", step):
-                metrics |= learner.update(batch, splits, scores, rlsd_lambda)
+                metrics |= learner.update(plan, scores)
                 metrics |= learner.noise.metrics()
-                run.continuity.record(step, batch, scores, rlsd_lambda, metrics)
+                run.continuity.record(plan, scores, metrics)
                 learner.teacher.after_step(step)
 
             with run.phase("weight_sync", step):

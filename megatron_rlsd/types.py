@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    IntArray = NDArray[np.int32]
+    FloatArray = NDArray[np.float32]
+    BoolArray = NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -199,42 +207,72 @@ class Group:
         return [t.reward.value for t in self.trajectories if t.reward is not None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class RowOutline:
+    """What every rank knows of a training row, whichever ranks hold its tokens."""
+
+    prompt_tokens: int
+    response_tokens: int
+    trained_tokens: int
+    """The sum of the row's loss mask."""
+    advantage: float
+    teacher_prompt_tokens: int | None
+    """None: there is no hint for this response."""
+    contrast_prompt_tokens: int | None
+    has_evidence_span: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainRow:
+    """One trajectory as the update needs it. P prompt tokens, T response tokens, T >= 1."""
+
+    prompt_ids: IntArray
+    """[P] int32, P >= 1: the student's prompt."""
+    response_ids: IntArray
+    """[T] int32."""
+    loss_mask: BoolArray
+    """[T] True: the update and its means are over this token. False: it is context alone, because
+    an environment wrote it, or because its response is left out (algorithm.mask_truncated)."""
+    rollout_log_probs: FloatArray
+    """[T] float32, the engine's. Means nothing where loss_mask is False."""
+    advantage: float
+    teacher_prompt_ids: IntArray | None = None
+    """[P'] int32, the privileged prompt. None: there is no hint for this response."""
+    contrast_prompt_ids: IntArray | None = None
+    """[P''] int32, the prompt with a wrong hint. None: there is none, or none is asked for."""
+    evidence_span: tuple[int, int] | None = None
+    """Tokens [start, stop) that the evidence weight may touch. None: all."""
+    routed_experts: Tensor | None = None
+    """As in Generation. None: the update routes by itself."""
+
+    @property
+    def outline(self) -> RowOutline:
+        """The row without its tokens."""
+        teacher, contrast = self.teacher_prompt_ids, self.contrast_prompt_ids
+        return RowOutline(
+            prompt_tokens=len(self.prompt_ids),
+            response_tokens=len(self.response_ids),
+            trained_tokens=int(self.loss_mask.sum()),
+            advantage=self.advantage,
+            teacher_prompt_tokens=None if teacher is None else len(teacher),
+            contrast_prompt_tokens=None if contrast is None else len(contrast),
+            has_evidence_span=self.evidence_span is not None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TrainBatch:
-    """The trajectories of one step as every rank gets them: what the update needs and no more.
+    """The rows of a training step, or of one group of it: trajectories with a response token."""
 
-    All lists have one entry per trajectory; trajectories without any response token are left out.
-    """
+    outlines: list[RowOutline]
+    """[B] every row, on every rank."""
+    rows: dict[int, TrainRow]
+    """Row number -> the row, for the rows whose tokens this rank holds."""
 
-    prompt_ids: list[list[int]]
-    teacher_prompt_ids: list[list[int]]
-    """An empty one: the teacher has nothing to say of this response."""
-    response_ids: list[list[int]]
-    rollout_log_probs: list[list[float]]
-    """Aligned with response_ids; float32 once sent."""
-    advantages: list[float]
-    contrast_prompt_ids: list[list[int]] = field(default_factory=list)
-    """Prompts with a wrong hint, an empty one where there is none; no entries: none asked for."""
-    evidence_spans: list[list[int]] = field(default_factory=list)
-    """[start, stop) in tokens of each response; no entries: everywhere."""
-    routed_experts: list[Tensor] = field(default_factory=list, compare=False)
-    """Generation.routed_experts of each; no entries: the update routes by itself."""
-    loss_masks: list[list[int]] = field(default_factory=list)
-    """As Generation.loss_mask, aligned with response_ids; no entries: the policy sampled every
-    token. The update and all its means are over the tokens that it sampled."""
+    @classmethod
+    def of(cls, rows: Sequence[TrainRow]) -> TrainBatch:
+        """A batch that holds all of its rows here."""
+        return cls(outlines=[row.outline for row in rows], rows=dict(enumerate(rows)))
 
     def __len__(self) -> int:
-        return len(self.advantages)
-
-    def mask(self, index: int) -> list[int]:
-        """The loss mask [T] of one trajectory; empty: all ones."""
-        return self.loss_masks[index] if self.loss_masks else []
-
-    def own(self, index: int, values: list[Any]) -> list[Any]:
-        """Those of one trajectory's [T] values that belong to tokens the policy sampled."""
-        mask = self.mask(index)
-        return [v for v, m in zip(values, mask, strict=True) if m] if mask else values
-
-    def num_own_tokens(self, index: int) -> int:
-        """Tokens of one trajectory that the policy sampled: the sum of its loss mask."""
-        return sum(self.mask(index)) or len(self.response_ids[index])
+        return len(self.outlines)

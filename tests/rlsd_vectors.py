@@ -19,6 +19,8 @@ CONFIG_NAMES = {
     "clip_high": "eps_clip_high",
     "lambda": "rlsd_lambda",
 }
+NEAR_THE_CURRENT = ("old_log_probs", "teacher_log_probs", "ref_log_probs", "rollout_log_probs")
+"""The log-probabilities of TokenInputs that random inputs draw near the current ones."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +25,12 @@ from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.recovery.replay import choose_base, replay
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.types import TrainBatch
 from tests.algorithm_runs import NAMES, small_config
+from tests.batches import plain_rows
 from tests.models import save_random_model
+
+Row = SimpleNamespace
+"""A row of the batch as lists and numbers."""
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +57,21 @@ def sampled(log_p: Tensor, response: list[int]) -> Tensor:
     return log_p.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
-def token_terms(config: Config, batch: TrainBatch, i: int, S: Scorer, Q: Scorer) -> Tensor:
+def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
     """L_t of one response at ratio 1, without the divergence over the vocabulary."""
-    algorithm, response, A = config.algorithm, batch.response_ids[i], batch.advantages[i]
-    lp = sampled(S(batch.prompt_ids[i], response), response)
+    algorithm, response, A = config.algorithm, row.response_ids, row.advantage
+    lp = sampled(S(row.prompt_ids, response), response)
     A_hat = torch.full_like(lp, A).detach()
     with torch.no_grad():
-        teacher = batch.teacher_prompt_ids[i]
+        teacher = row.teacher_prompt_ids
         lp_T = sampled(Q(teacher, response), response) if teacher else None
     sign, lam = math.copysign(1, A), algorithm.rlsd_lambda
     name, clip = algorithm.name, algorithm.evidence_clip
 
     def reweighted(gain: Tensor) -> Tensor:
         w = (sign * gain).exp().clamp(1 - clip, 1 + clip)
-        if batch.evidence_spans:
-            start, stop = batch.evidence_spans[i]
+        if row.evidence_span:
+            start, stop = row.evidence_span
             w[:start], w[stop:] = 1, 1
         return A * ((1 - lam) + lam * w)
 
@@ -77,9 +81,9 @@ def token_terms(config: Config, batch: TrainBatch, i: int, S: Scorer, Q: Scorer)
         A_hat = reweighted(lp_T - lp.detach())
     elif name == "rlrt" and lp_T is not None and A > 0:
         A_hat = reweighted(lp.detach() - lp_T)
-    elif name == "ectr" and batch.contrast_prompt_ids[i]:
+    elif name == "ectr" and row.contrast_prompt_ids:
         with torch.no_grad():
-            wrong = sampled(Q(batch.contrast_prompt_ids[i], response), response)
+            wrong = sampled(Q(row.contrast_prompt_ids, response), response)
         A_hat = reweighted(lp_T - wrong)
     elif name == "opd":
         A_hat = A_hat - algorithm.opd_coef * (lp.detach() - lp_T)
@@ -108,22 +112,23 @@ def divergence(config: Config, log_p: Tensor, log_q: Tensor) -> Tensor:
     }[algorithm.divergence].sum(1)
 
 
-def expected_loss(config: Config, batch: TrainBatch, S: Scorer, Q: Scorer) -> Tensor:
-    algorithm, B = config.algorithm, len(batch)
-    terms = [token_terms(config, batch, i, S, Q) for i in range(B)]
+def expected_loss(config: Config, rows: list[Row], S: Scorer, Q: Scorer) -> Tensor:
+    algorithm, B = config.algorithm, len(rows)
+    terms = [token_terms(config, row, S, Q) for row in rows]
     loss = {
         "token_mean": lambda: torch.cat(terms).mean(),
         "sequence_mean": lambda: sum(t.mean() for t in terms) / B,
         "fixed_length": lambda: sum(t.sum() for t in terms) / (B * 10),
     }[algorithm.loss_aggregation]()
     if algorithm.divergence_coef:
-        rows = []
-        for i, response in enumerate(batch.response_ids):
-            if batch.teacher_prompt_ids[i]:
+        distances = []
+        for row in rows:
+            if row.teacher_prompt_ids:
                 with torch.no_grad():
-                    log_q = Q(batch.teacher_prompt_ids[i], response)
-                rows.append(divergence(config, S(batch.prompt_ids[i], response), log_q))
-        loss = loss + algorithm.divergence_coef * torch.cat(rows).mean()
+                    log_q = Q(row.teacher_prompt_ids, row.response_ids)
+                log_p = S(row.prompt_ids, row.response_ids)
+                distances.append(divergence(config, log_p, log_q))
+        loss = loss + algorithm.divergence_coef * torch.cat(distances).mean()
     return loss
 
 
@@ -133,9 +138,9 @@ def first_step(config: Config) -> dict[str, Any]:
     return next(line for line in lines if "train/loss" in line)
 
 
-def run_one_step(config: Config) -> tuple[TrainBatch, dict[str, Any]]:
+def run_one_step(config: Config) -> tuple[list[Row], dict[str, Any]]:
     metrics = first_step(config)
-    return read_step(Path(config.run_dir), 0).batch, metrics
+    return plain_rows(read_step(Path(config.run_dir), 0).batch), metrics
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,11 +152,11 @@ def test_a_step_has_the_loss_and_the_gradient_of_the_formula(
         *("train.steps=1", "train.global_batch_size=null", "train.record_steps=all"),
         "data.train.0.params={min_terms: 2, max_terms: 3, min_digits: 1, max_digits: 1}",
     )
-    batch, metrics = run_one_step(config)
-    assert name in ("opd", "opsd", "sdpo") or any(batch.advantages)
+    rows, metrics = run_one_step(config)
+    assert name in ("opd", "opsd", "sdpo") or any(row.advantage for row in rows)
     student = Scorer(tiny_model)
     teacher = Scorer(other_model) if name == "opd" else student
-    loss = expected_loss(config, batch, student, teacher)
+    loss = expected_loss(config, rows, student, teacher)
     loss.backward()
     gradients = [p.grad for p in student.model.parameters() if p.grad is not None]
     norm = torch.stack([g.norm() for g in gradients]).norm().item()
@@ -168,14 +173,15 @@ def test_hints_come_from_the_group_and_their_absence_is_counted(
         *(name, tmp_path / "run", tiny_model, other_model),
         *("train.steps=1", "train.record_steps=all"),
     )
-    batch, metrics = run_one_step(config)
+    rows, metrics = run_one_step(config)
     tokenizer = load_tokenizer(config.tokenizer, tiny_model)
-    texts = [tokenizer.decode(ids) for ids in batch.response_ids]
+    texts = [tokenizer.decode(ids) for ids in (row.response_ids for row in rows)]
     solved = [
         sum(c in "02468" for c in text if c.isdigit()) / max(1, sum(map(str.isdigit, text))) >= 0.5
         for text in texts
     ]
-    prompts = batch.contrast_prompt_ids if name == "ectr" else batch.teacher_prompt_ids
+    column = "contrast_prompt_ids" if name == "ectr" else "teacher_prompt_ids"
+    prompts = [getattr(row, column) for row in rows]
     wanted = [not each for each in solved] if name == "ectr" else solved
     for i, prompt in enumerate(prompts):
         group = range(i // 4 * 4, i // 4 * 4 + 4)
@@ -195,19 +201,20 @@ def test_a_span_limits_the_evidence_to_its_tokens(tiny_model, other_model, tmp_p
         *("rlsd", tmp_path / "run", tiny_model, other_model),
         *("train.steps=1", "train.record_steps=all", "algorithm.span_end='1'"),
     )
-    batch, metrics = run_one_step(config)
+    rows, metrics = run_one_step(config)
     tokenizer = load_tokenizer(config.tokenizer, tiny_model)
-    spans = list(zip(batch.response_ids, batch.evidence_spans, strict=True))
+    spans = [(row.response_ids, row.evidence_span) for row in rows]
     assert any(stop < len(ids) for ids, (_, stop) in spans)
     for ids, (start, stop) in spans:
         assert start == 0
         assert "1" not in tokenizer.decode(ids[: max(0, stop - 1)])
         assert stop == len(ids) or "1" in tokenizer.decode(ids[: stop + 1])
     student = Scorer(tiny_model)
-    loss = expected_loss(config, batch, student, student).item()
+    loss = expected_loss(config, rows, student, student).item()
     assert metrics["train/loss"] == pytest.approx(loss, rel=2e-5, abs=2e-7)
-    batch.evidence_spans.clear()
-    assert expected_loss(config, batch, student, student).item() != pytest.approx(loss, rel=1e-4)
+    for row in rows:
+        row.evidence_span = None
+    assert expected_loss(config, rows, student, student).item() != pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sdpo", "rlrt", "ectr"])
@@ -248,9 +255,9 @@ def test_critiques_come_from_the_data_and_a_wrong_key_is_named(tiny_model, other
         *("sdpo", tmp_path / "right", tiny_model, other_model, *settings),
         "teacher.critique_key=note",
     )
-    batch, metrics = run_one_step(right)
+    rows, metrics = run_one_step(right)
     tokenizer = load_tokenizer(right.tokenizer, tiny_model)
-    assert all("Add " in tokenizer.decode(prompt) for prompt in batch.teacher_prompt_ids)
+    assert all("Add " in tokenizer.decode(row.teacher_prompt_ids) for row in rows)
     assert metrics["teacher/without_hint_share"] == 0
     assert metrics["train/grad_norm"] > 0
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.recovery.replay import replay
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.types import TrainBatch
+from tests.batches import plain_rows
 from tests.environment_runs import CONFIGS, NAMES, conversations_config, digits_config
 
+Row = SimpleNamespace
+"""A row of the batch as lists and numbers."""
 SETTINGS = {
     "rlsd": ("algorithm.rlsd_lambda=0.7",),
     # Means over responses, a term for every response, and a correction by whole responses.
@@ -39,27 +42,26 @@ SETTINGS = {
 }
 
 
-def own_log_probs(model: torch.nn.Module, batch: TrainBatch, i: int, prompt: list[int]) -> Tensor:
+def own_log_probs(model: torch.nn.Module, row: Row, prompt: list[int]) -> Tensor:
     """[own tokens, V] log p of the tokens that the policy wrote, each given all before it."""
-    ids = prompt + batch.response_ids[i]
+    ids = prompt + row.response_ids
     log_p = model(torch.tensor([ids])).logits[0].log_softmax(1)
-    mask = batch.loss_masks[i]
-    return log_p[[len(prompt) - 1 + t for t, own in enumerate(mask) if own]]
+    return log_p[[len(prompt) - 1 + t for t, own in enumerate(row.loss_mask) if own]]
 
 
-def own_tokens(batch: TrainBatch, i: int) -> Tensor:
-    pairs = zip(batch.response_ids[i], batch.loss_masks[i], strict=True)
+def own_tokens(row: Row) -> Tensor:
+    pairs = zip(row.response_ids, row.loss_mask, strict=True)
     return torch.tensor([token for token, own in pairs if own])[:, None]
 
 
-def expected_loss(config: Config, batch: TrainBatch, model: torch.nn.Module) -> Tensor:
+def expected_loss(config: Config, rows: list[Row], model: torch.nn.Module) -> Tensor:
     """The loss at ratio 1, from its definition."""
     algorithm, terms, distances = config.algorithm, [], []
-    for i, A in enumerate(batch.advantages):
-        chosen = own_tokens(batch, i)
-        log_p = own_log_probs(model, batch, i, batch.prompt_ids[i])
+    for row in rows:
+        A, chosen = row.advantage, own_tokens(row)
+        log_p = own_log_probs(model, row, row.prompt_ids)
         with torch.no_grad():
-            log_q = own_log_probs(model, batch, i, batch.teacher_prompt_ids[i])
+            log_q = own_log_probs(model, row, row.teacher_prompt_ids)
         lp, lp_T = log_p.gather(1, chosen)[:, 0], log_q.gather(1, chosen)[:, 0]
         w = (math.copysign(1, A) * (lp_T - lp.detach())).exp()
         clip, lam = algorithm.evidence_clip, algorithm.rlsd_lambda
@@ -72,7 +74,7 @@ def expected_loss(config: Config, batch: TrainBatch, model: torch.nn.Module) -> 
         p, q = log_p.exp(), log_q.exp()
         m = (p + q) / 2
         distances.append(((q * (q / m).log() + p * (p / m).log()) / 2).sum(1))
-    B = len(batch)
+    B = len(rows)
     if algorithm.loss_aggregation == "token_mean":
         return torch.cat(terms).mean()
     if algorithm.loss_aggregation == "sequence_mean":
@@ -82,10 +84,11 @@ def expected_loss(config: Config, batch: TrainBatch, model: torch.nn.Module) -> 
     return torch.cat(terms).sum() / scale + divergence
 
 
-def one_step(config: Config) -> tuple[TrainBatch, dict[str, float]]:
+def one_step(config: Config) -> tuple[list[Row], dict[str, float]]:
     train.train(config)
     lines = read_metrics(Path(config.run_dir) / "metrics.jsonl")
-    return read_step(Path(config.run_dir), 0).batch, next(x for x in lines if "train/loss" in x)
+    rows = plain_rows(read_step(Path(config.run_dir), 0).batch)
+    return rows, next(x for x in lines if "train/loss" in x)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -93,11 +96,11 @@ def test_a_step_over_several_turns_has_the_loss_and_gradient_of_the_formula(
     name, tiny_model, tmp_path
 ):
     config = digits_config(tmp_path / "run", tiny_model, *SETTINGS[name])
-    batch, metrics = one_step(config)
-    assert sum(0 in mask for mask in batch.loss_masks) >= 4
-    assert any(batch.advantages)
+    rows, metrics = one_step(config)
+    assert sum(False in row.loss_mask for row in rows) >= 4
+    assert any(row.advantage for row in rows)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
-    loss = expected_loss(config, batch, model)
+    loss = expected_loss(config, rows, model)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.stack([g.norm() for g in gradients]).norm().item()
@@ -110,33 +113,37 @@ def test_a_step_over_several_turns_has_the_loss_and_gradient_of_the_formula(
     assert metrics["train/rollout_log_prob_diff_max"] < 1e-4
     if name == "rlsd":
         with torch.no_grad():
-            rows = [own_log_probs(model, batch, i, p) for i, p in enumerate(batch.prompt_ids)]
+            log_p = [own_log_probs(model, row, row.prompt_ids) for row in rows]
         entropy = torch.cat(
-            [-(row.exp() * row).sum(1) for row, A in zip(rows, batch.advantages, strict=True) if A]
+            [
+                -(each.exp() * each).sum(1)
+                for each, row in zip(log_p, rows, strict=True)
+                if row.advantage
+            ]
         )
         assert metrics["train/entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
         assert metrics["noise/gain_abs_max"] < 1e-4
-        check_dump(config, batch, rows)
+        check_dump(config, rows, log_p)
         replayed = replay(config, 0).metrics
         assert replayed["train/loss"] == metrics["train/loss"]
         assert replayed["train/grad_norm"] == metrics["train/grad_norm"]
 
 
-def check_dump(config: Config, batch: TrainBatch, rows: list[Tensor]) -> None:
+def check_dump(config: Config, rows: list[Row], log_p: list[Tensor]) -> None:
     """The sample dump has the update's numbers at the model's tokens, and none at the others."""
     text = (Path(config.run_dir) / "samples/step_000000.jsonl").read_text()
-    for i, line in enumerate(text.splitlines()):
+    for row, scores, line in zip(rows, log_p, text.splitlines(), strict=True):
         columns = json.loads(line)["token_columns"]
         columns.setdefault("log_probs", [None] * len(columns["id"]))
-        mask = batch.loss_masks[i]
-        assert columns["id"] == batch.response_ids[i]
+        mask = row.loss_mask
+        assert columns["id"] == row.response_ids
         assert columns.get("own", mask) == mask
-        lp = iter(rows[i].gather(1, own_tokens(batch, i))[:, 0].tolist())
+        lp = iter(scores.gather(1, own_tokens(row))[:, 0].tolist())
         for t, own in enumerate(mask):
             found = columns["rollout_log_probs"][t]
             assert (found is None) == (not own)
             scored = columns["log_probs"][t]
-            assert (scored is None) == (not own or batch.advantages[i] == 0)
+            assert (scored is None) == (not own or row.advantage == 0)
             if own:
                 assert found == pytest.approx(next(lp), abs=1e-3)
                 assert scored is None or scored == pytest.approx(found, abs=1e-3)
@@ -184,8 +191,8 @@ def test_rl_refuses_conversations(tiny_model, tmp_path):
 
 def test_without_a_hint_the_gain_over_a_trajectory_is_exactly_zero(tiny_model, tmp_path):
     settings = ("teacher.hint=none", "teacher.mode=live", "algorithm.rlsd_lambda=1")
-    batch, metrics = one_step(digits_config(tmp_path / "run", tiny_model, *settings))
-    assert any(0 in mask for mask in batch.loss_masks)
+    rows, metrics = one_step(digits_config(tmp_path / "run", tiny_model, *settings))
+    assert any(False in row.loss_mask for row in rows)
     assert metrics["algorithm/gain_abs_max"] == 0
     assert metrics["algorithm/evidence_weight_mean"] == 1
 

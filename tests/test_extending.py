@@ -26,6 +26,7 @@ from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rewards.registry import REWARDS
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, Group, Problem, RewardInput, RewardResult, Trajectory
+from tests.batches import plain_rows
 from tests.distributed.ranks import run_on_ranks
 from tests.test_algorithms import Scorer, sampled
 
@@ -179,21 +180,22 @@ def test_a_run_with_an_algorithm_and_a_model_family_of_ones_own(phi3: Path, tmp_
     )
 
     # The loss by its formula, from transformers' log-probabilities in float64.
-    batch = read_step(tmp_path / "one", 0).batch
+    rows = plain_rows(read_step(tmp_path / "one", 0).batch)
     score, terms = Scorer(phi3), []
-    for i, response in enumerate(batch.response_ids):
-        lp = sampled(score(batch.prompt_ids[i], response), response)
+    for row in rows:
+        response = row.response_ids
+        lp = sampled(score(row.prompt_ids, response), response)
         with torch.no_grad():
-            gain = sampled(score(batch.teacher_prompt_ids[i], response), response) - lp
-        A = batch.advantages[i]
+            gain = sampled(score(row.teacher_prompt_ids, response), response) - lp
+        A = row.advantage
         weight = 2 / (1 + (-gain if A > 0 else gain).exp())
         A_hat = A * (0.2 + 0.8 * weight)
         terms.append(-A_hat * (lp - lp.detach()).exp())
-        assert batch.rollout_log_probs[i] == pytest.approx(lp.tolist(), abs=1e-4)
+        assert row.rollout_log_probs == pytest.approx(lp.tolist(), abs=1e-4)
     loss = torch.cat(terms).mean()
     loss.backward()
     squares = [(p.grad**2).sum() for p in score.model.parameters() if p.grad is not None]
-    assert any(batch.advantages)
+    assert any(row.advantage for row in rows)
     assert one["train/loss"] == pytest.approx(loss.item(), abs=2e-5)
     assert one["train/grad_norm"] == pytest.approx(torch.stack(squares).sum().sqrt().item(), 1e-4)
     for key in ("train/loss", "train/grad_norm", "algorithm/evidence_weight_mean"):

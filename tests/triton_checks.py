@@ -14,7 +14,7 @@ from megatron_rlsd.ops import PolicyLossConfig, policy_loss, token_log_probs, tr
 from megatron_rlsd.ops.head import HeadInputs, VocabShard
 from megatron_rlsd.ops.reference import reference_log_probs, reference_policy_loss
 from megatron_rlsd.ops.token_loss import TokenInputs
-from tests.rlsd_vectors import load_case, relative_error
+from tests.rlsd_vectors import NEAR_THE_CURRENT, load_case, relative_error
 
 
 def random_head(
@@ -40,8 +40,10 @@ def random_tokens(hidden: Tensor, weight: Tensor, targets: Tensor, seed: int = 0
         return torch.rand(N, generator=generator, device=device) < 0.8
 
     log_probs, _ = reference_log_probs(hidden, weight, targets)
-    near = [log_probs + 0.2 * normal() for _ in range(4)]
-    return TokenInputs(normal() * often(), often().double() / max(N, 1), *near)
+    near = {name: log_probs + 0.2 * normal() for name in NEAR_THE_CURRENT}
+    return TokenInputs(
+        advantages=normal() * often(), loss_weights=often().double() / max(N, 1), **near
+    )
 
 
 def log_prob_tolerance(device: torch.device, D: int) -> float:

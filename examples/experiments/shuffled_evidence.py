@@ -13,8 +13,7 @@ import torch
 
 import megatron_rlsd.train
 from megatron_rlsd.config import Config
-from megatron_rlsd.learner import Learner, Scores
-from megatron_rlsd.types import TrainBatch
+from megatron_rlsd.learner import Learner, Plan, Scores
 
 
 class ShuffledLearner(Learner):
@@ -24,10 +23,10 @@ class ShuffledLearner(Learner):
         super().__init__(config, *rest)
         self._generator = torch.Generator().manual_seed(config.train.seed)
 
-    def score(self, batch: TrainBatch, splits: list[list[list[int]]], rlsd_lambda: float) -> Scores:
-        scores = super().score(batch, splits, rlsd_lambda)
+    def score(self, plan: Plan) -> Scores:
+        scores = super().score(plan)
         for index, teacher in (scores.teacher or {}).items():
-            student = teacher.new_tensor(batch.rollout_log_probs[index])
+            student = teacher.new_tensor(plan.row(index).rollout_log_probs)
             order = torch.randperm(len(teacher), generator=self._generator)
             scores.teacher[index] = student + (teacher - student)[order]
         return scores

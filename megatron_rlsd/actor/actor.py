@@ -1,15 +1,16 @@
 """The actor: passes over packed sequences with the model of this rank's layout.
 
 Every method is collective: all ranks call it with the same sequences, sharded by data-parallel
-rank. R is the number of response tokens of this data-parallel rank, in the order of its sequences;
-its context-parallel ranks, which share those sequences, all give and get all R.
+rank; of the other ranks' sequences only the lengths are looked at (``Elsewhere``). R is the number
+of response tokens of this data-parallel rank, in the order of its sequences; its context-parallel
+ranks, which share those sequences, all give and get all R.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence as ListOf
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,21 @@ from megatron_rlsd.actor.optimizer import (
     wrap_data_parallel,
 )
 from megatron_rlsd.actor.outcome import OptimizerStep, UpdateResult, all_finite, reduce_outcome
-from megatron_rlsd.actor.packing import MicroBatch, Sequence, build_micro_batch, response_offsets
+from megatron_rlsd.actor.packing import (
+    Elsewhere,
+    MicroBatch,
+    Sequence,
+    build_micro_batch,
+    response_offsets,
+)
 from megatron_rlsd.actor.precision import layer_kind
 from megatron_rlsd.actor.routing_replay import RoutingReplay
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.actor.userbuffers import start_userbuffers
 from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import Family, export_hf_tensors, load_hf_weights
 from megatron_rlsd.hf_bridge.quantized import is_quantized, set_values
 from megatron_rlsd.ops import (
-    DivergenceConfig,
     PolicyLossConfig,
     PolicyLossStats,
     divergence_loss,
@@ -56,35 +63,8 @@ from megatron_rlsd.ops import (
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.groups import ParallelGroups
 
-
-@dataclass(frozen=True)
-class Distillation:
-    """The teacher's distribution at each response token, as what its head makes them from."""
-
-    hidden: Tensor
-    """[R, E] last hidden states; anything where loss_weights is 0."""
-    weight: Tensor
-    """[V / tp, E] the teacher's head, this rank's vocabulary rows."""
-    loss_weights: Tensor
-    """[R] coefficient and normaliser; 0 where the teacher says nothing."""
-    config: DivergenceConfig
-
-
-@dataclass(frozen=True)
-class TokenValues:
-    """What the loss needs of each response token of this data-parallel rank, each [R] float32."""
-
-    advantages: Tensor
-    loss_weights: Tensor
-    """Mask and normaliser: they sum to the rank's share of the global batch."""
-    rollout_log_probs: Tensor | None = None
-    old_log_probs: Tensor | None = None
-    """None: those of the current weights, which makes every ratio 1."""
-    teacher_log_probs: Tensor | None = None
-    contrast_log_probs: Tensor | None = None
-    ref_log_probs: Tensor | None = None
-    distillation: Distillation | None = None
-    """On the last pipeline stage only."""
+SequencesByRank = ListOf[ListOf[Sequence | Elsewhere]]
+"""For each data-parallel rank; this rank's own are all here."""
 
 
 class Actor:
@@ -207,7 +187,7 @@ class Actor:
             self._offload.onload()
 
     def token_log_probs(
-        self, sequences_by_rank: list[list[Sequence]], temperature: float
+        self, sequences_by_rank: SequencesByRank, temperature: float
     ) -> Tensor | None:
         """Log-probabilities [R] of every response token; None on ranks before the last stage."""
 
@@ -224,7 +204,7 @@ class Actor:
 
         return self._score(sequences_by_rank, score, ())
 
-    def token_states(self, sequences_by_rank: list[list[Sequence]]) -> tuple[Tensor, Tensor] | None:
+    def token_states(self, sequences_by_rank: SequencesByRank) -> tuple[Tensor, Tensor] | None:
         """What the head makes every response token's distribution from; None before the last stage.
 
         Returns the last hidden states [R, D] in the model's precision, and a copy of the head's
@@ -244,7 +224,7 @@ class Actor:
 
     def _score(
         self,
-        sequences_by_rank: list[list[Sequence]],
+        sequences_by_rank: SequencesByRank,
         score: Callable[[Tensor, Tensor, Tensor], Tensor],
         width: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
@@ -264,7 +244,7 @@ class Actor:
             outputs = self._run(plan, micro_batches, head_for, forward_only=True)
         if not self.groups.is_last_stage:
             return None
-        total = sum(s.num_targets for s in sequences_by_rank[self.groups.dp.rank()])
+        total = sum(s.num_targets for s in _held(sequences_by_rank[self.groups.dp.rank()]))
         flat = torch.zeros(total, *width, dtype=dtype, device=self.groups.device)
         for micro_batch, values in zip(micro_batches, outputs, strict=True):
             flat[micro_batch.response_indices] = values
@@ -274,7 +254,7 @@ class Actor:
 
     def update(
         self,
-        sequences_by_rank: list[list[Sequence]],
+        sequences_by_rank: SequencesByRank,
         values: TokenValues,
         loss_config: PolicyLossConfig,
         temperature: float,
@@ -415,13 +395,13 @@ class Actor:
         )
 
     def _micro_batches(
-        self, sequences_by_rank: list[list[Sequence]]
+        self, sequences_by_rank: SequencesByRank
     ) -> tuple[StepPlan, list[MicroBatch]]:
         """This rank's packs; every data-parallel rank makes the same number of them."""
         lengths = [[s.num_inputs for s in sequences] for sequences in sequences_by_rank]
         plan = plan_micro_batches(lengths, self._max_tokens, self._pack_shape)
         rank = self.groups.dp.rank()
-        mine = sequences_by_rank[rank]
+        mine = _held(sequences_by_rank[rank])
         offsets = response_offsets(mine)
         return plan, [
             build_micro_batch(
@@ -447,3 +427,10 @@ class Actor:
         full = hidden.new_empty(hidden.shape[0] * tp.size(), hidden.shape[1])
         dist.all_gather_into_tensor(full, hidden.contiguous(), group=tp)
         return full
+
+
+def _held(sequences: ListOf[Sequence | Elsewhere]) -> list[Sequence]:
+    """A rank's own sequences, which are all here."""
+    held = [each for each in sequences if isinstance(each, Sequence)]
+    assert len(held) == len(sequences), "a rank was not given its own sequences"
+    return held

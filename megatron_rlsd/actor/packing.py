@@ -10,9 +10,12 @@ speaks of this rank's tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -20,23 +23,50 @@ from torch import Tensor
 from megatron_rlsd.actor.balance import PackShape
 from megatron_rlsd.actor.context_parallel import held_positions
 from megatron_rlsd.hf_bridge.dims import round_up
-from megatron_rlsd.types import TrainBatch
+
+if TYPE_CHECKING:
+    from megatron_rlsd.types import BoolArray, IntArray
 
 PADDING_PIECE = 256
 """Tokens of padding that attend to each other: its cost grows with their square."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sequence:
     """A prompt and the response tokens to be scored under it; both non-empty."""
 
-    prompt_ids: list[int]
-    response_ids: list[int]
-    mask: list[int] = field(default_factory=list)
-    """[T] 1: score the token, 0: it is context for those after it; empty: all are scored."""
+    prompt_ids: IntArray
+    """[P] int32."""
+    response_ids: IntArray
+    """[T] int32."""
+    loss_mask: BoolArray
+    """[T] True: score the token, False: it is context for those after it."""
     routed_experts: Tensor | None = field(default=None, compare=False)
     """[num_inputs, layers, experts per token] integers: where the routers send each token, -1:
     where they would. None: they decide."""
+
+    @classmethod
+    def of(
+        cls,
+        prompt_ids: ListOf[int] | IntArray,
+        response_ids: ListOf[int] | IntArray,
+        loss_mask: ListOf[int] | BoolArray | None = None,
+        routed_experts: Tensor | None = None,
+    ) -> Sequence:
+        """A sequence from any numbers; ``loss_mask`` None: every response token is scored."""
+        return cls(
+            prompt_ids=np.asarray(prompt_ids, np.int32),
+            response_ids=np.asarray(response_ids, np.int32),
+            loss_mask=np.ones(len(response_ids), np.bool_)
+            if loss_mask is None
+            else np.asarray(loss_mask, np.bool_),
+            routed_experts=routed_experts,
+        )
+
+    @property
+    def token_ids(self) -> IntArray:
+        """[P + T] int32: prompt and response."""
+        return np.concatenate([self.prompt_ids, self.response_ids])
 
     @property
     def num_inputs(self) -> int:
@@ -46,13 +76,14 @@ class Sequence:
     @property
     def num_targets(self) -> int:
         """Tokens that are scored."""
-        return sum(self.mask) if self.mask else len(self.response_ids)
+        return int(self.loss_mask.sum())
 
 
-def student_sequence(batch: TrainBatch, index: int) -> Sequence:
-    """A trajectory as the policy sampled it: with its routes, where the batch has them."""
-    routes = batch.routed_experts[index] if batch.routed_experts else None
-    return Sequence(batch.prompt_ids[index], batch.response_ids[index], batch.mask(index), routes)
+@dataclass(frozen=True)
+class Elsewhere:
+    """A sequence that another data-parallel rank holds: only its length is known here."""
+
+    num_inputs: int
 
 
 @dataclass
@@ -95,7 +126,7 @@ class MicroBatch:
         return out
 
 
-def response_offsets(sequences: list[Sequence]) -> list[int]:
+def response_offsets(sequences: ListOf[Sequence]) -> list[int]:
     """Start of each sequence's response in the flat order of all response tokens."""
     offsets, total = [], 0
     for sequence in sequences:
@@ -105,7 +136,7 @@ def response_offsets(sequences: list[Sequence]) -> list[int]:
 
 
 def build_micro_batch(
-    sequences: list[Sequence],
+    sequences: ListOf[Sequence],
     members: list[int],
     offsets: list[int],
     *,
@@ -161,7 +192,7 @@ def build_micro_batch(
     )
 
 
-def _routes(sequences: list[Sequence], members: list[int], bounds: list[int]) -> Tensor | None:
+def _routes(sequences: ListOf[Sequence], members: list[int], bounds: list[int]) -> Tensor | None:
     """MicroBatch.routed_experts of the whole pack, whose i-th sequence begins at ``bounds[i]``."""
     known = [(start, sequences[i]) for start, i in zip(bounds, members, strict=False)]
     shapes = {s.routed_experts.shape[1:] for _, s in known if s.routed_experts is not None}
@@ -185,16 +216,14 @@ def _columns_of(sequence: Sequence, number: int, offset: int, shape: PackShape) 
 
     The sequence id and the response index are -1 where no response token is predicted.
     """
-    before = len(sequence.prompt_ids) - 1
+    prompt, response = map(torch.from_numpy, (sequence.prompt_ids, sequence.response_ids))
     columns = _padding(shape.padded(sequence.num_inputs))
     length = sequence.num_inputs
-    columns[0, :length] = torch.tensor(sequence.prompt_ids + sequence.response_ids[:-1])
-    targets = torch.tensor(sequence.response_ids)
-    places = torch.arange(before, length)
-    if sequence.mask:
-        scored = torch.tensor(sequence.mask, dtype=torch.bool)
-        targets, places = targets[scored], places[scored]
-    columns[2, places] = targets
+    columns[0, : len(prompt)] = prompt
+    columns[0, len(prompt) : length] = response[:-1]
+    scored = torch.from_numpy(sequence.loss_mask)
+    targets, places = response[scored], torch.arange(len(prompt) - 1, length)[scored]
+    columns[2, places] = targets.long()
     columns[3, places] = number
     columns[4, places] = torch.arange(offset, offset + len(targets))
     columns[5, :length] = 0

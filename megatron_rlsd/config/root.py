@@ -52,9 +52,14 @@ class Config(Section):
     @property
     def total_updates(self) -> int:
         """Optimizer steps of the whole run, over which the learning rate is scheduled."""
+        return self.train.steps * self.updates_per_step
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps that each rollout is used for."""
         trajectories = self.rollout.prompts_per_step * self.rollout.n_samples_per_prompt
         updates = trajectories // (self.train.global_batch_size or trajectories)
-        return self.train.steps * updates * self.train.epochs_per_rollout
+        return updates * self.train.epochs_per_rollout
 
     @property
     def pack_multiple(self) -> int:

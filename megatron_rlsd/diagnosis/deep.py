@@ -68,17 +68,18 @@ def compare(run: Run, batch: TrainBatch) -> dict[str, float]:
     """On rank 0 the differences of the sampled tokens' log-probabilities; empty elsewhere."""
     if not len(batch):
         raise UserError("the engine sampled no token")
-    sequences = [
-        prompt + response
-        for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True)
-    ]
+    rows = [batch.rows[number] for number in range(len(batch))]
+    sequences = [[*row.prompt_ids.tolist(), *row.response_ids.tolist()] for row in rows]
     scores = trainer_scores(run.actor, run.process_groups, sequences)
     if scores is None:
         return {}
-    ours = [row[len(prompt) - 1 :] for row, prompt in zip(scores, batch.prompt_ids, strict=True)]
+    ours = [each[len(row.prompt_ids) - 1 :] for each, row in zip(scores, rows, strict=True)]
     bound = run.config.weight_sync.parity_bound
     metrics = check_parity(
-        {"the rollout engine": batch.rollout_log_probs}, ours, bound=bound, version=0
+        {"the rollout engine": [row.rollout_log_probs.tolist() for row in rows]},
+        ours,
+        bound=bound,
+        version=0,
     )
     return {
         "tokens": float(sum(map(len, ours))),

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.actor.actor import Actor
-from megatron_rlsd.actor.packing import MicroBatch, student_sequence
+from megatron_rlsd.actor.packing import MicroBatch
 from megatron_rlsd.actor.positions import shifted_positions
 from megatron_rlsd.config import Config
+from megatron_rlsd.learner.plan import Plan
+from megatron_rlsd.learner.scoring import student_sequences
 from megatron_rlsd.ops import PolicyLossStats
 from megatron_rlsd.parallel.exchange import all_reduce_metrics
-from megatron_rlsd.types import TrainBatch
 
 WARN = logging.getLogger(__name__).warning
 OnTokens = Callable[[MicroBatch, PolicyLossStats], None]
@@ -44,39 +45,38 @@ class NoiseGauge:
         self._sums = {"tokens": 0.0, "abs": 0.0, "square": 0.0}
         self._largest = 0.0
 
-    def score(
-        self,
-        step: int,
-        batch: TrainBatch,
-        split: list[list[int]],
-        is_active: Callable[[int], bool],
-        rlsd_lambda: float,
-    ) -> None:
-        """The pass of a teacher with the student's weights and prompt, if one is due.
+    def score(self, plan: Plan) -> None:
+        """Make the pass of a teacher with the student's weights and prompt, if one is due.
 
-        ``split``: the trajectories of the step's first update by data-parallel rank; those are
-        taken that the update trains on.
+        It takes trajectories of the step's first update.
         """
         self._expected = None
         self._sums, self._largest = dict.fromkeys(self._sums, 0.0), 0.0
         settings = self._config.teacher
         self._is_due = bool(
-            settings.noise_interval and step % settings.noise_interval == 0 and rlsd_lambda
+            settings.noise_interval
+            and plan.step % settings.noise_interval == 0
+            and plan.rlsd_lambda
         )
         if not self._is_due:
             return
-        active = sorted(i for part in split for i in part if is_active(i))
+        by_rank = plan.mini_batches[0].by_rank
+        active = sorted(number for part in by_rank for number in part)
         chosen = set(active[: settings.noise_trajectories])
-        parts = [[i for i in part if i in chosen] for part in split]
-        hints = [len(batch.teacher_prompt_ids[i]) - len(batch.prompt_ids[i]) for i in chosen]
+        parts = [[number for number in part if number in chosen] for part in by_rank]
+        outlines = [plan.batch.outlines[number] for number in chosen]
+        hints = [
+            each.teacher_prompt_tokens - each.prompt_tokens
+            for each in outlines
+            if each.teacher_prompt_tokens is not None
+        ]
         with shifted_positions(self._actor.chunks, max([0, *hints])):
             flat = self._actor.token_log_probs(
-                [[student_sequence(batch, i) for i in part] for part in parts],
-                self._config.rollout.temperature,
+                student_sequences(plan, parts), self._config.rollout.temperature
             )
         if flat is not None:
-            mine = parts[self._actor.groups.dp.rank()]
-            rows = flat.split([batch.num_own_tokens(i) for i in mine]) if mine else ()
+            mine = parts[plan.dp_rank]
+            rows = flat.split(plan.lengths(mine)) if mine else ()
             self._expected = dict(zip(mine, rows, strict=True))
 
     def collect(self, trajectories: list[int], lengths: list[int]) -> OnTokens | None:

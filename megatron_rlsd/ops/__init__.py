@@ -9,7 +9,11 @@ from megatron_rlsd.ops.divergence import divergence_loss
 from megatron_rlsd.ops.divergence_rows import DivergenceConfig
 from megatron_rlsd.ops.interface import policy_loss, token_log_probs
 from megatron_rlsd.ops.stats import PolicyLossStats
-from megatron_rlsd.ops.token_loss import PolicyLossConfig
+from megatron_rlsd.ops.token_loss import (
+    PolicyLossConfig,
+    has_policy_loss,
+    teacher_is_needed,
+)
 
 __all__ = [
     "BackendChoice",
@@ -19,6 +23,8 @@ __all__ = [
     "PolicyLossStats",
     "backend_choice",
     "divergence_loss",
+    "has_policy_loss",
     "policy_loss",
+    "teacher_is_needed",
     "token_log_probs",
 ]

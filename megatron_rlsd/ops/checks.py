@@ -76,7 +76,7 @@ def check_teacher(tokens: TokenInputs, config: PolicyLossConfig) -> None:
     unscored = tokens.teacher_log_probs.isnan()
     if tokens.contrast_log_probs is not None:
         unscored = unscored | tokens.contrast_log_probs.isnan()
-    missing = int((teacher_is_needed(tokens, config) & unscored).sum())
+    missing = int((teacher_is_needed(tokens.advantages, config) & unscored).sum())
     if missing:
         raise ValueError(
             f"teacher_log_probs is NaN (not scored) at {missing} tokens whose loss depends on it "

@@ -181,8 +181,13 @@ def policy_loss(
         with_entropy or config.entropy_coef != 0,
     )
     tokens = TokenInputs(
-        *(advantages, loss_weights, old_log_probs, teacher_log_probs),
-        *(ref_log_probs, rollout_log_probs, contrast_log_probs),
+        advantages=advantages,
+        loss_weights=loss_weights,
+        old_log_probs=old_log_probs,
+        teacher_log_probs=teacher_log_probs,
+        ref_log_probs=ref_log_probs,
+        rollout_log_probs=rollout_log_probs,
+        contrast_log_probs=contrast_log_probs,
     )
     checks.check_token_inputs(tokens, config, targets.numel())
     sequence_ids = checks.check_sequence_ids(sequence_ids, loss_weights, config)

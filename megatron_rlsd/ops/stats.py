@@ -49,7 +49,7 @@ MAXIMA = {
 and no less than 0 otherwise."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PolicyLossStats:
     """Per-token results, and sums over the counted tokens (never means: those do not add up).
 

@@ -101,7 +101,7 @@ class PolicyLossConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenInputs:
     """What the loss knows of each token besides the current policy; float32 or float64."""
 
@@ -132,7 +132,7 @@ class TokenInputs:
         return TokenInputs(**values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenLoss:
     """The loss of each token, its derivative, and the parts that metrics are made of."""
 
@@ -220,7 +220,7 @@ def token_loss(
     clipped_weight = weight.clamp(1 - config.evidence_clip, 1 + config.evidence_clip)
     lam = config.rlsd_lambda
     reweighted = A * ((1 - lam) + lam * clipped_weight)
-    A_hat = torch.where(evidence_applies(inputs, config), reweighted, A)
+    A_hat = torch.where(evidence_applies(A, config), reweighted, A)
     if config.opd_coef != 0:
         A_hat = A_hat + config.opd_coef * gain
 
@@ -314,35 +314,43 @@ def _evidence_weight(
     return torch.where(scored, weight.detach().to(gain.dtype), 1.0)
 
 
-def evidence_applies(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
-    """[N] bool: tokens whose advantage takes an evidence weight."""
-    A = inputs.advantages
+def evidence_applies(advantages: Tensor, config: PolicyLossConfig) -> Tensor:
+    """[N] bool: tokens (or responses) whose advantage takes an evidence weight."""
     if config.rlsd_lambda == 0:
-        return torch.zeros_like(A, dtype=torch.bool)
+        return torch.zeros_like(advantages, dtype=torch.bool)
     if config.negative_only:
-        return A < 0
-    return A > 0 if config.positive_only else A != 0
+        return advantages < 0
+    return advantages > 0 if config.positive_only else advantages != 0
 
 
-def teacher_is_needed(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
-    """[N] bool: tokens whose loss depends on the teacher."""
+def teacher_is_needed(advantages: Tensor, config: PolicyLossConfig) -> Tensor:
+    """[N] bool: tokens (or responses) whose loss depends on the teacher."""
     if config.opd_coef != 0 or config.sdar_coef != 0:
-        return torch.ones_like(inputs.advantages, dtype=torch.bool)
-    return evidence_applies(inputs, config)
+        return torch.ones_like(advantages, dtype=torch.bool)
+    return evidence_applies(advantages, config)
+
+
+def has_policy_loss(advantages: Tensor, scored: Tensor | None, config: PolicyLossConfig) -> Tensor:
+    """[N] bool: tokens (or responses) whose loss, and so their gradient, can differ from 0.
+
+    ``scored`` [N] bool: the teacher scored it, or would; None: it scored none.
+    """
+    if config.kl_coef != 0 or config.entropy_coef != 0:
+        return torch.ones_like(advantages, dtype=torch.bool)
+    learns = advantages != 0
+    if scored is not None and (config.opd_coef != 0 or config.sdar_coef != 0):
+        learns = learns | scored
+    return learns
 
 
 def needs_gradient(inputs: TokenInputs, config: PolicyLossConfig) -> Tensor:
-    """[N] bool: tokens whose loss, and so their gradient, can differ from 0.
+    """[N] bool: tokens with a loss weight whose loss can differ from 0.
 
     With importance_ratio "sequence" the other tokens of their responses have a gradient too.
     """
-    has_loss = inputs.loss_weights != 0
-    if config.kl_coef != 0 or config.entropy_coef != 0:
-        return has_loss
-    has_advantage = inputs.advantages != 0
-    if inputs.teacher_log_probs is not None and (config.opd_coef != 0 or config.sdar_coef != 0):
-        has_advantage = has_advantage | ~inputs.teacher_log_probs.isnan()
-    return has_loss & has_advantage
+    teacher = inputs.teacher_log_probs
+    scored = None if teacher is None else ~teacher.isnan()
+    return (inputs.loss_weights != 0) & has_policy_loss(inputs.advantages, scored, config)
 
 
 def exp_bounded(x: Tensor) -> Tensor:

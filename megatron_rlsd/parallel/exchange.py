@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import DTypeLike
 from safetensors.torch import load, save
-
-from megatron_rlsd.types import TrainBatch
 
 
 def broadcast_bytes(payload: bytes | None, group: dist.ProcessGroup, source: int = 0) -> bytes:
@@ -58,23 +59,21 @@ def unpack_message(payload: bytes) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def ragged(
-    name: str, rows: list[list[Any]], dtype: torch.dtype = torch.int32
+    name: str, rows: Sequence[np.ndarray], dtype: DTypeLike = np.int32
 ) -> dict[str, torch.Tensor]:
-    """Lists of different lengths as two tensors: their lengths and everything end to end."""
+    """Arrays of different lengths as two tensors: their lengths and everything end to end."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    values = np.concatenate(rows, dtype=dtype) if len(rows) else np.empty(0, dtype)
     return {
-        f"{name}.lengths": torch.tensor([len(row) for row in rows], dtype=torch.int64),
-        f"{name}.values": torch.tensor([v for row in rows for v in row], dtype=dtype),
+        f"{name}.lengths": torch.from_numpy(lengths),
+        f"{name}.values": torch.from_numpy(values),
     }
 
 
-def unragged(name: str, tensors: dict[str, torch.Tensor]) -> list[list[Any]]:
-    """The inverse of ragged."""
-    values = tensors[f"{name}.values"].tolist()
-    rows, start = [], 0
-    for length in tensors[f"{name}.lengths"].tolist():
-        rows.append(values[start : start + length])
-        start += length
-    return rows
+def unragged(name: str, tensors: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """The inverse of ragged; the arrays are views of the tensor."""
+    ends = tensors[f"{name}.lengths"].cumsum(0).numpy()
+    return np.split(tensors[f"{name}.values"].numpy(), ends[:-1]) if len(ends) else []
 
 
 def all_reduce_metrics(
@@ -89,61 +88,3 @@ def all_reduce_metrics(
         dict(zip(sums, totals.tolist(), strict=True)),
         dict(zip(maxima, tops.tolist(), strict=True)),
     )
-
-
-def pack_train_batch(batch: TrainBatch) -> bytes:
-    """A step's trajectories as one message."""
-    return pack_message(None, train_batch_tensors(batch))
-
-
-def unpack_train_batch(payload: bytes) -> TrainBatch:
-    """The inverse of pack_train_batch."""
-    return train_batch_of(unpack_message(payload)[1])
-
-
-def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
-    """The columns of a batch as named tensors."""
-    return (
-        ragged("prompt_ids", batch.prompt_ids)
-        | ragged("teacher_prompt_ids", batch.teacher_prompt_ids)
-        | ragged("response_ids", batch.response_ids)
-        | ragged("rollout_log_probs", batch.rollout_log_probs, torch.float32)
-        | {"advantages": torch.tensor(batch.advantages, dtype=torch.float64)}
-        | ragged("contrast_prompt_ids", batch.contrast_prompt_ids)
-        | ragged("evidence_spans", batch.evidence_spans)
-        | _routes_tensors(batch)
-        | ragged("loss_masks", batch.loss_masks)
-    )
-
-
-def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
-    """The inverse of train_batch_tensors."""
-    return TrainBatch(
-        prompt_ids=unragged("prompt_ids", tensors),
-        teacher_prompt_ids=unragged("teacher_prompt_ids", tensors),
-        response_ids=unragged("response_ids", tensors),
-        rollout_log_probs=unragged("rollout_log_probs", tensors),
-        advantages=tensors["advantages"].tolist(),
-        contrast_prompt_ids=unragged("contrast_prompt_ids", tensors),
-        evidence_spans=unragged("evidence_spans", tensors),
-        loss_masks=unragged(_mask_name(tensors), tensors),
-        routed_experts=_routes_of(tensors),
-    )
-
-
-def _mask_name(tensors: dict[str, torch.Tensor]) -> str:
-    """Steps recorded by release 0.1 have the masks under their former name."""
-    return "loss_masks" if "loss_masks.lengths" in tensors else "response_masks"
-
-
-def _routes_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
-    """Too many for lists: experts per token x layers numbers for each token."""
-    return {"routed_experts": torch.cat(batch.routed_experts)} if batch.routed_experts else {}
-
-
-def _routes_of(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    if "routed_experts" not in tensors:
-        return []
-    # Of all tokens but each sequence's last.
-    lengths = tensors["prompt_ids.lengths"] + tensors["response_ids.lengths"] - 1
-    return list(tensors["routed_experts"].split(lengths.tolist()))

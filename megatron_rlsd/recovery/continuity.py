@@ -15,14 +15,13 @@ from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.start import Program, Start, agree_on_start
 from megatron_rlsd.config import Config
-from megatron_rlsd.learner import Scores
+from megatron_rlsd.learner import Plan, Scores
 from megatron_rlsd.observability.metrics_file import move_aside
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.recovery.recording import BAD_STEPS, RECORDED_STEPS, StepRecorder
 from megatron_rlsd.recovery.watchdog import Watchdog
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import Preempted, StopSignals
-from megatron_rlsd.types import TrainBatch
 
 
 class Position(Protocol):
@@ -79,20 +78,14 @@ class Continuity:
         if self.start.folder is not None:
             self.checkpoints.load_weights(actor, Path(self.start.folder))
 
-    def record(
-        self,
-        step: int,
-        batch: TrainBatch,
-        scores: Scores,
-        rlsd_lambda: float,
-        metrics: dict[str, float],
-    ) -> None:
+    def record(self, plan: Plan, scores: Scores, metrics: dict[str, float]) -> None:
         """Keep the step's batch if it went wrong or is wanted.
 
         Raises UserError after ``train.max_bad_steps`` bad ones in a row; their weights, which
         none of them changed, are then in run_dir/bad_steps/checkpoint.
         """
-        path = self._recorder.after_update(step, batch, scores, rlsd_lambda, metrics)
+        step = plan.step
+        path = self._recorder.after_update(plan, scores, metrics)
         bad = self._recorder.consecutive_bad
         if not bad:
             return

@@ -14,15 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.learner import Scores
+from megatron_rlsd.learner import Plan, Scores
 from megatron_rlsd.parallel.exchange import (
     gather_bytes,
     pack_message,
-    train_batch_of,
-    train_batch_tensors,
     unpack_message,
 )
 from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.parallel.train_batches import train_batch_of, train_batch_tensors
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import TrainBatch
 
@@ -31,7 +30,7 @@ BAD_STEPS = "bad_steps"
 RECORDED_STEPS = "recorded_steps"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecordedStep:
     """One update and what it was made from."""
 
@@ -52,15 +51,9 @@ class StepRecorder:
         self.consecutive_bad = 0
         """Steps in a row whose update was skipped, the last one included."""
 
-    def after_update(
-        self,
-        step: int,
-        batch: TrainBatch,
-        scores: Scores,
-        rlsd_lambda: float,
-        metrics: dict[str, float],
-    ) -> Path | None:
+    def after_update(self, plan: Plan, scores: Scores, metrics: dict[str, float]) -> Path | None:
         """Record the step if it is wanted; its file (on every rank, written by rank 0)."""
+        step = plan.step
         bad = metrics["train/updates_skipped"] > 0
         self.consecutive_bad = self.consecutive_bad + 1 if bad else 0
         wanted = self._config.train.record_steps
@@ -72,11 +65,11 @@ class StepRecorder:
         if merged is not None:
             header = {
                 "step": step,
-                "rlsd_lambda": rlsd_lambda,
+                "rlsd_lambda": plan.rlsd_lambda,
                 "scored": {kind: list(merged[kind]) for kind in KINDS if kind in merged},
                 "metrics": {k: v if math.isfinite(v) else None for k, v in metrics.items()},
             }
-            tensors = train_batch_tensors(batch)
+            tensors = train_batch_tensors(plan.batch)
             for kind, rows in merged.items():
                 tensors |= {f"{kind}.{index}": row for index, row in rows.items()}
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,11 +99,11 @@ def read_step(run_dir: Path, step: int) -> RecordedStep:
         for kind, indices in header["scored"].items()
     }
     return RecordedStep(
-        header["step"],
-        header["rlsd_lambda"],
-        train_batch_of(tensors),
-        Scores(**rows),
-        header["metrics"],
+        step=header["step"],
+        rlsd_lambda=header["rlsd_lambda"],
+        batch=train_batch_of(tensors),
+        scores=Scores(**rows),
+        metrics=header["metrics"],
     )
 
 

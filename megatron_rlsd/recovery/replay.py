@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
@@ -33,10 +33,11 @@ def replay(config: Config, step: int, checkpoint: Path | None = None) -> Replaye
     It starts at the weights of ``checkpoint``, else of the run's best one, else of model.hf_path;
     recorded updates between them and ``step`` are made first. Nothing is written. Where the
     algorithm compares distributions the teacher reads the responses again, with the weights that it
-    had: its hidden states are too many to be recorded.
+    had: its hidden states are too many to be recorded. Where settings need the log-probabilities of
+    the policy before the update and none were recorded, that policy scores the responses again.
 
-    Raises UserError when the step, or one needed on the way, was not recorded, or such a
-    teacher's weights are not known.
+    Raises UserError when the step, or one needed on the way, was not recorded, when such a
+    teacher's weights are not known, and when settings need other scores that were not recorded.
     """
     run_dir = Path(config.run_dir)
     recorded = read_step(run_dir, step)
@@ -65,16 +66,8 @@ def replay(config: Config, step: int, checkpoint: Path | None = None) -> Replaye
             state = TrainingState(actor, learner.snapshots() if distils else {}, dict)
             Checkpointer(config, groups).load(state, Start(str(folder), kind))
         for each in (*before, recorded):
-            splits = learner.split(each.batch, each.step)
-            scores = each.scores
-            if distils:
-                again = learner.score(each.batch, splits, each.rlsd_lambda)
-                scores = replace(
-                    scores,
-                    teacher_states=again.teacher_states,
-                    teacher_head=again.teacher_head,
-                )
-            metrics = learner.update(each.batch, splits, scores, each.rlsd_lambda)
+            plan = learner.plan(each.batch, each.step, each.rlsd_lambda)
+            metrics = learner.update(plan, learner.score_again(plan, each.scores))
             learner.teacher.after_step(each.step)
         return Replayed(recorded, metrics, groups.rank)
 

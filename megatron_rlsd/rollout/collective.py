@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -88,12 +89,12 @@ class CollectiveEngine:
 
 def _pack_requests(requests: list[GenerationRequest]) -> bytes:
     header = [{"seed": r.seed, "params": asdict(r.params)} for r in requests]
-    return pack_message(header, ragged("prompt_ids", [r.prompt_ids for r in requests]))
+    return pack_message(header, ragged("prompt_ids", [np.asarray(r.prompt_ids) for r in requests]))
 
 
 def _unpack_requests(message: bytes) -> list[GenerationRequest]:
     header, tensors = unpack_message(message)
-    prompts = unragged("prompt_ids", tensors)
+    prompts = [ids.tolist() for ids in unragged("prompt_ids", tensors)]
     return [
         GenerationRequest(
             prompt_ids=prompt_ids,
@@ -110,8 +111,8 @@ def _pack_generations(generations: list[Generation]) -> bytes:
     header = [[g.finish_reason, g.weight_version] for g in generations]
     return pack_message(
         header,
-        ragged("token_ids", [g.token_ids for g in generations])
-        | ragged("log_probs", [g.log_probs for g in generations], torch.float32)
+        ragged("token_ids", [np.asarray(g.token_ids, np.int32) for g in generations])
+        | ragged("log_probs", [np.asarray(g.log_probs) for g in generations], np.float32)
         | {
             f"routed_experts.{number}": generation.routed_experts
             for number, generation in enumerate(generations)
@@ -124,7 +125,10 @@ def _unpack_generations(message: bytes) -> list[Generation]:
     header, tensors = unpack_message(message)
     return [
         Generation(
-            *(token_ids, log_probs, reason, version),
+            token_ids=token_ids.tolist(),
+            log_probs=log_probs.tolist(),
+            finish_reason=reason,
+            weight_version=version,
             routed_experts=tensors.get(f"routed_experts.{number}"),
         )
         for number, ((reason, version), token_ids, log_probs) in enumerate(

@@ -20,10 +20,9 @@ from megatron_rlsd.observability.trace import named
 from megatron_rlsd.parallel.exchange import (
     broadcast_bytes,
     gather_bytes,
-    pack_train_batch,
-    unpack_train_batch,
 )
 from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.parallel.train_batches import pack_train_batch, unpack_train_batch
 from megatron_rlsd.recovery.continuity import Continuity
 from megatron_rlsd.rollout.engine import TrainerEngine
 from megatron_rlsd.rollout.served import ServedEngine

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from megatron_rlsd.ops import token_log_probs
 from megatron_rlsd.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_rlsd.types import IntArray
 
 
 class ExternalTeacher:
@@ -55,7 +60,7 @@ class ExternalTeacher:
     @torch.no_grad()
     def log_probs(
         self,
-        sequences: list[tuple[list[int], list[int]]],
+        sequences: list[tuple[IntArray, IntArray]],
         temperature: float,
         sharers: list[dist.ProcessGroup],
     ) -> list[Tensor]:
@@ -77,12 +82,12 @@ class ExternalTeacher:
         weight = self._model.get_output_embeddings().weight
         for index in range(part, len(sequences), parts):
             prompt, response = sequences[index]
-            ids = torch.tensor([prompt + response[:-1]], device=self._device)
+            ids = torch.from_numpy(np.concatenate([prompt, response[:-1]])).to(self._device)[None]
             hidden = self._model.base_model(input_ids=ids).last_hidden_state[0]
             log_probs, _ = token_log_probs(
                 hidden[len(prompt) - 1 :],
                 weight,
-                torch.tensor(response, device=self._device),
+                torch.from_numpy(response).to(self._device, torch.int64),
                 temperature=temperature,
             )
             rows[index].copy_(log_probs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,8 @@ from megatron_rlsd.parallel.exchange import broadcast_bytes, pack_message, unpac
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang import SGLangScorer
 
-Sequences = list[tuple[list[int], list[int]]]
-"""Pairs of prompt and response ids, both non-empty."""
+if TYPE_CHECKING:
+    from megatron_rlsd.types import IntArray
 
 
 class ServedTeacher:
@@ -37,19 +38,26 @@ class ServedTeacher:
 
         self._on_rank_zero(connect)
 
-    def log_probs(self, sequences: list[Sequences], mine: int) -> list[Tensor]:
+    def log_probs(
+        self,
+        sequences: list[tuple[IntArray, IntArray]] | None,
+        lengths: list[list[int]],
+        mine: int,
+    ) -> list[Tensor]:
         """Log-probabilities of this replica's responses, each [T] float32 on the CPU.
 
-        sequences: those of every data-parallel rank, equal on all ranks; mine: this rank's place.
+        sequences: on rank 0 the pairs of prompt and response ids, both non-empty, of every
+        data-parallel rank in turn. lengths: of their responses, for each data-parallel rank, equal
+        on all ranks. mine: this rank's place.
         """
 
         def score() -> list[float]:
             assert self._scorer is not None
-            rows = self._scorer.score([pair for part in sequences for pair in part])
-            return [value for row in rows for value in row]
+            assert sequences is not None
+            pairs = [(prompt.tolist(), response.tolist()) for prompt, response in sequences]
+            return [value for row in self._scorer.score(pairs) for value in row]
 
         flat = self._on_rank_zero(score)
-        lengths = [[len(response) for _, response in part] for part in sequences]
         before = sum(map(sum, lengths[:mine]))
         own = flat[before : before + sum(lengths[mine])]
         return list(own.split(lengths[mine])) if lengths[mine] else []

@@ -71,7 +71,7 @@ def trainer_scores(
     does the work.
     """
     by_rank: list[list[Sequence]] = [[] for _ in range(groups.dp.size())]
-    by_rank[0] = [Sequence(ids[:1], ids[1:]) for ids in sequences]
+    by_rank[0] = [Sequence.of(prompt_ids=ids[:1], response_ids=ids[1:]) for ids in sequences]
     flat = model.token_log_probs(by_rank, temperature=1.0)
     payload = b""
     if flat is not None and groups.dp.rank() == 0:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 
+import numpy as np
+
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, PromptTooLong, build_sources
@@ -85,6 +87,6 @@ class Publisher:
             for problem in build_sources(self._config.data.train, seed=0).next(PARITY_PROMPTS):
                 with suppress(PromptTooLong):
                     rows.append(self._prompts.student(problem)[:MAX_PARITY_TOKENS])
-            payload = pack_message("text", ragged("ids", rows))
+            payload = pack_message("text", ragged("ids", [np.asarray(row) for row in rows]))
         _, tensors = unpack_message(broadcast_bytes(payload, self._groups.control))
-        return unragged("ids", tensors)
+        return [ids.tolist() for ids in unragged("ids", tensors)]

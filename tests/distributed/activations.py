@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.ops import PolicyLossConfig
 from tests.actors import actor_of
@@ -83,9 +83,11 @@ def measure_in_flight(cases: list[dict[str, Any]], out: str) -> None:
     for case in cases:
         with actor_of(case_config(case), 1, seconds=60) as actor:
             flying = InFlight(actor.chunks)
-            sequences = [Sequence([1, 2], [3] * (n - 1)) for n in case["lengths"]]
+            sequences = [Sequence.of([1, 2], [3] * (n - 1)) for n in case["lengths"]]
             tokens = sum(len(s.response_ids) for s in sequences)
-            values = TokenValues(torch.ones(tokens), torch.full((tokens,), 1 / tokens))
+            values = TokenValues(
+                advantages=torch.ones(tokens), loss_weights=torch.full((tokens,), 1 / tokens)
+            )
             actor.update([sequences], values, PolicyLossConfig(), 1.0)
             found.append({"most": flying.most, "left": flying.now})
             rank = actor.groups.rank
@@ -117,7 +119,7 @@ def measure_activations(cases: list[dict[str, Any]], out: str) -> None:
     for case in cases:
         with actor_of(case_config(case), None, seconds=60) as actor:
             lengths = case["lengths"]
-            sequences = [Sequence([1] * (n - n // 2), [2] * (n // 2 + 1)) for n in lengths]
+            sequences = [Sequence.of([1] * (n - n // 2), [2] * (n // 2 + 1)) for n in lengths]
             _, (micro_batch,) = actor._micro_batches([sequences] * actor.groups.dp.size())
             (chunk,) = actor.chunks
             chunk.train()

@@ -17,9 +17,10 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.hf_bridge.parameters import model_dims
 from megatron_rlsd.ops import PolicyLossConfig
@@ -166,9 +167,10 @@ def batch() -> tuple[list[Sequence], list[Sequence], list[float]]:
         return [rng.randrange(VOCAB) for _ in range(count)]
 
     shapes = [(1, 5), (17, 1), (40, 30), (9, 11), (3, 2), (22, 13), (5, 8)]
-    sequences = [Sequence(tokens(p), tokens(r)) for p, r in shapes]
+    sequences = [Sequence.of(tokens(p), tokens(r)) for p, r in shapes]
     hinted = [
-        Sequence(tokens(rng.randrange(1, 30)) + s.prompt_ids, s.response_ids) for s in sequences
+        Sequence.of([*tokens(rng.randrange(1, 30)), *s.prompt_ids], s.response_ids)
+        for s in sequences
     ]
     return sequences, hinted, [1.3, -0.7, 0.4, -1.1, 0.2, 0.9, -0.5]
 

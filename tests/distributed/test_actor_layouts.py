@@ -76,12 +76,12 @@ def transformers_run(path: Path) -> dict[str, list[float]]:
     )
 
     def log_softmax(of: torch.nn.Module, sequence: Sequence) -> torch.Tensor:
-        ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+        ids = torch.tensor([sequence.token_ids.tolist()])
         logits = of(ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
         return (logits / TEMPERATURE).log_softmax(-1)
 
     def pick(log_probs: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-        return log_probs.gather(-1, torch.tensor(sequence.response_ids)[:, None])[:, 0]
+        return log_probs.gather(-1, torch.tensor(sequence.response_ids.tolist())[:, None])[:, 0]
 
     sequences, hinted, advantages = batch()
     total = sum(len(s.response_ids) for s in sequences)

@@ -165,7 +165,7 @@ def step(actor: Actor, number: int) -> list[float]:
     def tokens(count: int) -> list[int]:
         return torch.randint(0, VOCAB, (count,), generator=generator).tolist()
 
-    examples = [Sequence(tokens(3 + i), tokens(9 - i)) for i in range(8)]
+    examples = [Sequence.of(tokens(3 + i), tokens(9 - i)) for i in range(8)]
     result = supervised_update(actor, examples)
     return [result.sums["log_prob"], result.grad_norm, result.learning_rate]
 

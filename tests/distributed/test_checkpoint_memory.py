@@ -64,7 +64,7 @@ def measure(folder: str) -> None:
         groups = actor.groups
         snapshot = WeightSnapshot(actor.parameters(), torch.float32)
         state = TrainingState(actor, {"teacher": snapshot.tensors}, dict)
-        supervised_update(actor, [Sequence([1, 2, 3], [4, 5])])  # fills the optimizer's state
+        supervised_update(actor, [Sequence.of([1, 2, 3], [4, 5])])  # fills the optimizer's state
         parameters = [p.nbytes for p in actor.parameters().values()]
         found["state"] = 4 * sum(parameters)  # weights, two moments, the teacher's weights
         found["largest_piece"] = max(parameters)

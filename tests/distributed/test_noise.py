@@ -14,6 +14,7 @@ from megatron_rlsd.config import parse_config
 from megatron_rlsd.learner import Learner
 from megatron_rlsd.types import TrainBatch
 from tests.actors import actor_of
+from tests.batches import train_row
 from tests.distributed.layouts import VOCAB, save_models
 from tests.distributed.ranks import next_world, run_on_ranks
 
@@ -30,18 +31,20 @@ def make_batch() -> TrainBatch:
         return [[rng.randrange(VOCAB) for _ in range(n)] for n in lengths]
 
     prompts, responses = rows(2, 20), rows(1, 40)
-    return TrainBatch(
-        prompt_ids=prompts,
-        teacher_prompt_ids=[[1] * 37 + ids for ids in prompts],
-        response_ids=responses,
-        rollout_log_probs=[[-1.0] * len(ids) for ids in responses],
-        advantages=[0.0 if i % 3 == 0 else (-1.0) ** i for i in range(12)],
+    return TrainBatch.of(
+        [
+            train_row(
+                *(prompt, response, 0.0 if i % 3 == 0 else (-1.0) ** i),
+                teacher_prompt_ids=[1] * 37 + prompt,
+            )
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
     )
 
 
 def chosen_tokens(batch: TrainBatch) -> int:
-    active = [i for i, advantage in enumerate(batch.advantages) if advantage]
-    return sum(len(batch.response_ids[i]) for i in active[:CHOSEN])
+    active = [row for row in batch.outlines if row.advantage]
+    return sum(row.response_tokens for row in active[:CHOSEN])
 
 
 def run_cases(cases: list[dict[str, Any]], out: str) -> None:
@@ -71,10 +74,10 @@ def run_cases(cases: list[dict[str, Any]], out: str) -> None:
             batch = make_batch()
             steps = []
             for step in range(2):
-                splits = learner.split(batch, step)
-                scores = learner.score(batch, splits, LAMBDA)
-                learner.gauge_noise(step, batch, splits, LAMBDA)
-                learner.update(batch, splits, scores, LAMBDA)
+                plan = learner.plan(batch, step, LAMBDA)
+                scores = learner.score(plan)
+                learner.gauge_noise(plan)
+                learner.update(plan, scores)
                 steps.append(learner.noise.metrics())
             found.append(steps)
             rank = actor.groups.rank
@@ -123,7 +126,11 @@ def test_noise_is_rounding_in_float32_and_visible_in_bfloat16(
     check_is_noise(exact, 1e-8, 1e-5)
     check_is_noise(rounded, 1e-4, 0.1)
     check_is_noise(mini_batches, 1e-8, 1e-5)
-    assert 0 < mini_batches[0]["noise/tokens"] < sum(map(len, make_batch().response_ids))
+    assert (
+        0
+        < mini_batches[0]["noise/tokens"]
+        < sum(row.response_tokens for row in make_batch().outlines)
+    )
     warnings = [line for line in capfd.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 1
     assert "more than 0.1 % (teacher.noise_share)" in warnings[0]

@@ -39,7 +39,14 @@ def _check(tensor: int, context: int) -> None:
     advantages = normal(5)[ids]
     near = [(hidden @ weight.T).log_softmax(1)[torch.arange(N), targets] + 0.1 * normal(N)]
     near += [near[0] + 0.1 * normal(N) for _ in range(2)]
-    tokens = TokenInputs(advantages, (torch.arange(N) % 5 != 0) / 8, *near)
+    old, teacher, ref = near
+    tokens = TokenInputs(
+        advantages=advantages,
+        loss_weights=(torch.arange(N) % 5 != 0) / 8,
+        old_log_probs=old,
+        teacher_log_probs=teacher,
+        ref_log_probs=ref,
+    )
 
     whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     expected = reference_policy_loss(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.balance import balanced_partition
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.config import Config
 from tests.actors import actor_of
 from tests.distributed.layouts import (

@@ -16,9 +16,9 @@ import pytest
 import torch
 import transformers
 
-from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.rollout import EmbeddedEngine
 from megatron_rlsd.run.engines import routes_shape
@@ -73,7 +73,7 @@ def test_the_engines_experts_change_nothing_and_others_are_taken(
         seconds=400,
         worlds=len(cases) + 1,
     )
-    sampled = [Sequence(**each) for each in json.loads((tmp_path / "sampled.json").read_text())]
+    sampled = [Sequence.of(**each) for each in json.loads((tmp_path / "sampled.json").read_text())]
     chosen = torch.load(tmp_path / "routes.pt")
     others = [other_routes(routes, number) for number, routes in enumerate(chosen)]
     expected = reference_update(model, sampled, others)
@@ -132,7 +132,7 @@ def run_case(case: Case, model: str, out: Path, number: int) -> None:
 
         def sequences(routed: list[Any]) -> list[list[Sequence]]:
             return [
-                [Sequence(PROMPTS[i], responses[i], routed_experts=routed[i]) for i in part]
+                [Sequence.of(PROMPTS[i], responses[i], routed_experts=routed[i]) for i in part]
                 for part in parts
             ]
 
@@ -199,7 +199,7 @@ def reference_update(
     all_log_probs, tokens, changed = [], 0, 0
     for sequence, routed, advantage in zip(sequences, routes, ADVANTAGES, strict=True):
         with forced_routers(model, routed) as own_choices:
-            ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+            ids = torch.tensor([sequence.token_ids.tolist()])
             logits = model(ids[:, :-1]).logits[0, len(sequence.prompt_ids) - 1 :] / TEMPERATURE
         targets = ids[0, len(sequence.prompt_ids) :, None]
         log_probs = logits.log_softmax(-1).gather(1, targets)[:, 0]

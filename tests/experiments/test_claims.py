@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from examples.experiments.shuffled_evidence import ShuffledLearner
 from examples.experiments.token_credit import gradient_mass, judged_characters
 from megatron_rlsd.learner import Learner, Scores
 from megatron_rlsd.rewards.exact_match import exact_match
-from megatron_rlsd.types import Problem, RewardInput, TrainBatch
+from megatron_rlsd.types import Problem, RewardInput
+from tests.batches import train_row
 
 QUESTION = "State the final answer to the following arithmetic problem: 2 + 8 - 9 ="
 
@@ -93,8 +95,11 @@ def test_the_control_keeps_each_responses_gains_and_moves_them(
     monkeypatch.setattr(Learner, "score", lambda *_: Scores(teacher={0: teacher[0].clone()}))
     learner = ShuffledLearner.__new__(ShuffledLearner)
     learner._generator = torch.Generator().manual_seed(0)
-    batch = TrainBatch([[1], [1]], [[2], []], [[3] * 6, [4] * 2], student, [1.0, -1.0])
-    shuffled = learner.score(batch, [], 1.0).teacher
+    rows = {
+        0: train_row([1], [3] * 6, rollout_log_probs=student[0]),
+        1: train_row([1], [4] * 2, rollout_log_probs=student[1]),
+    }
+    shuffled = learner.score(SimpleNamespace(row=rows.get)).teacher
     assert shuffled is not None
     before, after = (t - torch.tensor(student[0]) for t in (teacher[0], shuffled[0]))
     torch.testing.assert_close(before.sort().values, after.sort().values)

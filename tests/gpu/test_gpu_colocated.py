@@ -13,8 +13,8 @@ import transformers
 if find_spec("megatron") is None:
     pytest.skip("not installed: megatron-core", allow_module_level=True)
 
-from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.config import SGLangConfig, parse_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.rollout.sglang import SGLangEngine, giving_memory_back
@@ -38,7 +38,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-SEQUENCES = [Sequence([3, 4, 5], [6, 7, 8, 9]), Sequence([10], [11, 12])]
+SEQUENCES = [Sequence.of([3, 4, 5], [6, 7, 8, 9]), Sequence.of([10], [11, 12])]
 
 
 @pytest.fixture(scope="module")

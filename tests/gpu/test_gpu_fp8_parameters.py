@@ -21,9 +21,10 @@ from torch import Tensor
 if missing := [name for name in ("megatron", "transformer_engine") if find_spec(name) is None]:
     pytest.skip(f"not installed: {', '.join(missing)}", allow_module_level=True)
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.actor.precision import CAPABILITY, PARAMETERS_VERSION
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.optimizer_state import optimizer_shards
 from megatron_rlsd.checkpoint.start import Start
@@ -164,7 +165,7 @@ def an_actor(
 def sequences() -> list[Sequence]:
     generator = torch.Generator().manual_seed(1)
     drawn = [torch.randint(0, SIZES["vocab_size"], (n,), generator=generator) for n in (96, 120)]
-    return [Sequence(ids.tolist()[:-RESPONSE], ids.tolist()[-RESPONSE:]) for ids in drawn]
+    return [Sequence.of(ids.tolist()[:-RESPONSE], ids.tolist()[-RESPONSE:]) for ids in drawn]
 
 
 def log_probs(actor: Actor) -> Tensor:

@@ -33,14 +33,15 @@ def problem(N: int, D: int, V: int, dtype: torch.dtype, seed: int = 0) -> dict[s
     hidden, weight = normal(N, D).to(dtype), (normal(V, D) * 2 / D**0.5).to(dtype)
     targets = torch.randint(V, (N,), generator=generator, device="cuda")
     log_probs, _ = reference_log_probs(hidden, weight, targets)
-    near = [(log_probs + 0.2 * normal(N)).float() for _ in range(3)]
+    names = ("old_log_probs", "teacher_log_probs", "ref_log_probs")
+    near = {name: (log_probs + 0.2 * normal(N)).float() for name in names}
     advantages = normal(N) * (normal(N) > -1)
     weights = (normal(N) > -1).float() / max(N, 1)
     return {
         "hidden": hidden.requires_grad_(),
         "weight": weight.requires_grad_(),
         "targets": targets,
-        "tokens": TokenInputs(advantages, weights, *near),
+        "tokens": TokenInputs(advantages=advantages, loss_weights=weights, **near),
     }
 
 
@@ -196,7 +197,8 @@ def test_more_rows_need_no_more_memory_than_their_own_gradients(backend):
 
     def extra(N: int) -> int:
         hidden = torch.randn(N, D, device="cuda").bfloat16().requires_grad_()
-        tokens = TokenInputs(torch.ones(N, device="cuda"), torch.ones(N, device="cuda"))
+        ones = torch.ones(N, device="cuda")
+        tokens = TokenInputs(advantages=ones, loss_weights=ones)
         targets = torch.randint(V, (N,), device="cuda")
         inputs = {"hidden": hidden, "weight": weight, "targets": targets, "tokens": tokens}
         torch.cuda.reset_peak_memory_stats()

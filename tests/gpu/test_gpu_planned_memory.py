@@ -13,8 +13,9 @@ import transformers
 if find_spec("megatron") is None:
     pytest.skip("not installed: megatron-core", allow_module_level=True)
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.parallel.groups import parallel_world
@@ -75,7 +76,7 @@ def test_activations_and_peak_of_an_update(model: Path, recompute: str, layers: 
     )
     with parallel_world(config.parallel, shape, timeout_seconds=60, seed=0) as groups:
         actor = Actor(config, family, hf_config, groups, 2)
-        sequences = [Sequence([1] * (n - n // 2), [2] * (n // 2 + 1)) for n in LENGTHS]
+        sequences = [Sequence.of([1] * (n - n // 2), [2] * (n // 2 + 1)) for n in LENGTHS]
         _, (micro_batch,) = actor._micro_batches([sequences])
         with KeptForBackward(list(actor.parameters().values())) as kept:
             hidden = actor.chunks[0](
@@ -90,7 +91,8 @@ def test_activations_and_peak_of_an_update(model: Path, recompute: str, layers: 
         ones = torch.ones(tokens, device=groups.device)
         for _ in range(2):  # the first makes the optimizer's state
             torch.cuda.reset_peak_memory_stats()
-            actor.update([sequences], TokenValues(ones, ones / tokens), PolicyLossConfig(), 1.0)
+            values = TokenValues(advantages=ones, loss_weights=ones / tokens)
+            actor.update([sequences], values, PolicyLossConfig(), 1.0)
         measured = torch.cuda.max_memory_allocated()
         peak = max(planned.at("update"), planned.at("optimizer step"))
         print(f"{layers}, recompute {recompute}: planned {peak / measured:.3f} of the peak")

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 if missing := [name for name in ("megatron", "transformer_engine") if find_spec(name) is None]:
     pytest.skip(f"not installed: {', '.join(missing)}", allow_module_level=True)
 
-from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.actor.precision import CAPABILITY
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.actor.userbuffers import ENGINE_VERSION
 from megatron_rlsd.config import parse_config
 from megatron_rlsd.ops import PolicyLossConfig
@@ -98,7 +98,7 @@ def step(model: str, precision: dict[str, Any], name: str, out: str) -> None:
         torch.randint(0, SIZES["vocab_size"], (n,), generator=generator).tolist()
         for n in (640, 300, 500, 700, 90)
     ]
-    sequences = [Sequence(ids[:-RESPONSE], ids[-RESPONSE:]) for ids in drawn]
+    sequences = [Sequence.of(ids[:-RESPONSE], ids[-RESPONSE:]) for ids in drawn]
     rows = RESPONSE * len(sequences)
     with actor_of(config, 10, seconds=200) as actor:
         device = actor.groups.device

@@ -14,9 +14,10 @@ import transformers
 if missing := [name for name in ("megatron", "transformer_engine") if find_spec(name) is None]:
     pytest.skip(f"not installed: {', '.join(missing)}", allow_module_level=True)
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.actor.precision import CAPABILITY
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.config import ParallelConfig, PrecisionConfig, parse_config
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.ops import PolicyLossConfig
@@ -135,7 +136,7 @@ def measured(model: Path, precision: dict[str, Any]) -> dict[str, Any]:
     family = family_for(hf_config)
     generator = torch.Generator().manual_seed(1)
     sequences = [
-        Sequence(ids[:-RESPONSE], ids[-RESPONSE:])
+        Sequence.of(ids[:-RESPONSE], ids[-RESPONSE:])
         for ids in (
             torch.randint(0, hf_config["vocab_size"], (n,), generator=generator).tolist()
             for n in LENGTHS

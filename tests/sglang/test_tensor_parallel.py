@@ -30,6 +30,7 @@ from megatron_rlsd.weight_sync import (
     SyncSettings,
     WeightTransport,
 )
+from tests.batches import rows_of
 from tests.conftest import raw_config
 from tests.models import save_random_model
 from tests.sglang.conftest import VOCAB_SIZE, Publisher, Reference
@@ -135,11 +136,11 @@ def test_a_colocated_server_sleeps_while_the_trainer_trains(colocated: Colocated
     for step in range(STEPS):
         events.clear()
         _, batch, _ = run.rollout(step)
-        assert len(batch.routed_experts) == len(batch) > 0
-        assert set(batch.advantages) == {1.0}
+        assert all(row.routed_experts is not None for row in rows_of(batch))
+        assert {row.advantage for row in rows_of(batch)} == {1.0}
         assert not run.actor._offload.offloaded
-        splits = learner.split(batch, step)
-        metrics = learner.update(batch, splits, learner.score(batch, splits, 0.5), 0.5)
+        plan = learner.plan(batch, step, 0.5)
+        metrics = learner.update(plan, learner.score(plan))
         events.append("update")
         metrics |= run.publish_weights(version=step + 1)
         ordered = [event for event in events if event != "health"]

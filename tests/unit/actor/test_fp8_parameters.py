@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rlsd.actor import actor as actor_module
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.optimizer_state import optimizer_shards
 from megatron_rlsd.checkpoint.settings import check_settings
@@ -33,7 +34,7 @@ from tests.actors import actor_of
 from tests.distributed.ranks import next_world, run_on_ranks
 from tests.unit.actor.block_scaled import BLOCK, BlockScaled, quantize_layers, teach_megatron
 
-SEQUENCES = [Sequence([3, 4, 5], [6, 7, 8, 9]), Sequence([10], [11, 12])]
+SEQUENCES = [Sequence.of([3, 4, 5], [6, 7, 8, 9]), Sequence.of([10], [11, 12])]
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -240,7 +241,9 @@ def by_rank() -> list[list[Sequence]]:
 
 def update(actor: Actor) -> None:
     rows = len(SEQUENCES[actor.groups.rank].response_ids)
-    token_values = TokenValues(torch.linspace(-1, 1, rows), torch.full((rows,), 1.0))
+    token_values = TokenValues(
+        advantages=torch.linspace(-1, 1, rows), loss_weights=torch.full((rows,), 1.0)
+    )
     result = actor.update(by_rank(), token_values, PolicyLossConfig(rlsd_lambda=0.0), 1.0)
     assert not result.skipped
     assert result.grad_norm > 0

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rlsd.actor.actor import Actor, TokenValues
+from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.start import Start
 from megatron_rlsd.config import parse_config
@@ -20,7 +21,7 @@ from tests.actors import actor_of
 from tests.memory import span
 from tests.unit.tiny_hf import save_tiny
 
-SEQUENCES = [Sequence([3, 4, 5], [6, 7, 8, 9]), Sequence([10], [11, 12])]
+SEQUENCES = [Sequence.of([3, 4, 5], [6, 7, 8, 9]), Sequence.of([10], [11, 12])]
 UPDATES = 3
 
 

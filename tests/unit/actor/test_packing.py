@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 def random_sequences(seed, count):
     rng = random.Random(seed)
     return [
-        Sequence(
+        Sequence.of(
             [rng.randrange(1, 99) for _ in range(rng.randrange(1, 12))],
             [rng.randrange(1, 99) for _ in range(rng.randrange(1, 9))],
         )
@@ -54,7 +54,7 @@ def test_each_response_token_sits_behind_the_token_it_follows(pack_multiple):
     # The first response token is predicted by the last prompt token, later ones by their elders.
     bounds = micro_batch.packed_seq_params.cu_seqlens_q.tolist()
     for number, i in enumerate(members):
-        whole = sequences[i].prompt_ids + sequences[i].response_ids
+        whole = sequences[i].token_ids.tolist()
         start, end = bounds[number], bounds[number + 1]
         assert tokens[start:end] == whole[:-1]
         assert micro_batch.position_ids[0, start:end].tolist() == list(range(end - start))
@@ -85,7 +85,7 @@ def test_a_pack_without_members_is_padding_alone():
 def test_long_padding_is_many_short_sequences(multiple, longest):
     """Attention over one of 5,000 tokens would cost more than that of the pack's own."""
     shape = PackShape(sequence_multiple=multiple)
-    micro_batch = pack([Sequence([3, 4], [9])], [0], shape, pack_length=6 * 840)
+    micro_batch = pack([Sequence.of([3, 4], [9])], [0], shape, pack_length=6 * 840)
     bounds = micro_batch.packed_seq_params.cu_seqlens_q
     assert bounds[-1] == micro_batch.tokens.shape[1] == 6 * 840
     lengths = bounds.diff()
@@ -96,14 +96,14 @@ def test_long_padding_is_many_short_sequences(multiple, longest):
 
 
 def test_a_one_token_prompt_and_response():
-    micro_batch = pack([Sequence([3], [9])], [0])
+    micro_batch = pack([Sequence.of([3], [9])], [0])
     assert micro_batch.tokens.tolist() == [[3]]
     assert micro_batch.targets.tolist() == [9]
 
 
 def test_a_pack_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="4 tokens do not fit a pack of 3"):
-        pack([Sequence([1, 2], [3, 4, 5])], [0], pack_length=3)
+        pack([Sequence.of([1, 2], [3, 4, 5])], [0], pack_length=3)
 
 
 @pytest.mark.parametrize("cp_size", [2, 3])
@@ -128,14 +128,14 @@ def test_context_parallel_ranks_hold_every_token_once(cp_size):
     assert sorted(t for part in parts for t in triples(part)) == triples(whole)
     indices = [i for part in parts for i in part.response_indices.tolist()]
     assert sorted(indices) == sorted(whole.response_indices.tolist())
-    flat = torch.tensor([t for s in sequences for t in s.response_ids])
+    flat = torch.tensor([int(t) for s in sequences for t in s.response_ids])
     for part in parts:
         assert torch.equal(part.targets[part.response_positions], flat[part.response_indices])
 
 
 def test_chunks_are_dealt_out_early_with_late():
     """As Transformer Engine does it: chunk r and chunk 2 * cp - 1 - r."""
-    sequences = [Sequence(list(range(1, 9)), [9]), Sequence(list(range(11, 15)), [15])]
+    sequences = [Sequence.of(list(range(1, 9)), [9]), Sequence.of(list(range(11, 15)), [15])]
     shape = PackShape(sequence_multiple=4, pack_multiple=4)
     first, second = (pack(sequences, [0, 1], shape, cp_rank=r, cp_size=2) for r in range(2))
     assert first.tokens[0].tolist() == [1, 2, 7, 8, 11, 14]

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_rlsd.actor.actor import TokenValues
 from megatron_rlsd.actor.balance import PackShape, plan_micro_batches
 from megatron_rlsd.actor.model import transformer_config
 from megatron_rlsd.actor.packing import Sequence
+from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.actor.userbuffers import (
     buffer_arguments,
     check_overlap,
@@ -189,7 +189,7 @@ def train_both(model: str, out: str) -> None:
         }
     )
     sequences = [
-        Sequence([5 + i] * p, [3 * i + j for j in range(r)])
+        Sequence.of([5 + i] * p, [3 * i + j for j in range(r)])
         for i, (p, r) in enumerate([(3, 5), (17, 9), (20, 20), (1, 1), (6, 13)])
     ]
     rows = sum(len(s.response_ids) for s in sequences)
@@ -203,7 +203,9 @@ def train_both(model: str, out: str) -> None:
             plan, _ = actor._micro_batches([sequences])
             lengths[name] = set(plan.pack_lengths[0])
             log_probs = actor.token_log_probs([sequences], 1.0)
-            values = TokenValues(torch.linspace(-1, 1, rows), torch.full((rows,), 1 / rows))
+            values = TokenValues(
+                advantages=torch.linspace(-1, 1, rows), loss_weights=torch.full((rows,), 1 / rows)
+            )
             results = [
                 actor.update([sequences], values, PolicyLossConfig(rlsd_lambda=0.0), 1.0)
                 for _ in range(2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rlsd.algorithms import group_advantages, token_loss_weights
 from megatron_rlsd.config import AlgorithmConfig
-from megatron_rlsd.learner.learner import policy_loss_config
+from megatron_rlsd.learner.plan import policy_loss_config
 from megatron_rlsd.ops import DivergenceConfig, divergence_loss, policy_loss
 
 D, V = 5, 31

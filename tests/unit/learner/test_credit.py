@@ -34,7 +34,15 @@ def stats(count: int, places: Places) -> PolicyLossStats:
         return values
 
     vector = torch.zeros(1, dtype=torch.float64)
-    return PolicyLossStats(field(0), field(5), field(2), field(3), field(4), vector, vector)
+    return PolicyLossStats(
+        log_probs=field(0),
+        entropy=field(5),
+        privileged_info_gain=field(2),
+        evidence_weight=field(3),
+        advantages=field(4),
+        sum_vector=vector,
+        max_vector=vector,
+    )
 
 
 def feed(

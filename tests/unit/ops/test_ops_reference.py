@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_rlsd.ops import PolicyLossConfig, policy_loss, token_log_probs, torch_head
 from megatron_rlsd.ops.reference import reference_log_probs, reference_policy_loss
 from megatron_rlsd.ops.token_loss import TokenInputs
+from tests.rlsd_vectors import NEAR_THE_CURRENT
 
 CONFIGS = st.builds(
     PolicyLossConfig,
@@ -41,8 +42,10 @@ def problem(
     hidden, weight = normal(N, D).to(dtype), (normal(V, D) * 2 / D**0.5).to(dtype)
     targets = torch.randint(V, (N,), generator=generator)
     log_probs, _ = reference_log_probs(hidden, weight, targets)
-    near = [log_probs + 0.2 * normal(N) for _ in range(4)]
-    inputs = TokenInputs(normal(N) * often(0.8), often(0.8) / max(N, 1), *near)
+    near = {name: log_probs + 0.2 * normal(N) for name in NEAR_THE_CURRENT}
+    inputs = TokenInputs(
+        advantages=normal(N) * often(0.8), loss_weights=often(0.8) / max(N, 1), **near
+    )
     return hidden, weight, targets, inputs.to(torch.float64)
 
 

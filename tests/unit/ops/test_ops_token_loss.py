@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.ops.token_loss import TokenInputs, exp_bounded, needs_gradient, token_loss
+from tests.rlsd_vectors import NEAR_THE_CURRENT
 
 CONFIGS = st.builds(
     PolicyLossConfig,
@@ -40,8 +41,9 @@ def random_inputs(seed: int, n: int = 64, spread: float = 0.5) -> tuple[torch.Te
 
     log_probs = normal(1, -4)
     advantages = normal(1) * (torch.rand(n, generator=generator) > 0.2)
-    others = [log_probs + normal(spread) for _ in range(4)]
-    return log_probs, TokenInputs(advantages, torch.ones_like(log_probs), *others)
+    others = {name: log_probs + normal(spread) for name in NEAR_THE_CURRENT}
+    inputs = TokenInputs(advantages=advantages, loss_weights=torch.ones_like(log_probs), **others)
+    return log_probs, inputs
 
 
 def without_some(log_probs: torch.Tensor) -> torch.Tensor:
@@ -63,7 +65,7 @@ def test_written_derivative_equals_autograds(config, seed, spread):
 
 def test_ratio_is_one_and_has_a_gradient_without_old_log_probs():
     log_probs, inputs = random_inputs(0)
-    inputs = TokenInputs(inputs.advantages, inputs.loss_weights)
+    inputs = TokenInputs(advantages=inputs.advantages, loss_weights=inputs.loss_weights)
     losses = token_loss(log_probs, None, inputs, PolicyLossConfig(eps_clip_low=0, eps_clip_high=0))
     assert (losses.ratio == 1).all()
     torch.testing.assert_close(losses.d_log_probs, -inputs.advantages, rtol=0, atol=0)
@@ -187,7 +189,11 @@ def test_absurd_log_probs_stay_finite(dtype):
     log_probs = torch.tensor([0.0, -1e4, -1e4, 0.0], dtype=dtype)
     other = torch.tensor([-1e4, 0.0, 0.0, -1e4], dtype=dtype)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=dtype)
-    inputs = TokenInputs(advantages, torch.ones(4, dtype=dtype), other, other, other, other)
+    inputs = TokenInputs(
+        advantages=advantages,
+        loss_weights=torch.ones(4, dtype=dtype),
+        **dict.fromkeys(NEAR_THE_CURRENT, other),
+    )
     config = PolicyLossConfig(kl_coef=0.1, tis_clip=2.0)
     losses = token_loss(log_probs, None, inputs, config)
     for name, value in vars(losses).items():

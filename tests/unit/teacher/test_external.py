@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,7 +13,10 @@ from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.teacher.external import ExternalTeacher
 from tests.models import save_random_model
 
-SEQUENCES = [([3, 1, 4], [1, 5, 9]), ([2], [6]), ([5, 3], [5, 8, 9, 7])]
+SEQUENCES = [
+    (np.array(prompt, np.int32), np.array(response, np.int32))
+    for prompt, response in (([3, 1, 4], [1, 5, 9]), ([2], [6]), ([5, 3], [5, 8, 9, 7]))
+]
 
 
 def save(folder: Path, kind: str = "Qwen3", **settings: object) -> str:
@@ -43,7 +47,7 @@ def test_scores_are_those_of_the_models_own_logits(tmp_path, tied):
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     rows = load(path).log_probs(SEQUENCES, 0.7, [])
     for (prompt, response), row in zip(SEQUENCES, rows, strict=True):
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
         expected = (logits / 0.7).log_softmax(1)[range(len(response)), response]
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5)
     assert load(path).log_probs([], 1.0, []) == []

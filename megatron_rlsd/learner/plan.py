@@ -1,0 +1,220 @@
+"""What a training step does with each row of its batch, decided once and alike on every rank."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_rlsd.actor.balance import balanced_partition
+from megatron_rlsd.algorithms import own_functions, token_loss_weights
+from megatron_rlsd.config import AlgorithmConfig, Config
+from megatron_rlsd.ops import PolicyLossConfig, has_policy_loss, teacher_is_needed
+from megatron_rlsd.types import RowOutline, TrainBatch, TrainRow
+
+ScoreKind = Literal["teacher", "contrast", "teacher_states", "old", "ref"]
+"""Passes before the update: log-probabilities under the teacher, under the teacher with a wrong
+hint, the teacher's hidden states, and log-probabilities of the policy before the update and of the
+reference model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniBatch:
+    """The rows of one optimizer step."""
+
+    by_rank: list[list[int]]
+    """For each data-parallel rank, the rows that have a gradient; balanced by tokens."""
+    loss_weights: dict[int, float]
+    """Row -> the weight of each of its trained tokens, for all rows of the mini-batch: those
+    without a gradient are part of the mean."""
+    divergence_weights: dict[int, float]
+    """The same of the divergence, whose mean is over the rows that have a hint."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """A step's mini-batches, and which passes each row needs before them."""
+
+    step: int
+    rlsd_lambda: float
+    batch: TrainBatch
+    mini_batches: list[MiniBatch]
+    wanted: dict[ScoreKind, frozenset[int]]
+    """Pass -> the rows that need it; a pass that no row needs is left out."""
+    loss: PolicyLossConfig
+    teacher_skipped_share: float
+    """Share of the rows that the teacher does not read."""
+    dp_rank: int
+    """The data-parallel rank that this plan is held by."""
+
+    def row(self, number: int) -> TrainRow:
+        """A row that this rank holds."""
+        return self.batch.rows[number]
+
+    def lengths(self, rows: list[int]) -> list[int]:
+        """The number of trained tokens of each of these rows."""
+        return [self.batch.outlines[row].trained_tokens for row in rows]
+
+    def by_rank(self, kind: ScoreKind) -> list[list[int]]:
+        """For each data-parallel rank, the rows that it scores, in mini-batch order."""
+        wanted = self.wanted.get(kind, frozenset())
+        ranks = range(len(self.mini_batches[0].by_rank)) if self.mini_batches else []
+        return [
+            [
+                row
+                for mini_batch in self.mini_batches
+                for row in mini_batch.by_rank[rank]
+                if row in wanted
+            ]
+            for rank in ranks
+        ]
+
+
+def make_plan(
+    config: Config, batch: TrainBatch, step: int, rlsd_lambda: float, *, dp_rank: int, dp_size: int
+) -> Plan:
+    """Plan the updates of ``batch``, a step's rows or those of a single group.
+
+    With several mini-batches the rows are shuffled by (seed, step) first.
+    """
+    algorithm, outlines = config.algorithm, batch.outlines
+    hinted = [_has_its_hints(row, algorithm) for row in outlines]
+    trained = [row.trained_tokens > 0 for row in outlines]
+    loss = policy_loss_config(
+        algorithm,
+        rlsd_lambda,
+        # Rightly so: there is no hint, or the evidence has a place.
+        unscored_is_neutral=any(row.has_evidence_span for row in outlines) or not all(hinted),
+    )
+    can_score = torch.tensor([a and b for a, b in zip(hinted, trained, strict=True)])
+    advantages = torch.tensor([row.advantage for row in outlines], dtype=torch.float64)
+    reads = can_score & teacher_is_needed(advantages, loss)
+    learns = torch.tensor(trained) & has_policy_loss(advantages, can_score, loss)
+    if algorithm.divergence_coef:
+        reads, learns = can_score, learns | can_score
+    active, teacher_rows = _chosen(learns), _chosen(reads)
+    return Plan(
+        step=step,
+        rlsd_lambda=rlsd_lambda,
+        batch=batch,
+        mini_batches=_mini_batches(config, outlines, step, active, _chosen(can_score), dp_size),
+        wanted=_wanted(config, loss, teacher_rows, active),
+        loss=loss,
+        teacher_skipped_share=1 - len(teacher_rows) / max(1, len(batch)),
+        dp_rank=dp_rank,
+    )
+
+
+def _has_its_hints(row: RowOutline, algorithm: AlgorithmConfig) -> bool:
+    """Whether the row has the prompts that its teacher reads."""
+    if row.teacher_prompt_tokens is None:
+        return False
+    return not algorithm.contrasts_hints or row.contrast_prompt_tokens is not None
+
+
+def _chosen(rows: torch.Tensor) -> frozenset[int]:
+    return frozenset(rows.nonzero()[:, 0].tolist())
+
+
+def _wanted(
+    config: Config, loss: PolicyLossConfig, teacher_rows: frozenset[int], active: frozenset[int]
+) -> dict[ScoreKind, frozenset[int]]:
+    """The passes that something needs.
+
+    The old policy is not scored where each rollout is used for one update, since the ratio is then
+    1, or where there is no ratio; the reference not without a KL term.
+    """
+    algorithm = config.algorithm
+    by_token = bool(loss.rlsd_lambda or loss.opd_coef or loss.sdar_coef)
+    has_ratio = loss.objective != "log_prob"
+    needed: dict[ScoreKind, bool] = {
+        "teacher": by_token,
+        "contrast": by_token and algorithm.contrasts_hints,
+        "teacher_states": algorithm.divergence_coef != 0,
+        "old": has_ratio and (config.updates_per_step > 1 or algorithm.weighs_before_update),
+        "ref": loss.kl_coef != 0,
+    }
+    rows = {kind: active if kind in ("old", "ref") else teacher_rows for kind in needed}
+    return {kind: rows[kind] for kind, is_needed in needed.items() if is_needed and rows[kind]}
+
+
+def _mini_batches(
+    config: Config,
+    outlines: list[RowOutline],
+    step: int,
+    active: frozenset[int],
+    can_score: frozenset[int],
+    dp_size: int,
+) -> list[MiniBatch]:
+    order = list(range(len(outlines)))
+    size = config.train.global_batch_size or len(order)
+    if size < len(order):
+        random.Random(f"{config.train.seed}/{step}").shuffle(order)
+    mini_batches = []
+    for start in range(0, len(order), size):
+        members = sorted(order[start : start + size])
+        costs = {
+            row: outlines[row].prompt_tokens + outlines[row].response_tokens
+            for row in members
+            if row in active
+        }
+        parts = balanced_partition(list(costs.values()), dp_size)
+        rows = list(costs)
+        divergence = {}
+        if config.algorithm.divergence_coef:
+            divergence = _loss_weights(config, outlines, [r for r in members if r in can_score])
+        mini_batches.append(
+            MiniBatch(
+                by_rank=[[rows[at] for at in part] for part in parts],
+                loss_weights=_loss_weights(config, outlines, members),
+                divergence_weights={
+                    row: config.algorithm.divergence_coef * weight
+                    for row, weight in divergence.items()
+                },
+            )
+        )
+    return mini_batches
+
+
+def _loss_weights(
+    config: Config, outlines: list[RowOutline], members: list[int]
+) -> dict[int, float]:
+    """The weight of each token of these rows, which one mean is over."""
+    weights = token_loss_weights(
+        [outlines[row].trained_tokens for row in members],
+        config.algorithm.loss_aggregation,
+        config.rollout.max_response_tokens,
+    )
+    return dict(zip(members, weights.tolist(), strict=True))
+
+
+def policy_loss_config(
+    algorithm: AlgorithmConfig, rlsd_lambda: float, *, unscored_is_neutral: bool = False
+) -> PolicyLossConfig:
+    """The operator's constants for a step at which lambda is ``rlsd_lambda``.
+
+    ``unscored_is_neutral``: a token that the teacher did not score is not a mistake.
+    """
+    in_the_loss = (algorithm.tis, algorithm.tis_mode) == ("token", "truncate")
+    return PolicyLossConfig(
+        objective=algorithm.objective,
+        importance_ratio=algorithm.importance_ratio,
+        eps_clip_low=algorithm.eps_clip_low,
+        eps_clip_high=algorithm.eps_clip_high,
+        dual_clip=algorithm.dual_clip,
+        rlsd_lambda=rlsd_lambda,
+        evidence_clip=algorithm.evidence_clip,
+        evidence_weight=own_functions(algorithm).evidence_weight,
+        negative_only=algorithm.negative_only,
+        positive_only=algorithm.positive_only,
+        reversed_gain=algorithm.evidence == "student_over_teacher",
+        opd_coef=algorithm.opd_coef,
+        sdar_coef=algorithm.sdar_coef,
+        sdar_beta=algorithm.sdar_beta,
+        unscored_is_neutral=unscored_is_neutral,
+        kl_coef=algorithm.kl_coef,
+        entropy_coef=algorithm.entropy_coef,
+        tis_clip=algorithm.tis_clip if in_the_loss else None,
+    )

@@ -1,0 +1,278 @@
+"""The passes that precede an update: log-probabilities of responses that are there already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rlsd.actor.actor import Actor, SequencesByRank
+from megatron_rlsd.actor.packing import Elsewhere, Sequence
+from megatron_rlsd.config import Config
+from megatron_rlsd.learner.plan import Plan, ScoreKind
+from megatron_rlsd.parallel.groups import ParallelGroups
+from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.teacher import Teacher, WeightSnapshot
+from megatron_rlsd.teacher.external import ExternalTeacher
+from megatron_rlsd.teacher.served import ServedTeacher
+
+if TYPE_CHECKING:
+    from megatron_rlsd.types import IntArray, RowOutline, TrainRow
+
+Rows = dict[int, Tensor]
+"""Row number -> one value for each of its trained tokens, [T', ...]."""
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """Results of the passes for this rank's rows; None: that pass was not made.
+
+    Filled on the last pipeline stage, the only place that needs them. A row that is not there was
+    not scored.
+    """
+
+    teacher: Rows | None = None
+    old: Rows | None = None
+    ref: Rows | None = None
+    contrast: Rows | None = None
+    """The teacher's under a wrong hint."""
+    teacher_states: Rows | None = None
+    """The teacher's last hidden states [T', D], where distributions are compared."""
+    teacher_head: Tensor | None = None
+    """[V / tp, D], the weight that goes with them."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def rows(self, kind: ScoreKind) -> Rows | None:
+        """The results of one pass."""
+        found: Rows | None = getattr(self, kind)
+        return found
+
+
+def student_sequence(row: TrainRow) -> Sequence:
+    """A row as the policy sampled it: with its routes, where they are known."""
+    return Sequence(
+        prompt_ids=row.prompt_ids,
+        response_ids=row.response_ids,
+        loss_mask=row.loss_mask,
+        routed_experts=row.routed_experts,
+    )
+
+
+def student_sequences(plan: Plan, by_rank: list[list[int]]) -> SequencesByRank:
+    """The sequences of these rows for each data-parallel rank, as the policy sampled them."""
+    outlines = plan.batch.outlines
+    return [
+        [student_sequence(plan.row(number)) for number in part]
+        if rank == plan.dp_rank
+        else [Elsewhere(_num_inputs(outlines[number], "old")) for number in part]
+        for rank, part in enumerate(by_rank)
+    ]
+
+
+def scored_sequences(plan: Plan, kind: ScoreKind) -> SequencesByRank:
+    """What the model is given in one of the passes."""
+    by_rank, outlines = plan.by_rank(kind), plan.batch.outlines
+    if kind == "old":
+        return student_sequences(plan, by_rank)
+    return [
+        [_sequence(plan.row(number), kind) for number in part]
+        if rank == plan.dp_rank
+        else [Elsewhere(_num_inputs(outlines[number], kind)) for number in part]
+        for rank, part in enumerate(by_rank)
+    ]
+
+
+def _sequence(row: TrainRow, kind: ScoreKind) -> Sequence:
+    prompt = {"contrast": row.contrast_prompt_ids, "ref": row.prompt_ids}.get(
+        kind, row.teacher_prompt_ids
+    )
+    assert prompt is not None
+    return Sequence(prompt_ids=prompt, response_ids=row.response_ids, loss_mask=row.loss_mask)
+
+
+def _num_inputs(outline: RowOutline, kind: ScoreKind) -> int:
+    prompt = {
+        "contrast": outline.contrast_prompt_tokens,
+        "ref": outline.prompt_tokens,
+        "old": outline.prompt_tokens,
+    }.get(kind, outline.teacher_prompt_tokens)
+    assert prompt is not None
+    return prompt + outline.response_tokens - 1
+
+
+class Scorer:
+    """Makes the passes that a plan wants. Every method is collective."""
+
+    def __init__(self, config: Config, actor: Actor) -> None:
+        self._config, self._actor = config, actor
+        self.teacher = Teacher(config.teacher, actor.parameters())
+        self._external: ExternalTeacher | None = None
+        if config.teacher.hf_path is not None and actor.groups.is_last_stage:
+            self._external = ExternalTeacher(
+                config.teacher.hf_path,
+                vocab_size=actor.vocab_size,
+                dtype=getattr(torch, config.model.dtype),
+                device=actor.groups.device,
+            )
+        self._served: ServedTeacher | None = None
+        if config.teacher.sglang.url is not None:
+            self._served = ServedTeacher(
+                config.teacher.sglang, actor.vocab_size, actor.groups.control
+            )
+        self.reference: WeightSnapshot | None = None
+        """The initial weights, where there is a KL term."""
+        if config.algorithm.kl_coef:
+            self.reference = WeightSnapshot(actor.parameters())
+
+    def score(self, plan: Plan) -> Scores:
+        """All passes that ``plan`` wants."""
+        scores = Scores(metrics={"teacher/skipped_share": plan.teacher_skipped_share})
+        another_model = self._config.teacher.is_another_model
+        if another_model and "teacher" in plan.wanted:
+            scores.teacher = self._other_models_log_probs(plan)
+        elif not another_model and plan.wanted.keys() & {"teacher", "contrast", "teacher_states"}:
+            with self.teacher.applied():
+                scores.teacher = self._log_probs(plan, "teacher")
+                scores.contrast = self._log_probs(plan, "contrast")
+                self._score_states(plan, scores)
+        scores.old = self._log_probs(plan, "old")
+        if self.reference is not None and "ref" in plan.wanted:
+            with self.reference.applied():
+                scores.ref = self._log_probs(plan, "ref")
+        outlines = plan.batch.outlines
+        tokens = sum(
+            _num_inputs(outlines[n], kind) for kind, rows in plan.wanted.items() for n in rows
+        )
+        scores.metrics["score/tokens"] = float(tokens)
+        return scores
+
+    def score_again(self, plan: Plan, scores: Scores) -> Scores:
+        """Add to recorded scores the passes that they lack and that weights alone give.
+
+        Raises UserError where a teacher's or the reference's log-probabilities are missing: their
+        weights may be gone.
+        """
+        missing = [
+            kind
+            for kind, rows in plan.wanted.items()
+            if not rows <= (scores.rows(kind) or {}).keys()
+        ]
+        if lost := [kind for kind in missing if kind not in ("old", "teacher_states")]:
+            raise UserError(
+                f"step {plan.step} was recorded without the {' and '.join(lost)} log-probabilities "
+                "of all responses that these settings need them of; replay it with the run's own "
+                "settings of algorithm and train"
+            )
+        scores = replace(scores)
+        if "old" in missing:
+            scores.old = self._log_probs(plan, "old")
+        if "teacher_states" in missing:
+            with self.teacher.applied():
+                self._score_states(plan, scores)
+        return scores
+
+    def _log_probs(self, plan: Plan, kind: ScoreKind) -> Rows | None:
+        if kind not in plan.wanted:
+            return None
+        flat = self._actor.token_log_probs(
+            scored_sequences(plan, kind), self._config.rollout.temperature
+        )
+        return {} if flat is None else _by_row(plan, kind, flat)
+
+    def _score_states(self, plan: Plan, scores: Scores) -> None:
+        if "teacher_states" not in plan.wanted:
+            return
+        scores.teacher_states = {}
+        states = self._actor.token_states(scored_sequences(plan, "teacher_states"))
+        if states is not None:
+            flat, scores.teacher_head = states
+            scores.teacher_states = _by_row(plan, "teacher_states", flat)
+
+    def _other_models_log_probs(self, plan: Plan) -> Rows:
+        """Under a teacher that is another model, here or behind a server."""
+        by_rank, groups = plan.by_rank("teacher"), self._actor.groups
+        mine = by_rank[plan.dp_rank]
+        if self._served is not None:
+            # Rank 0, which speaks to the server, holds every row.
+            everything = None
+            if groups.rank == 0:
+                everything = [_teacher_pair(plan.row(row)) for part in by_rank for row in part]
+            lengths = [
+                [plan.batch.outlines[row].response_tokens for row in part] for part in by_rank
+            ]
+            scored = self._served.log_probs(everything, lengths, plan.dp_rank)
+        elif self._external is not None:
+            scored = self._external.log_probs(
+                [_teacher_pair(plan.row(row)) for row in mine],
+                self._config.rollout.temperature,
+                [groups.tp, groups.cp],
+            )
+        else:
+            return {}
+        return {
+            row: values.to(groups.device)[torch.from_numpy(plan.row(row).loss_mask)]
+            for row, values in zip(mine, scored, strict=True)
+        }
+
+
+def _teacher_pair(row: TrainRow) -> tuple[IntArray, IntArray]:
+    assert row.teacher_prompt_ids is not None
+    return row.teacher_prompt_ids, row.response_ids
+
+
+def _by_row(plan: Plan, kind: ScoreKind, flat: Tensor) -> Rows:
+    """This rank's results of a pass, which come end to end."""
+    mine = plan.by_rank(kind)[plan.dp_rank]
+    return dict(zip(mine, flat.split(plan.lengths(mine)), strict=True)) if mine else {}
+
+
+def joined_scores(plan: Plan, parts: list[tuple[Plan, Scores]], groups: ParallelGroups) -> Scores:
+    """The scores of single groups as those of the whole step.
+
+    ``parts`` are plans of the groups in the order of the step's rows, with their scores. Ranks
+    exchange what the step's plan gives to another rank. Collective.
+    """
+    joined = Scores(metrics={"teacher/skipped_share": plan.teacher_skipped_share})
+    joined.metrics["score/tokens"] = sum(scores.metrics["score/tokens"] for _, scores in parts)
+    first = 0
+    for part, scores in parts:
+        joined.teacher_head = (
+            scores.teacher_head if joined.teacher_head is None else joined.teacher_head
+        )
+        for kind, wanted in part.wanted.items():
+            rows = scores.rows(kind)
+            assert rows is not None
+            into = joined.rows(kind)
+            if into is None:
+                into = {}
+                setattr(joined, kind, into)
+            if groups.is_last_stage:
+                mine = {n - first for n in plan.by_rank(kind)[plan.dp_rank]}
+                shared = _on_every_replica(
+                    part,
+                    sorted(wanted),
+                    rows,
+                    scores.teacher_head if kind == "teacher_states" else None,
+                    groups,
+                )
+                into |= {first + n: row for n, row in shared.items() if n in mine}
+        first += len(part.batch)
+    return joined
+
+
+def _on_every_replica(
+    part: Plan, numbers: list[int], rows: Rows, head: Tensor | None, groups: ParallelGroups
+) -> Rows:
+    """The results of all data-parallel ranks; ``head``: they are hidden states that go with it."""
+    lengths = part.lengths(numbers)
+    width = () if head is None else head.shape[1:]
+    dtype = torch.float32 if head is None else head.dtype
+    flat = torch.zeros(sum(lengths), *width, dtype=dtype, device=groups.device)
+    places = dict(zip(numbers, flat.split(lengths), strict=True))
+    for number, row in rows.items():
+        places[number].copy_(row)
+    dist.all_reduce(flat, group=groups.dp)
+    return places

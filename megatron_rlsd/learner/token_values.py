@@ -1,0 +1,130 @@
+"""The values that an update's loss needs of each response token, made of rows and scores.
+
+R: trained tokens of this data-parallel rank's rows of one mini-batch, end to end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_rlsd.actor.update_inputs import Distillation, TokenValues
+from megatron_rlsd.algorithms import importance_weights
+from megatron_rlsd.config import AlgorithmConfig
+from megatron_rlsd.learner.plan import MiniBatch, Plan, ScoreKind
+from megatron_rlsd.learner.scoring import Scores
+from megatron_rlsd.ops import DivergenceConfig
+from megatron_rlsd.types import TrainRow
+
+
+class TokenValueMaker:
+    """Makes the values of one mini-batch's rows on one rank.
+
+    ``scores`` are of rows; None for a pass that was not made, or on a rank before the last
+    pipeline stage, which needs none.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        mini_batch: MiniBatch,
+        scores: Scores | None,
+        algorithm: AlgorithmConfig,
+        device: torch.device,
+    ) -> None:
+        self._plan, self._mini_batch, self._scores = plan, mini_batch, scores
+        self._algorithm, self._device = algorithm, device
+        self.numbers = mini_batch.by_rank[plan.dp_rank]
+        """Numbers of this rank's rows, in the order of their tokens."""
+        self.lengths = plan.lengths(self.numbers)
+        """Trained tokens of each."""
+        self._rows = [plan.row(number) for number in self.numbers]
+
+    def make(self) -> TokenValues:
+        """All values, each [R] float32."""
+        advantages = self._of_each_row([row.advantage for row in self._rows])
+        weights = [self._mini_batch.loss_weights[number] for number in self.numbers]
+        rollout = self._end_to_end([row.rollout_log_probs[row.loss_mask] for row in self._rows])
+        old = self._scored("old")
+        if self._algorithm.weighs_before_update and old is not None:
+            # Every term of the policy loss is linear in A >= 0 or A <= 0, whose sign stays.
+            ratio = importance_weights(
+                old,
+                rollout,
+                self.lengths,
+                level="sequence" if self._algorithm.tis == "sequence" else "token",
+                mode=self._algorithm.tis_mode,
+                clip=self._algorithm.tis_clip,
+            )
+            advantages = torch.where(advantages != 0, advantages * ratio, 0.0)
+        return TokenValues(
+            advantages=advantages,
+            loss_weights=self._of_each_row(weights),
+            rollout_log_probs=rollout,
+            old_log_probs=old,
+            teacher_log_probs=self._within_spans(self._scored("teacher")),
+            contrast_log_probs=self._scored("contrast"),
+            ref_log_probs=self._scored("ref"),
+            distillation=self._distillation(),
+        )
+
+    def _of_each_row(self, values: list[float]) -> Tensor:
+        """[R]: one value for all tokens of a row."""
+        repeats = torch.tensor(self.lengths, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(repeats).to(self._device)
+
+    def _end_to_end(self, parts: list[np.ndarray]) -> Tensor:
+        flat = np.concatenate(parts) if parts else np.empty(0, np.float32)
+        return torch.from_numpy(flat).to(self._device)
+
+    def _scored(self, kind: ScoreKind) -> Tensor | None:
+        """[R], NaN where a row was not scored: the loss allows that where it does not need it."""
+        rows = None if self._scores is None else self._scores.rows(kind)
+        if rows is None:
+            return None
+        parts = [
+            rows[number] if number in rows else torch.full((length,), math.nan, device=self._device)
+            for number, length in zip(self.numbers, self.lengths, strict=True)
+        ]
+        return (torch.cat(parts) if parts else torch.zeros(0)).to(self._device)
+
+    def _within_spans(self, teacher: Tensor | None) -> Tensor | None:
+        """Unscored tokens have the evidence weight 1, and so have those outside the span."""
+        if teacher is None or not any(row.evidence_span for row in self._rows):
+            return teacher
+        inside = self._end_to_end([_inside_span(row) for row in self._rows])
+        return torch.where(inside, teacher, math.nan)
+
+    def _distillation(self) -> Distillation | None:
+        states = None if self._scores is None else self._scores.teacher_states
+        head = None if self._scores is None else self._scores.teacher_head
+        if states is None or head is None:
+            return None
+        nothing = [head.new_zeros(length, head.shape[1]) for length in self.lengths]
+        hidden = [
+            states.get(number, zeros).to(self._device)
+            for number, zeros in zip(self.numbers, nothing, strict=True)
+        ]
+        of_row = self._mini_batch.divergence_weights
+        return Distillation(
+            hidden=torch.cat(hidden) if hidden else head.new_zeros(0, head.shape[1]),
+            weight=head,
+            loss_weights=self._of_each_row([of_row.get(number, 0.0) for number in self.numbers]),
+            config=DivergenceConfig(
+                kind=self._algorithm.divergence,
+                jsd_beta=self._algorithm.jsd_beta,
+                top_k=self._algorithm.divergence_top_k,
+            ),
+        )
+
+
+def _inside_span(row: TrainRow) -> np.ndarray:
+    """[T'] bool of the row's trained tokens: the evidence weight may touch them."""
+    if row.evidence_span is None:
+        return np.ones(int(row.loss_mask.sum()), np.bool_)
+    start, stop = row.evidence_span
+    places = np.arange(len(row.response_ids))
+    return ((start <= places) & (places < stop))[row.loss_mask]

@@ -1,0 +1,134 @@
+"""A training batch as named tensors: for messages between ranks, and for recorded steps.
+
+B rows; a column that some rows lack (a hint, a span) lists the K rows that have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from megatron_rlsd.parallel.exchange import pack_message, ragged, unpack_message, unragged
+from megatron_rlsd.types import TrainBatch, TrainRow
+
+Value = TypeVar("Value")
+OLD_MASKS = ("loss_masks", "response_masks")
+"""Where steps recorded by release 0.1 and before have the masks, if anything is masked."""
+
+
+def pack_train_batch(batch: TrainBatch) -> bytes:
+    """A batch all of whose rows are here, as one message."""
+    return pack_message(None, train_batch_tensors(batch))
+
+
+def unpack_train_batch(payload: bytes) -> TrainBatch:
+    """The inverse of pack_train_batch."""
+    return train_batch_of(unpack_message(payload)[1])
+
+
+def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
+    """The columns of a batch all of whose rows are here.
+
+    Ids are int32, log-probabilities float32, masks bool, advantages float64. ``NAME.lengths`` and
+    ``NAME.values`` hold arrays end to end; ``NAME.rows`` [K] int64 says whose, where not all rows
+    have the column.
+    """
+    rows = [batch.rows[number] for number in range(len(batch))]
+    spans = _present(row.evidence_span for row in rows)
+    routes = _present(row.routed_experts for row in rows)
+    tensors = (
+        ragged("prompt_ids", [row.prompt_ids for row in rows])
+        | ragged("response_ids", [row.response_ids for row in rows])
+        | ragged("rollout_log_probs", [row.rollout_log_probs for row in rows], np.float32)
+        | ragged("loss_mask", [row.loss_mask for row in rows], np.bool_)
+        | {"advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float64)}
+        | _optional("teacher_prompt_ids", [row.teacher_prompt_ids for row in rows])
+        | _optional("contrast_prompt_ids", [row.contrast_prompt_ids for row in rows])
+    )
+    if spans:
+        tensors["evidence_spans.rows"] = torch.tensor(list(spans), dtype=torch.int64)
+        tensors["evidence_spans"] = torch.tensor(list(spans.values()), dtype=torch.int64)
+    if routes:
+        tensors["routed_experts.rows"] = torch.tensor(list(routes), dtype=torch.int64)
+        tensors["routed_experts"] = torch.cat(list(routes.values()))
+    return tensors
+
+
+def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
+    """The inverse of train_batch_tensors; it also reads steps that release 0.1 recorded."""
+    prompts, responses = unragged("prompt_ids", tensors), unragged("response_ids", tensors)
+    log_probs = unragged("rollout_log_probs", tensors)
+    masks = _masks(tensors, responses)
+    teacher = _read_optional("teacher_prompt_ids", tensors)
+    contrast = _read_optional("contrast_prompt_ids", tensors)
+    spans = _read_spans(tensors)
+    # An engine routes all tokens but each sequence's last.
+    inputs = [len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)]
+    routes = _read_routes(tensors, inputs)
+    return TrainBatch.of(
+        [
+            TrainRow(
+                prompt_ids=prompts[number],
+                response_ids=responses[number],
+                loss_mask=masks[number],
+                rollout_log_probs=log_probs[number],
+                advantage=advantage,
+                teacher_prompt_ids=teacher.get(number),
+                contrast_prompt_ids=contrast.get(number),
+                evidence_span=spans.get(number),
+                routed_experts=routes.get(number),
+            )
+            for number, advantage in enumerate(tensors["advantages"].tolist())
+        ]
+    )
+
+
+def _present(column: Iterable[Value | None]) -> dict[int, Value]:
+    return {number: value for number, value in enumerate(column) if value is not None}
+
+
+def _optional(name: str, column: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
+    present = _present(column)
+    rows = torch.tensor(list(present), dtype=torch.int64)
+    return {f"{name}.rows": rows} | ragged(name, list(present.values()))
+
+
+def _read_optional(name: str, tensors: dict[str, torch.Tensor]) -> dict[int, np.ndarray]:
+    found = unragged(name, tensors)
+    if f"{name}.rows" in tensors:
+        return dict(zip(tensors[f"{name}.rows"].tolist(), found, strict=True))
+    return {number: ids for number, ids in enumerate(found) if len(ids)}  # release 0.1
+
+
+def _read_spans(tensors: dict[str, torch.Tensor]) -> dict[int, tuple[int, int]]:
+    if "evidence_spans.lengths" in tensors:  # release 0.1: of every row, or of none
+        spans = [tuple(span.tolist()) for span in unragged("evidence_spans", tensors)]
+        return dict(enumerate(spans))
+    if "evidence_spans" not in tensors:
+        return {}
+    rows, spans = tensors["evidence_spans.rows"].tolist(), tensors["evidence_spans"].tolist()
+    return {row: (start, stop) for row, (start, stop) in zip(rows, spans, strict=True)}
+
+
+def _read_routes(
+    tensors: dict[str, torch.Tensor], num_inputs: list[int]
+) -> dict[int, torch.Tensor]:
+    if "routed_experts" not in tensors:
+        return {}
+    every = torch.arange(len(num_inputs))  # release 0.1
+    rows = tensors.get("routed_experts.rows", every).tolist()
+    parts = tensors["routed_experts"].split([num_inputs[row] for row in rows])
+    return dict(zip(rows, parts, strict=True))
+
+
+def _masks(tensors: dict[str, torch.Tensor], responses: list[np.ndarray]) -> list[np.ndarray]:
+    if "loss_mask.lengths" in tensors:
+        return unragged("loss_mask", tensors)
+    old = next((name for name in OLD_MASKS if f"{name}.lengths" in tensors), None)
+    masks = [] if old is None else unragged(old, tensors)
+    if not masks:
+        return [np.ones(len(ids), np.bool_) for ids in responses]
+    return [mask.astype(np.bool_) for mask in masks]

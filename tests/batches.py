@@ -1,0 +1,60 @@
+"""Training batches from plain lists, and back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megatron_rlsd.types import TrainBatch, TrainRow
+
+
+def train_row(
+    prompt_ids: ArrayLike,
+    response_ids: ArrayLike,
+    advantage: float = 1.0,
+    *,
+    rollout_log_probs: ArrayLike | None = None,
+    loss_mask: ArrayLike | None = None,
+    teacher_prompt_ids: ArrayLike | None = None,
+    contrast_prompt_ids: ArrayLike | None = None,
+    **others: Any,
+) -> TrainRow:
+    """A row of these numbers; log-probabilities are -1 and every token is trained unless given."""
+    count = np.shape(response_ids)[0]
+
+    def ids(prompt: ArrayLike | None) -> np.ndarray | None:
+        return None if prompt is None else np.array(prompt, np.int32)
+
+    return TrainRow(
+        prompt_ids=np.array(prompt_ids, np.int32),
+        response_ids=np.array(response_ids, np.int32),
+        loss_mask=np.array([True] * count if loss_mask is None else loss_mask, np.bool_),
+        rollout_log_probs=np.array(
+            [-1.0] * count if rollout_log_probs is None else rollout_log_probs, np.float32
+        ),
+        advantage=advantage,
+        teacher_prompt_ids=ids(teacher_prompt_ids),
+        contrast_prompt_ids=ids(contrast_prompt_ids),
+        **others,
+    )
+
+
+def rows_of(batch: TrainBatch) -> list[TrainRow]:
+    """All rows of a batch, in their order."""
+    return [batch.rows[number] for number in range(len(batch))]
+
+
+def plain_rows(batch: TrainBatch) -> list[SimpleNamespace]:
+    """All rows as lists and numbers, which compare with == and join with +."""
+    return [
+        SimpleNamespace(
+            **{
+                name: value.tolist() if isinstance(value, np.ndarray) else value
+                for name, value in vars(row).items()
+            }
+        )
+        for row in rows_of(batch)
+    ]
