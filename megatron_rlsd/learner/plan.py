@@ -12,6 +12,7 @@ from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.algorithms import own_functions, token_loss_weights
 from megatron_rlsd.config import AlgorithmConfig, Config
 from megatron_rlsd.ops import PolicyLossConfig, has_policy_loss, teacher_is_needed
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import RowOutline, TrainBatch, TrainRow
 
 ScoreKind = Literal["teacher", "contrast", "teacher_states", "old", "ref"]
@@ -60,7 +61,7 @@ class Plan:
     def by_rank(self, kind: ScoreKind) -> list[list[int]]:
         """For each data-parallel rank, the rows that it scores, in mini-batch order."""
         wanted = self.wanted.get(kind, frozenset())
-        ranks = range(len(self.mini_batches[0].by_rank)) if self.mini_batches else []
+        ranks = range(len(self.mini_batches[0].by_rank))
         return [
             [
                 row
@@ -77,9 +78,15 @@ def make_plan(
 ) -> Plan:
     """Plan the updates of ``batch``, a step's rows or those of a single group.
 
-    With several mini-batches the rows are shuffled by (seed, step) first.
+    With several mini-batches the rows are shuffled by (seed, step) first. Raises UserError for a
+    batch without rows.
     """
     algorithm, outlines = config.algorithm, batch.outlines
+    if not outlines:
+        raise UserError(
+            f"step {step} has nothing to learn from: none of its responses has a token (with an "
+            "environment: all of its episodes failed before the model spoke)"
+        )
     hinted = [_has_its_hints(row, algorithm) for row in outlines]
     trained = [row.trained_tokens > 0 for row in outlines]
     loss = policy_loss_config(
