@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from megatron_rlsd.checkpoint.manifest import whole_checkpoints
 from megatron_rlsd.config import Config
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.recovery.recording import read_step
+from megatron_rlsd.recovery.replay import replay
 from megatron_rlsd.run import assemble
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import Preempted
@@ -207,26 +209,32 @@ def poison(monkeypatch, steps: dict[int, float]) -> None:
         results = run(self, *args, forward_only=forward_only, **kwargs)
         if not forward_only:
             updates.append(1)
-            if value := steps.get(len(updates) - 1):
-                gradient = next(iter(self.parameters().values())).main_grad
-                gradient.view(-1)[0] = value
+            values = steps.get(len(updates) - 1, [])
+            gradient = next(iter(self.parameters().values())).main_grad
+            gradient.view(-1)[: len(values)] = torch.tensor(values)
         return results
 
     monkeypatch.setattr(Actor, "_run", poisoned)
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-def test_a_step_with_nan_or_inf_changes_nothing_and_is_kept(
-    make_config, monkeypatch, distributed, tmp_path
+@pytest.mark.parametrize(
+    ("distributed", "first", "second"),
+    [(False, [math.nan], [1e30]), (True, [1.5e19, -1.5e19], [math.inf])],
+)
+def test_a_step_with_a_gradient_or_norm_that_is_not_finite_changes_nothing_and_is_kept(
+    make_config, monkeypatch, distributed, first, second, tmp_path
 ):
-    """The steps around two bad ones are those of a run that only skips these updates."""
+    """The steps around two bad ones are those of a run that only skips these updates.
+
+    A norm overflows float32 from 1.8e19 on, long before a single gradient does.
+    """
     config = make_config(
         train={"steps": 4, "record_steps": [2]},
         optimizer={"distributed": distributed, "weight_decay": 0.1},
         checkpoint={"interval": 1, "keep": None},
         teacher={"mode": "ema"},
     )
-    poison(monkeypatch, {1: float("nan"), 3: float("inf")})
+    poison(monkeypatch, {1: first, 3: second})
     train.train(config)
     lines = [line for line in lines_of(config) if "train/loss" in line]
     assert [line["train/updates_skipped"] for line in lines] == [0, 1, 0, 1]
@@ -257,7 +265,7 @@ def exported(config: Config, step: int, tmp_path: Path) -> torch.Tensor:
 
 def test_bad_steps_in_a_row_stop_the_run_with_the_culprit_on_disk(make_config, monkeypatch, capsys):
     config = make_config(train={"steps": 6, "max_bad_steps": 2})
-    poison(monkeypatch, {1: float("nan"), 3: float("nan"), 4: float("nan")})
+    poison(monkeypatch, {1: [math.nan], 3: [math.nan], 4: [math.nan]})
     with pytest.raises(UserError, match="2 steps in a row") as error:
         train.train(config)
     assert "bad_steps/step_00000004.safetensors" in str(error.value)
@@ -295,6 +303,39 @@ def test_a_replayed_step_has_the_same_loss_and_says_what_it_lacks(make_config, c
     assert "steps [1] were not recorded" in capsys.readouterr().err
     assert replay_step.main([str(run), "1"]) == 2
     assert "step 1 of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"algorithm": {"tis": "sequence", "tis_clip": 1.0001}}, {"train": {"epochs_per_rollout": 2}}],
+)
+def test_a_step_recorded_without_the_old_policy_has_it_scored_again(make_config, tmp_path, section):
+    """Its replay under settings that need those scores is what a run with them does."""
+    recorded = make_config(
+        train={"steps": 1, "record_steps": "all"}, algorithm={"rlsd_lambda": 0.5}
+    )
+    train.train(recorded)
+    raw = recorded.model_dump(mode="json")
+    for name, settings in section.items():
+        raw[name] |= settings
+    replayed = replay(Config.model_validate(raw), 0).metrics
+    train.train(Config.model_validate(raw | {"run_dir": str(tmp_path / "other")}))
+    (line,) = [m for m in read_metrics(tmp_path / "other/metrics.jsonl") if "train/loss" in m]
+    for key in ("train/loss", "train/grad_norm", "train/ratio_max"):
+        assert replayed[key] == line[key], key
+    assert replayed["train/loss"] != recorded_loss(recorded, 0)
+
+
+def test_a_replay_that_needs_scores_of_lost_weights_says_so(make_config):
+    config = make_config(
+        train={"steps": 1, "record_steps": "all"}, algorithm={"negative_only": True}
+    )
+    train.train(config)
+    for settings, kind in (({"kl_coef": 0.1}, "ref"), ({"negative_only": False}, "teacher")):
+        algorithm = config.algorithm.model_copy(update=settings)
+        changed = config.model_copy(update={"algorithm": algorithm})
+        with pytest.raises(UserError, match=f"without the {kind} log-probabilities"):
+            replay(changed, 0)
 
 
 def test_rollout_only_samples_what_training_would(make_config, tmp_path):

@@ -33,7 +33,8 @@ class UpdateResult:
     grad_norm: float
     learning_rate: float
     skipped: bool
-    """A loss or gradient was no finite number: weights and optimizer were left alone."""
+    """A loss, a gradient or the gradient's norm was not a finite number: weights and optimizer were
+    left alone."""
     tokens: int
     """Tokens that entered the model on all data-parallel ranks, padding included."""
     padding: int
@@ -56,20 +57,24 @@ def all_finite(
     divergence: Tensor,
     groups: ParallelGroups,
 ) -> bool:
-    """Are the loss and all gradients finite on every rank? Asked before the optimizer runs:
-    without loss scaling Megatron's would take NaN into weights and moments.
+    """Whether the loss, all gradients and their norm are finite on every rank.
+
+    Asked before the optimizer runs. Without loss scaling Megatron's would take NaN into weights and
+    moments; of gradients whose norm overflows float32, clipping would leave 0, and the update would
+    be weight decay alone. The norm that is looked at counts parameters that several ranks hold once
+    for each, so it is no less than Megatron's.
     """
-    sums = [
-        buffer.grad_data.sum().float()
+    norms = [
+        torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32)
         for chunk in model
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
     ]
     losses = [float(stats.sums()["weighted_loss"]) for stats in collected]
-    finite = all(map(math.isfinite, [*losses, *divergence.tolist()]))
-    finite = finite and bool(torch.stack(sums).isfinite().all())
-    bad = torch.tensor([int(not finite)])
-    dist.all_reduce(bad, dist.ReduceOp.MAX, group=groups.control)
-    return not bad.item()
+    bad = not all(map(math.isfinite, [*losses, *divergence.tolist()]))
+    squared_norm = torch.stack(norms).square().sum()
+    found = torch.tensor([float(bad), float(squared_norm)], dtype=torch.float32)
+    dist.all_reduce(found, group=groups.control)
+    return bool(found[0] == 0) and bool(found[1].isfinite())
 
 
 def reduce_outcome(

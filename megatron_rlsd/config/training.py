@@ -235,8 +235,8 @@ class TrainConfig(Section):
     """auto: go on at the last whole checkpoint in run_dir, if there is one. never: start anew. Else
     a checkpoint folder to start from; one that holds weights only starts at step 0."""
     max_bad_steps: int = Field(3, ge=1)
-    """Steps in a row with a loss or gradient that is no finite number until the run stops. Each of
-    them is skipped and its batch kept in run_dir/bad_steps."""
+    """Steps in a row with a loss, gradient or gradient norm that is not a finite number until the
+    run stops. The update of each is skipped and its batch kept in run_dir/bad_steps."""
     record_steps: Literal["bad", "all"] | list[int] = "bad"
     """Steps kept in run_dir/recorded_steps for tools/replay_step.py, besides bad ones."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from megatron_rlsd.recovery.recording import BAD_STEPS, RECORDED_STEPS, StepReco
 from megatron_rlsd.recovery.watchdog import Watchdog
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import Preempted, StopSignals
+
+WARN = logging.getLogger(__name__).warning
 
 
 class Position(Protocol):
@@ -51,6 +54,8 @@ class Continuity:
         self._config, self._groups, self._signals = config, groups, signals
         self._program = program
         self._recorder = StepRecorder(config, groups)
+        self._bad_in_a_row = 0
+        """Steps in a row whose update was skipped, the last one included."""
         self._state: TrainingState | None = None
         self._position: Position | None = None
 
@@ -68,7 +73,7 @@ class Continuity:
         self._state = TrainingState(actor, snapshots, self._host_state)
         content = self.checkpoints.load(self._state, self.start)
         if content:
-            self._recorder.consecutive_bad = content["consecutive_bad_steps"]
+            self._bad_in_a_row = content["consecutive_bad_steps"]
             if position is not None:
                 position.load_state(content["position"])
         return self.start.step
@@ -84,21 +89,34 @@ class Continuity:
         Raises UserError after ``train.max_bad_steps`` bad ones in a row; their weights, which
         none of them changed, are then in run_dir/bad_steps/checkpoint.
         """
-        step = plan.step
+        skipped = metrics["train/updates_skipped"] > 0
         path = self._recorder.after_update(plan, scores, metrics)
-        bad = self._recorder.consecutive_bad
-        if not bad:
+        self.after_update(plan.step, skipped=skipped, batch=str(path))
+
+    def after_update(self, step: int, *, skipped: bool, batch: str) -> None:
+        """Count bad steps in a row: those whose update was skipped.
+
+        ``batch`` says where the step's batch is. Raises UserError after ``train.max_bad_steps``;
+        the weights, which none of these steps changed, are then in run_dir/bad_steps/checkpoint.
+        """
+        self._bad_in_a_row = self._bad_in_a_row + 1 if skipped else 0
+        if not skipped:
             return
         if self._groups.rank == 0:
-            print(f"step {step}: skipped, its loss or gradient is no finite number; see {path}")
-        if bad >= self._config.train.max_bad_steps:
+            WARN(
+                "step %d: its update was skipped, since its loss, gradient or gradient norm is "
+                "not a finite number; its batch is %s",
+                *(step, batch),
+            )
+        if self._bad_in_a_row >= self._config.train.max_bad_steps:
             assert self._state is not None
             weights = Path(self._config.run_dir) / BAD_STEPS / "checkpoint"
             self.checkpoints.save(self._state, step + 1, weights)
             self.checkpoints.finish()
             raise UserError(
-                f"{bad} steps in a row had a loss or gradient that is no finite number "
-                f"(train.max_bad_steps); the last batch is {path}, the weights are {weights}"
+                f"{self._bad_in_a_row} steps in a row had a loss, gradient or gradient norm that "
+                f"is not a finite number (train.max_bad_steps); the last batch is {batch}, the "
+                f"weights are {weights}"
             )
 
     def end_of_step(self, done: int, *, last: bool) -> None:
@@ -124,7 +142,7 @@ class Continuity:
         return {
             "program": self._program,
             "position": self._position.state() if self._position else None,
-            "consecutive_bad_steps": self._recorder.consecutive_bad,
+            "consecutive_bad_steps": self._bad_in_a_row,
         }
 
 

@@ -44,18 +44,15 @@ class RecordedStep:
 
 
 class StepRecorder:
-    """Counts bad steps, and writes them and what ``train.record_steps`` asks for. Collective."""
+    """Writes bad steps and those that ``train.record_steps`` asks for. Collective."""
 
     def __init__(self, config: Config, groups: ParallelGroups) -> None:
         self._config, self._groups = config, groups
-        self.consecutive_bad = 0
-        """Steps in a row whose update was skipped, the last one included."""
 
     def after_update(self, plan: Plan, scores: Scores, metrics: dict[str, float]) -> Path | None:
         """Record the step if it is wanted; its file (on every rank, written by rank 0)."""
         step = plan.step
         bad = metrics["train/updates_skipped"] > 0
-        self.consecutive_bad = self.consecutive_bad + 1 if bad else 0
         wanted = self._config.train.record_steps
         listed = isinstance(wanted, list) and step in wanted
         if not (bad or wanted == "all" or listed):
