@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,9 +40,16 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.conversion.megatron_weights import HF_FILES
 from megatron_rlsd.hf_bridge.companions import copy_model_files
 from megatron_rlsd.hf_bridge.quantized import is_quantized, values
-from megatron_rlsd.parallel.exchange import pack_message, unpack_message
+from megatron_rlsd.parallel.exchange import (
+    from_rank_zero,
+    gather_bytes,
+    pack_message,
+    unpack_message,
+)
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.runtime.durable import fresh_partial, partial_of, put_in_place, remove
+from megatron_rlsd.runtime.durable import fresh_partial, partial_of, put_in_place, remove, sync
+
+PROBE_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -85,52 +94,77 @@ class Checkpointer:
         interval = self._config.checkpoint.interval
         return bool(interval) and step % interval == 0
 
-    def save(self, state: TrainingState, step: int, folder: Path | None = None) -> None:
+    def save(self, state: TrainingState, step: int, out: Path | None = None) -> None:
         """Save the state after ``step`` steps; a save still under way is finished first.
 
         Returns when it is written, or under ``checkpoint.async_save`` when it has been copied.
         """
         self.finish()
-        out = (folder or self._folder / f"step_{step:08d}").absolute()
-        partial = partial_of(out)
-        if self._groups.rank == 0:
-            fresh_partial(out)
-        dist.barrier(self._groups.control)
-        pending = start_save(
-            _tensors(state), partial, background=self._config.checkpoint.async_save
-        )
+        out = (out or self._folder / f"step_{step:08d}").absolute()
+        folder = partial_of(out)
         # A rank without parameters counts no steps, so the count is agreed on.
         taken = torch.tensor([steps_taken(state.actor.optimizer)])
         dist.all_reduce(taken, dist.ReduceOp.MAX, group=self._groups.control)
-        if self._groups.rank == 0:
-            content = {
-                "step": step,
-                "config": self._config.model_dump(mode="json"),
-                "optimizer_steps": int(taken),
-                "scheduler_steps": state.actor.scheduler.num_steps,
-                **state.host(),
-            }
-            (partial / STATE_NAME).write_text(json.dumps(content, indent=1))
-            self._write_model_files(partial / HF_FILES)
-        rng = partial / _rng_name(self._groups.rank)
-        rng.parent.mkdir(exist_ok=True)
-        rng.write_bytes(pack_rng_state())
-        self._pending = (pending, partial, out, step)
+
+        with self._removed_on_error(folder):
+            from_rank_zero(partial(_folder_with_room, out), self._groups.control)
+            pending = start_save(
+                _tensors(state), folder, background=self._config.checkpoint.async_save
+            )
+            try:
+                if self._groups.rank == 0:
+                    content = {
+                        "step": step,
+                        "config": self._config.model_dump(mode="json"),
+                        "optimizer_steps": int(taken),
+                        "scheduler_steps": state.actor.scheduler.num_steps,
+                        **state.host(),
+                    }
+                    (folder / STATE_NAME).write_text(json.dumps(content, indent=1))
+                    self._write_model_files(folder / HF_FILES)
+                rng = folder / _rng_name(self._groups.rank)
+                rng.parent.mkdir(exist_ok=True)
+                rng.write_bytes(pack_rng_state())
+            except OSError as error:
+                pending.fail(error)
+        self._pending = (pending, folder, out, step)
         if not self._config.checkpoint.async_save:
             self.finish()
 
     def finish(self) -> None:
-        """Complete the save under way, if any; waits for what is not ``written`` yet."""
+        """Complete the save under way, if any; waits for what is not ``written`` yet.
+
+        Raises UserError on all ranks where any of them could not write.
+        """
         if self._pending is None:
             return
-        pending, partial, out, step = self._pending
+        pending, folder, out, step = self._pending
         self._pending = None
-        pending.finish()
-        if self._groups.rank == 0:
-            manifests.write_manifest(partial, Manifest("training", step, self._layout()))
-            put_in_place(partial, out)
-            if out.parent == self._folder.absolute():
-                self._remove_old()
+        control = self._groups.control
+        with self._removed_on_error(folder):
+            pending.finish(control)
+            sent = gather_bytes(json.dumps(pending.checksums).encode(), control)
+
+            def complete() -> None:
+                known = {k: v for each in sent or [] for k, v in json.loads(each).items()}
+                manifest = Manifest("training", step, self._layout())
+                manifests.write_manifest(folder, manifest, known)
+                put_in_place(folder, out)
+                if out.parent == self._folder.absolute():
+                    self._remove_old()
+
+            from_rank_zero(complete, control)
+
+    @contextmanager
+    def _removed_on_error(self, folder: Path) -> Iterator[None]:
+        """What was written of a checkpoint that could not be gives its room back, to the run's
+        status and to whatever else shares the disk."""
+        try:
+            yield
+        except Exception:
+            if self._groups.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def load(self, state: TrainingState, start: Start) -> dict[str, Any]:
         """Set the run to where it starts; returns the JSON data (empty for weights alone).
@@ -185,6 +219,15 @@ def _tensors(state: TrainingState) -> list[ShardedTensor]:
     for prefix, snapshot in state.snapshots.items():
         tensors += snapshot_tensors(prefix, snapshot, actor.parameters(), pieces)
     return tensors + optimizer_tensors(optimizer_shards(actor.optimizer), pieces)
+
+
+def _folder_with_room(out: Path) -> None:
+    """An empty partial folder on a disk that is not full: the other ranks must hear of one that is
+    before they wait for rank 0 in Megatron's plan of the save."""
+    probe = fresh_partial(out) / "probe"
+    probe.write_bytes(bytes(PROBE_BYTES))
+    sync(probe)
+    probe.unlink()
 
 
 def _rng_name(rank: int) -> str:

@@ -1,29 +1,34 @@
 """What makes a folder a checkpoint: ``checkpoint.json``, written last, in a folder renamed whole.
 
-Once every file of ``.NAME.partial`` is on disk the manifest is added, which lists the files and
-their sizes. A process that is killed on the way leaves a folder that nobody takes for a checkpoint.
+Once every file of ``.NAME.partial`` is on disk the manifest is added, which lists the files with
+their sizes and checksums. A process that is killed on the way leaves a folder that nobody takes for
+a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import megatron_rlsd
+from megatron_rlsd.checkpoint.checksums import checksum_of_bytes, checksums_of
 from megatron_rlsd.runtime.durable import sync
 from megatron_rlsd.runtime.errors import UserError
 
 MANIFEST_NAME = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
+WITHOUT_CHECKSUMS = 1
+"""The format of release 0.1: sizes alone."""
 Kind = Literal["weights", "training"]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """checkpoint.json without its list of files."""
+    """checkpoint.json."""
 
     kind: Kind
     """``weights``: the model alone. ``training``: all that a run needs to go on."""
@@ -33,6 +38,12 @@ class Manifest:
     """Parallel sizes it was written at, for information: any layout can load it."""
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
     format: int = FORMAT
+    files: dict[str, int] = field(default_factory=dict)
+    """Every other file, by its path in the folder -> its bytes."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """The same files -> ``checksums.checksum`` of each; empty in format 1."""
+    own_checksum: str = ""
+    """Of all the fields above."""
 
 
 def installed_versions() -> dict[str, str]:
@@ -46,25 +57,36 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def write_manifest(folder: str | Path, manifest: Manifest) -> None:
-    """Sync every file of ``folder`` to disk, then write checkpoint.json with their sizes."""
+def write_manifest(
+    folder: str | Path, manifest: Manifest, known: Mapping[str, str] | None = None
+) -> None:
+    """Sync every file of ``folder`` to disk, then write checkpoint.json with sizes and checksums.
+
+    ``known``: checksums that whoever wrote the files has made already.
+    """
     folder = Path(folder)
     sizes: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
         sync(path)
         if path.is_file() and path.name != MANIFEST_NAME:
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    known = known or {}
+    sums = checksums_of(folder, sizes.keys() - known.keys()) | {**known}
+    sums = {name: sums[name] for name in sizes}
     path = folder / MANIFEST_NAME
-    path.write_text(json.dumps(asdict(manifest) | {"files": sizes}, indent=2) + "\n")
+    manifest = replace(manifest, files=sizes, checksums=sums)
+    manifest = replace(manifest, own_checksum=_own_checksum(manifest))
+    path.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     sync(path)
     sync(folder)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a whole checkpoint.
+    """The manifest of a checkpoint whose files are all there, at the sizes it gives.
 
     Raises UserError when ``folder`` is no checkpoint, has a format or kind unknown here, or
-    lacks a file that the manifest lists or has it at another size.
+    lacks a file that the manifest lists or has it at another size. The content of the files is
+    another question: ``verify``.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
@@ -74,18 +96,23 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{folder} is no whole checkpoint: it has no {MANIFEST_NAME}")
     try:
         content = json.loads(path.read_text())
-        files: dict[str, int] = content.pop("files")
         manifest = Manifest(**content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a checkpoint's manifest: {error!r}") from None
-    if manifest.format != FORMAT:
-        raise UserError(f"{path} has format {manifest.format!r}; this version reads {FORMAT}")
-    if manifest.kind not in get_args(Kind) or not isinstance(manifest.step, int):
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not a checkpoint's manifest: {error!r:.200}") from None
+    if manifest.format not in (FORMAT, WITHOUT_CHECKSUMS):
+        raise UserError(
+            f"{path} has format {manifest.format!r}; this version reads {FORMAT} and "
+            f"{WITHOUT_CHECKSUMS}"
+        )
+    if manifest.kind not in get_args(Kind) or type(manifest.step) is not int:
         raise UserError(
             f"{path} has kind={manifest.kind!r}, step={manifest.step!r}; expected a kind of "
             f"{', '.join(get_args(Kind))} and a whole number"
         )
-    for name, size in files.items():
+    _check_lists(path, manifest)
+    if manifest.format == FORMAT and manifest.own_checksum != _own_checksum(manifest):
+        raise UserError(f"{path} is not what was written (its checksum differs)")
+    for name, size in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
@@ -93,21 +120,51 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def last_whole(checkpoints_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the most steps in ``checkpoints_dir``; None if there is none."""
-    best: tuple[int, Path] | None = None
-    for folder, manifest in whole_checkpoints(checkpoints_dir):
-        if best is None or manifest.step > best[0]:
-            best = (manifest.step, folder)
-    return best[1] if best else None
+def _own_checksum(manifest: Manifest) -> str:
+    content = asdict(replace(manifest, own_checksum=""))
+    return checksum_of_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def _check_lists(path: Path, manifest: Manifest) -> None:
+    """Raise UserError where the manifest's tables are not what ``write_manifest`` writes."""
+    problem = ""
+    if not all(isinstance(table, dict) for table in (manifest.layout, manifest.versions)):
+        problem = "layout and versions must be tables"
+    elif not _maps_files_to(int, manifest.files) or not _maps_files_to(str, manifest.checksums):
+        problem = "files and checksums must name files inside the folder"
+    elif manifest.checksums.keys() != (manifest.files if manifest.format == FORMAT else {}).keys():
+        problem = "files and checksums do not name the same files"
+    if problem:
+        raise UserError(f"{path} is not a checkpoint's manifest: {problem}")
+
+
+def _maps_files_to(kind: type, table: object) -> bool:
+    return isinstance(table, dict) and all(
+        type(value) is kind
+        and not PurePosixPath(name).is_absolute()
+        and ".." not in PurePosixPath(name).parts
+        for name, value in table.items()
+    )
 
 
 def whole_checkpoints(checkpoints_dir: str | Path) -> list[tuple[Path, Manifest]]:
-    """All whole checkpoints by step; folders that are none are passed over."""
-    found = []
-    for folder in Path(checkpoints_dir).glob("[!.]*"):
+    """All checkpoints whose files are there, by step; see ``look_through``."""
+    return look_through(checkpoints_dir)[0]
+
+
+def look_through(
+    checkpoints_dir: str | Path,
+) -> tuple[list[tuple[Path, Manifest]], dict[Path, str]]:
+    """The whole checkpoints in a folder, by step; and those that are not whole, with why.
+
+    Folders that are no checkpoints by their name or content (notes, say) are neither.
+    """
+    found, passed_over = [], {}
+    for folder in sorted(Path(checkpoints_dir).glob("[!.]*")):
+        if not folder.name.startswith("step_") and not (folder / MANIFEST_NAME).exists():
+            continue
         try:
             found.append((folder, read_manifest(folder)))
-        except UserError:
-            continue
-    return sorted(found, key=lambda item: (item[1].step, item[0].name))
+        except UserError as error:
+            passed_over[folder] = str(error)
+    return sorted(found, key=lambda item: (item[1].step, item[0].name)), passed_over

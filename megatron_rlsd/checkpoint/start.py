@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megatron_rlsd.checkpoint.manifest import Kind, last_whole, read_manifest, whole_checkpoints
+from megatron_rlsd.checkpoint.manifest import (
+    Kind,
+    Manifest,
+    look_through,
+    read_manifest,
+    whole_checkpoints,
+)
 from megatron_rlsd.checkpoint.settings import check_model, check_settings
+from megatron_rlsd.checkpoint.verify import verify
 from megatron_rlsd.config import Config
-from megatron_rlsd.parallel.exchange import broadcast_bytes
-from megatron_rlsd.runtime.durable import clean_up
+from megatron_rlsd.conversion.restricted import DamagedError
+from megatron_rlsd.parallel.exchange import from_rank_zero
+from megatron_rlsd.runtime.durable import clean_up, hide
 from megatron_rlsd.runtime.errors import UserError
 
 STATE_NAME = "state.json"
@@ -37,58 +48,158 @@ class Start:
 def agree_on_start(
     config: Config, hf_config: dict[str, Any], control: dist.ProcessGroup, program: Program
 ) -> Start:
-    """Rank 0 looks and all ranks follow; UserError on all of them where it finds none fit."""
-    payload = None
-    if dist.get_rank() == 0:
-        try:
-            payload = json.dumps(asdict(choose_start(config, hf_config, program))).encode()
-        except UserError as error:
-            payload = json.dumps({"error": str(error)}).encode()
-    answer = json.loads(broadcast_bytes(payload, control))
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return Start(**answer)
+    """Rank 0 looks and all ranks follow; UserError on all of them where it finds none fit.
+
+    What is chosen is compared with its checksums by all ranks. A checkpoint of the run's own that
+    is damaged is set aside, and the one before it tried.
+    """
+    damaged: dict[str, str] = {}
+    while True:
+        choice = Choice(**from_rank_zero(lambda: asdict(choose_folder(config, damaged)), control))
+        if choice.folder is None:
+            return Start(notes=choice.notes)
+        manifest = read_manifest(choice.folder)
+        began = time.monotonic()
+        damage = verify(Path(choice.folder), manifest, control)
+        if damage is None:
+            settled = from_rank_zero(partial(_settled, config, hf_config, program, choice), control)
+            if "folder" in settled:
+                settled["notes"].append(_checked(manifest, time.monotonic() - began))
+                return Start(**settled)
+            damage = settled["damage"]
+        if not choice.is_own:
+            raise UserError(damage)
+        damaged[choice.folder] = damage
 
 
 def choose_start(config: Config, hf_config: dict[str, Any], program: Program) -> Start:
-    """Follow ``train.resume``; see docs/checkpoints.md.
+    """Follow ``train.resume``; see docs/checkpoints.md. The content of files is not compared.
 
     Of a checkpoint that another program wrote (a supervised warm start, say) the weights are taken.
+    Raises UserError as ``choose_folder`` and ``settle`` do.
+    """
+    choice = choose_folder(config, {})
+    if choice.folder is None:
+        return Start(notes=choice.notes)
+    return settle(config, hf_config, program, choice)
 
-    Raises UserError when the checkpoint is damaged, holds another model or belongs to a run
-    with settings that cannot change.
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to start from, its content unread."""
+
+    folder: str | None
+    """None: step 0."""
+    notes: list[str]
+    is_own: bool = True
+    """The run's own: it goes on there."""
+
+
+def choose_folder(config: Config, damaged: Mapping[str, str]) -> Choice:
+    """Where ``train.resume`` leads; the folders in ``damaged`` (with why) are set aside.
+
+    Raises UserError for a folder that is no whole checkpoint, and where the run has checkpoints of
+    which none is whole.
     """
     own = checkpoints_of(config)
     clean_up(own)
     if config.train.resume == "never":
-        notes = _set_aside(own)
-        return Start(notes=notes)
-    folder, continues, notes = last_whole(own), True, []
+        return Choice(None, _set_aside(own))
+    for folder in map(Path, damaged):
+        if folder.exists():
+            hide(folder, "damaged")
+    whole, passed_over = look_through(own)
+    reasons = [*passed_over.values(), *damaged.values()]
+    notes = [f"passed over: {reason}" for reason in reasons]
     if config.train.resume != "auto":
         given = Path(config.train.resume)
-        read_manifest(given)
-        if given.resolve().parent == own.resolve():
-            folder, notes = given, _drop_after(own, given)
-        elif folder is None:
-            folder, continues = given, False
-    if folder is None:
-        return Start()
+        if str(given) not in damaged:
+            read_manifest(given)
+            if given.resolve().parent == own.resolve():
+                return Choice(str(given), _drop_after(own, given))
+            if not whole and not reasons:
+                return Choice(str(given), [], is_own=False)
+    if whole:
+        return Choice(str(whole[-1][0]), notes)
+    if reasons:
+        lines = "\n  ".join(reasons)
+        raise UserError(
+            f"{own} holds checkpoints of which none is whole, and a run does not begin anew over "
+            f"them:\n  {lines}\n"
+            "Put a whole one back; or give train.resume=FOLDER a checkpoint from elsewhere, in a "
+            "run_dir of its own; or train.resume=never, which moves these aside and begins at step "
+            "0."
+        )
+    return Choice(None, [])
+
+
+def settle(config: Config, hf_config: dict[str, Any], program: Program, choice: Choice) -> Start:
+    """What is taken of the chosen checkpoint.
+
+    Raises UserError when it holds another model or belongs to a run with settings that cannot
+    change, DamagedError when that cannot be read.
+    """
+    assert choice.folder is not None
+    folder, notes = Path(choice.folder), list(choice.notes)
     manifest = read_manifest(folder)
     hf = folder / "hf" / "config.json"
     if hf.is_file():
-        check_model(json.loads(hf.read_text()), hf_config, folder)
-    saved = {} if manifest.kind == "weights" else json.loads((folder / STATE_NAME).read_text())
+        check_model(read_json(hf), hf_config, folder)
+    saved = {} if manifest.kind == "weights" else read_state(folder)
     if saved.get("program") != program:
-        if saved and continues and program != "rollout_only":
+        if saved and choice.is_own and program != "rollout_only":
             raise UserError(
-                f"{own} holds checkpoints of {saved['program']}, not of {program}; choose another "
-                "run_dir, and that checkpoint as train.resume to start from its weights"
+                f"{checkpoints_of(config)} holds checkpoints of {saved['program']}, not of "
+                f"{program}; choose another run_dir, and that checkpoint as train.resume to start "
+                "from its weights"
             )
         return Start(str(folder), "weights", notes=[*notes, f"starting from the weights {folder}"])
     changed = check_settings(saved["config"], config.model_dump(mode="json"), folder)
     notes.append(f"resuming at step {manifest.step} from {folder}")
     notes += [f"  changed since: {line}" for line in changed]
-    return Start(str(folder), "training", manifest.step, continues, notes)
+    return Start(str(folder), "training", manifest.step, choice.is_own, notes)
+
+
+def _settled(
+    config: Config, hf_config: dict[str, Any], program: Program, choice: Choice
+) -> dict[str, Any]:
+    """The fields of ``settle``'s Start; or, alone, its ``damage``."""
+    try:
+        return asdict(settle(config, hf_config, program, choice))
+    except DamagedError as error:
+        return {"damage": str(error)}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a training checkpoint. Raises DamagedError where it is none."""
+    state = read_json(folder / STATE_NAME)
+    lacking = {"program", "config"} - state.keys()
+    if lacking:
+        raise DamagedError(f"{folder / STATE_NAME} is damaged: it lacks {sorted(lacking)}")
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A checkpoint's JSON object. Raises DamagedError where it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged: {error!s:.200}") from None
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path} is damaged: it holds no object")
+    return content
+
+
+def _checked(manifest: Manifest, seconds: float) -> str:
+    if not manifest.checksums:
+        return (
+            "it was written by release 0.1, without checksums: its content is taken as it is; the "
+            "next checkpoint has them"
+        )
+    gigabytes = sum(manifest.files.values()) / 1e9
+    return (
+        f"  {len(manifest.files)} files, {gigabytes:.3g} GB, as they were written ({seconds:.1f} s)"
+    )
 
 
 def checkpoints_of(config: Config) -> Path:
@@ -112,7 +223,6 @@ def _drop_after(own: Path, chosen: Path) -> list[str]:
     notes = []
     for folder, manifest in whole_checkpoints(own):
         if manifest.step > step:
-            hidden = folder.with_name(f".{folder.name}.superseded")
-            folder.rename(hidden)
+            hidden = hide(folder, "superseded")
             notes.append(f"{folder.name} lies after the chosen checkpoint; now {hidden.name}")
     return notes

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -21,7 +22,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.checkpoint.checksums import checksum
+from megatron_rlsd.conversion.restricted import check_are_tensors
+from megatron_rlsd.parallel.exchange import agree
+from megatron_rlsd.runtime.errors import UserError, mendable
 
 FILE_BYTES = 1 << 30
 """A rank's tensors go to files of about this size; staged one by one beside a GPU."""
@@ -31,6 +35,9 @@ class PendingSave:
     """A save that has been planned on all ranks and is being written by this one."""
 
     def __init__(self, request: Any, tensors: Sequence[ShardedTensor], background: bool) -> None:
+        self.checksums: dict[str, str] = {}
+        """Of the files that this rank has written, by name."""
+        self._error: Exception | None = None
         self._finalize = list(request.finalize_fns)
         # A rank without anything to write gets no function and no arguments.
         buckets: list[Any] = []
@@ -56,35 +63,49 @@ class PendingSave:
         """Has this rank written its files?"""
         return self._thread is None or not self._thread.is_alive()
 
-    def finish(self) -> None:
+    def fail(self, error: Exception) -> None:
+        """What this rank wrote beside its tensors could not be written."""
+        self._error = self._error or error
+
+    def finish(self, control: dist.ProcessGroup) -> None:
         """On all ranks, once all have ``written``: rank 0 writes the metadata over all files.
 
-        Raises UserError where any rank could not write.
+        Raises UserError on all ranks where any could not write.
         """
         if self._thread is not None:
             self._thread.join()
+        reason = None
+        if self._error is not None:
+            reason = f"the checkpoint could not be written: {mendable(self._error) or self._error}"
+        agree(reason, control)
         try:
             for function in self._finalize:
                 function()
-        except CheckpointException as error:
-            raise UserError(f"the checkpoint could not be written: {error}") from error
+        except (CheckpointException, OSError, RuntimeError) as error:
+            reason = str(mendable(error) or error)
+            raise UserError(f"the checkpoint could not be written: {reason}") from error
 
     def _write(self, transforms: Any, buckets: list[Any], staged: bool) -> None:
-        outcome: Any = {}
-        for number in range(len(buckets)):
-            bucket = buckets[number] if staged else _on_cpu(buckets[number])
-            answers: queue.Queue[Any] = queue.Queue()
-            counter: queue.Queue[Any] = queue.Queue()
-            counter.put(number)
-            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                transforms, number, bucket, answers, counter, use_fsync=True
-            )
-            _, answer = answers.get()
-            if isinstance(answer, Exception):
-                outcome = answer
-                break
-            outcome[number] = answer
-            buckets[number] = None  # its copy is not needed any more
+        outcome: dict[int, Any] = {}
+        try:
+            for number in range(len(buckets)):
+                bucket = buckets[number] if staged else _on_cpu(buckets[number])
+                answers: queue.Queue[Any] = queue.Queue()
+                counter: queue.Queue[Any] = queue.Queue()
+                counter.put(number)
+                filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                    transforms, number, bucket, answers, counter, use_fsync=True
+                )
+                _, answer = answers.get()
+                if isinstance(answer, Exception):
+                    raise answer
+                outcome[number] = answer
+                file = Path(bucket[0])
+                buckets[number] = bucket = None  # its copy is not needed any more
+                # While the system still has what was written in memory.
+                self.checksums[file.name] = checksum(file)
+        except Exception as error:
+            self._error = error
         if self._results is not None:
             self._results.put(outcome)
 
@@ -112,13 +133,18 @@ def start_save(tensors: Sequence[ShardedTensor], folder: Path, *, background: bo
 def load_into(tensors: Sequence[ShardedTensor], folder: Path) -> None:
     """Fill the tensors in place from a checkpoint written at any layout.
 
-    Raises UserError that names a tensor which is missing or has another shape.
+    Raises UserError that names a tensor which is missing, has another shape, or is none there.
     """
+    check_are_tensors(folder, {tensor.key for tensor in tensors})
     try:
         dist_checkpointing.load(_by_number(tensors), str(folder), validate_access_integrity=False)
     except (CheckpointingException, CheckpointException, KeyError, ValueError) as error:
         reason = str(error).strip("'\"")
         raise UserError(f"{folder} does not fit this model: {reason:.2000}") from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise  # a collective's, say: another rank is gone
+        raise UserError(f"{folder} is damaged: {error!s:.200}") from error
 
 
 def _by_number(tensors: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:

@@ -17,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from megatron_rlsd.checkpoint.checksums import damages
 from megatron_rlsd.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from megatron_rlsd.conversion.compare import compare, open_checkpoint
 from megatron_rlsd.conversion.convert import Progress as ProgressCallback
@@ -132,13 +133,16 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
+    problems, checked = [], ["headers"]
     if (args.path / MANIFEST_NAME).is_file():
         manifest = read_manifest(args.path)
         print(f"checkpoint: {manifest.kind}, step {manifest.step}, {_layout(manifest.layout)}")
+        problems += [f"{k} {v}" for k, v in damages(args.path, manifest.checksums).items()]
+        checked.append("checksums" if manifest.checksums else "sizes (it has no checksums)")
     description, weights = describe(args.path, allow_pickle=args.allow_pickle)
     for name, fact in description.facts.items():
         print(f"{name}: {fact}")
-    problems = list(description.problems)
+    problems += description.problems
     if args.tensors:
         for name, info in weights.tensors.items():
             print(f"{name}  {info.dtype} {tuple(info.shape)}")
@@ -150,8 +154,9 @@ def run_inspect(args: argparse.Namespace) -> int:
             args.write_hashes.write_text(json.dumps(found, indent=1) + "\n")
     for problem in problems:
         print(f"problem: {problem}")
-    checked = "headers and hashes" if args.hashes else "headers"
-    print(f"integrity: {f'{len(problems)} problems' if problems else f'{checked} are whole'}")
+    checked += ["hashes"] if args.hashes else []
+    whole = f"{', '.join(checked)} are whole"
+    print(f"integrity: {f'{len(problems)} problems' if problems else whole}")
     return 1 if problems else 0
 
 

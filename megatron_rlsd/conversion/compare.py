@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
 from megatron_rlsd.conversion.pickled import open_weights
-from megatron_rlsd.conversion.torch_dist import METADATA_NAME
+from megatron_rlsd.conversion.restricted import METADATA_NAME
 from megatron_rlsd.hf_bridge.reader import Weights, hf_folder
 from megatron_rlsd.runtime.errors import UserError
 

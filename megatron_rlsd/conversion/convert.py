@@ -23,9 +23,10 @@ from megatron_rlsd.conversion.checkpoint_keys import (
 )
 from megatron_rlsd.conversion.megatron_weights import HF_FILES, MegatronWeights
 from megatron_rlsd.conversion.pickled import open_weights
+from megatron_rlsd.conversion.restricted import METADATA_NAME
 from megatron_rlsd.conversion.row_runs import Box, boxes, row_runs
 from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
-from megatron_rlsd.conversion.torch_dist import METADATA_NAME, Item, ItemFile, write_metadata
+from megatron_rlsd.conversion.torch_dist import Item, ItemFile, write_metadata
 from megatron_rlsd.hf_bridge.companions import companion_files, copy_companions
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout, round_up
 from megatron_rlsd.hf_bridge.families import family_for

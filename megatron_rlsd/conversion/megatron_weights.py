@@ -12,8 +12,9 @@ from megatron_rlsd.conversion.checkpoint_keys import (
     CheckpointTensor,
     checkpoint_tensors,
 )
+from megatron_rlsd.conversion.restricted import METADATA_NAME
 from megatron_rlsd.conversion.row_runs import row_runs
-from megatron_rlsd.conversion.torch_dist import METADATA_NAME, TorchDistFolder
+from megatron_rlsd.conversion.torch_dist import TorchDistFolder
 from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.mappings import Ranges, Shape
 from megatron_rlsd.hf_bridge.reader import load_hf_config

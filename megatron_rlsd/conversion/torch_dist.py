@@ -29,18 +29,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_rlsd.conversion.restricted import (
+    BACKEND,
+    BACKEND_NAME,
+    COMMON_NAME,
+    METADATA_NAME,
+    read_metadata,
+)
 from megatron_rlsd.hf_bridge.mappings import Shape
 from megatron_rlsd.hf_bridge.safetensors_writer import WRITE_BYTES
 from megatron_rlsd.hf_bridge.wording import listed
 from megatron_rlsd.runtime.errors import UserError
 
-METADATA_NAME = ".metadata"
-_COMMON = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 _COPY_BYTES = 2**20
 
 
@@ -130,32 +130,23 @@ def write_metadata(folder: Path, items: list[Item]) -> None:
         storage[MetadataIndex(item.key, offsets)] = info
     with open(folder / METADATA_NAME, "wb") as file:
         pickle.dump(Metadata(tensors, storage_data=storage), file)
-    torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(_COMMON))
+    torch.save({}, folder / COMMON_NAME)
+    (folder / BACKEND_NAME).write_text(json.dumps(BACKEND))
 
 
 class TorchDistFolder:
     """The tensors of a checkpoint: shapes and dtypes at once, pieces on demand.
 
-    Raises UserError for a folder without .metadata, a file that is missing or too short,
-    pieces that do not tile their tensor, and, as they are read, pieces whose checksum is wrong.
+    Raises UserError for a folder without .metadata, one whose .metadata refers to code, a file that
+    is missing or too short, pieces that do not tile their tensor, and, as they are read, pieces
+    whose checksum is wrong.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / METADATA_NAME).is_file():
             raise UserError(f"{path} has no {METADATA_NAME}: no torch_dist checkpoint")
-        try:
-            with open(self.path / METADATA_NAME, "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-            self._storage = dict(metadata.storage_data)
-            described = dict(metadata.state_dict_metadata)
-        except UserError:
-            raise
-        except Exception as error:  # a damaged pickle raises nearly anything
-            raise UserError(
-                f"{self.path / METADATA_NAME} is cut short or corrupt: {error!r}"
-            ) from error
+        described, self._storage = read_metadata(self.path / METADATA_NAME)
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: value
             for key, value in described.items()
@@ -248,8 +239,6 @@ class TorchDistFolder:
             end = info.offset + info.length
             ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
         for name, end in ends.items():
-            if Path(name).name != name:
-                raise UserError(f"{self.path} names a file outside the folder: {name}")
             path = self.path / name
             if not path.is_file():
                 raise UserError(f"{self.path} lacks the file {name}")
@@ -323,39 +312,3 @@ class _Window(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-
-_CHECKPOINT_CLASSES = {
-    f"torch.distributed.checkpoint.{module}": names
-    for module, names in {
-        "metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "filesystem": {"_StorageInfo"},
-        "planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    }.items()
-}
-_UNPICKLED = {
-    **_CHECKPOINT_CLASSES,
-    "torch": {"Size", "device"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Allows the classes of torch's checkpoint metadata and nothing that runs other code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if dtype or name in _UNPICKLED.get(module, ()):
-            return super().find_class(module, name)
-        raise UserError(f"a checkpoint's {METADATA_NAME} must not refer to {module}.{name}")

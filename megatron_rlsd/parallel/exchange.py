@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import DTypeLike
 from safetensors.torch import load, save
+
+from megatron_rlsd.runtime.errors import UserError, mendable
+
+T = TypeVar("T")
 
 
 def broadcast_bytes(payload: bytes | None, group: dist.ProcessGroup, source: int = 0) -> bytes:
@@ -43,6 +47,40 @@ def gather_bytes(payload: bytes, group: dist.ProcessGroup, target: int = 0) -> l
     if buffers is None:
         return None
     return [b[: int(n)].numpy().tobytes() for b, n in zip(buffers, sizes, strict=True)]
+
+
+def agree(error: str | None, group: dist.ProcessGroup) -> None:
+    """Raise UserError on every rank if any brings an ``error``: that of the first such rank."""
+    gathered = gather_bytes((error or "").encode(), group)
+
+    def first() -> str:
+        for rank, each in enumerate(gathered or []):
+            if each:
+                return f"rank {rank}: {each.decode()}" if rank else each.decode()
+        return ""
+
+    if message := from_rank_zero(first, group):
+        raise UserError(message)
+
+
+def from_rank_zero(work: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """Do ``work`` on rank 0; its result, JSON data, is the same on every rank.
+
+    A UserError, or an answer of the system that a user can mend, is raised on every rank.
+    """
+    payload = None
+    if dist.get_rank() == 0:
+        try:
+            payload = json.dumps({"result": work()}).encode()
+        except Exception as raised:
+            error = mendable(raised)
+            if error is None:
+                raise
+            payload = json.dumps({"error": str(error)}).encode()
+    told = json.loads(broadcast_bytes(payload, group))
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["result"]
 
 
 def pack_message(header: Any, tensors: dict[str, torch.Tensor]) -> bytes:

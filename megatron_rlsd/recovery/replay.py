@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.manifest import read_manifest, whole_checkpoints
-from megatron_rlsd.checkpoint.start import STATE_NAME, Start, checkpoints_of
+from megatron_rlsd.checkpoint.start import Start, checkpoints_of, read_state
+from megatron_rlsd.checkpoint.verify import verify
 from megatron_rlsd.config import Config, TeacherServerConfig
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.learner import Learner
@@ -62,9 +62,11 @@ def replay(config: Config, step: int, checkpoint: Path | None = None) -> Replaye
         actor = Actor(config, family, hf_config, groups, config.total_updates)
         learner = Learner(config, actor)
         if folder is not None:
-            kind = read_manifest(folder).kind
+            manifest = read_manifest(folder)
+            if damage := verify(folder, manifest, groups.control):
+                raise UserError(damage)
             state = TrainingState(actor, learner.snapshots() if distils else {}, dict)
-            Checkpointer(config, groups).load(state, Start(str(folder), kind))
+            Checkpointer(config, groups).load(state, Start(str(folder), manifest.kind))
         for each in (*before, recorded):
             plan = learner.plan(each.batch, each.step, each.rlsd_lambda)
             metrics = learner.update(plan, learner.score_again(plan, each.scores))
@@ -139,7 +141,7 @@ def _first_step(folder: Path, wanted: int) -> int | None:
     manifest = read_manifest(folder)
     done, unchanged = manifest.step, 0
     if manifest.kind == "training":
-        unchanged = json.loads((folder / STATE_NAME).read_text())["consecutive_bad_steps"]
+        unchanged = read_state(folder)["consecutive_bad_steps"]
     if wanted < done - unchanged:
         return None
     return min(done, wanted)

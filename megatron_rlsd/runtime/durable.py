@@ -70,6 +70,14 @@ def remove(folder: Path) -> None:
     shutil.rmtree(removed)
 
 
+def hide(folder: Path, why: str) -> Path:
+    """Rename a folder to ``.NAME.why``, out of sight of whoever looks for the newest."""
+    hidden = folder.with_name(f".{folder.name}.{why}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    return hidden
+
+
 def clean_up(parent: Path) -> None:
     """Remove what killed processes left in ``parent``; a folder that was set aside comes back."""
     for replaced in parent.glob(".*.replaced"):

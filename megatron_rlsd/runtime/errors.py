@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
 
 EXIT_USER_ERROR = 2
@@ -14,6 +17,42 @@ class UserError(Exception):
     without a traceback, and end with exit code 2; any other exception is a fault of this package
     and keeps its traceback. A subclass exists only where a caller tells it apart from the others.
     """
+
+
+WAYS_OUT = {
+    errno.ENOSPC: "free some space, then start again to go on",
+    errno.EDQUOT: "free some of the quota, then start again to go on",
+    errno.EFBIG: "files may not grow so large here (ulimit -f)",
+    errno.EMFILE: "this process may open no more files (ulimit -n)",
+    errno.ENFILE: "this machine has no room for more open files",
+    errno.EIO: "the disk, or the server behind it, failed",
+    errno.ESTALE: "the server of this folder has lost it",
+}
+"""What a user can mend, whatever it was that could not be written or read -> how."""
+OF_A_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""What a user can mend where the system names a path."""
+_IN_OTHERS_WORDS = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust (safetensors) give the system's answer."""
+
+
+def mendable(error: BaseException) -> UserError | None:
+    """The user's part in an error: a UserError itself, or one made of the system's answer in the
+    error or in those that led to it; None for a fault of this package."""
+    each, passed = error, [error]
+    while not isinstance(each, UserError):
+        number, path = getattr(each, "errno", None), getattr(each, "filename", None)
+        if found := _IN_OTHERS_WORDS.search(str(each)):
+            number = int(found[1])
+        if number in WAYS_OUT or (number in OF_A_PATH and path is not None):
+            where = f"{path}: " if path is not None else ""
+            way_out = f"; {WAYS_OUT[number]}" if number in WAYS_OUT else ""
+            return UserError(f"{where}{os.strerror(number)}{way_out}")
+        cause = each.__cause__ or each.__context__
+        if cause is None or cause in passed:
+            return None
+        each = cause
+        passed.append(cause)
+    return each
 
 
 def tell(error: UserError) -> int:

@@ -5,5 +5,5 @@
 runs one by hand; ``test_fuzz.py`` gives each some seconds in CI, always with the same inputs in the
 same order. A target has ``make(rng)``, which returns an input whose repr() tells it all, and
 ``check(input, folder)``, which raises where the input finds a fault; ``folder`` is empty and its
-own. ``CPU_SECONDS``: what one input may cost.
+own. ``CPU_SECONDS``: what one input may cost. ``prepared()``: a context manager around all inputs.
 """

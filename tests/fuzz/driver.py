@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,18 +59,19 @@ def fuzz(
 
     ``only``: that input alone. Findings are told apart by where they were raised.
     """
-    outcome, start = Outcome(), time.monotonic()
-    known: set[str] = set()
-    for number in _numbers(only, start + seconds):
-        finding, cost = _one(target, f"{name}/{seed}/{number}", number)
-        outcome.inputs += 1
-        outcome.slowest = max(outcome.slowest, cost)
-        if finding is not None and finding.place not in known:
-            known.add(finding.place)
-            outcome.findings.append(finding)
-            if stop_at_first:
-                break
-    outcome.seconds = time.monotonic() - start
+    outcome, known = Outcome(), set[str]()
+    with getattr(target, "prepared", nullcontext)():
+        start = time.monotonic()
+        for number in _numbers(only, start + seconds):
+            finding, cost = _one(target, f"{name}/{seed}/{number}", number)
+            outcome.inputs += 1
+            outcome.slowest = max(outcome.slowest, cost)
+            if finding is not None and finding.place not in known:
+                known.add(finding.place)
+                outcome.findings.append(finding)
+                if stop_at_first:
+                    break
+        outcome.seconds = time.monotonic() - start
     return outcome
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_rlsd.checkpoint import start
 from tests.fuzz.driver import fuzz
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import TARGETS, checkpoint_bytes
 
 SECONDS = 10
 
@@ -17,3 +18,11 @@ def test_no_input_finds_a_fault(name: str) -> None:
     for finding in outcome.findings:
         pytest.fail(f"input {finding.number}: {finding.shown}\n{finding.trouble}")
     assert outcome.inputs
+
+
+def test_without_its_mend_damage_to_a_checkpoint_is_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(start, "verify", lambda *_: None)
+    outcome = fuzz("checkpoint_bytes", checkpoint_bytes, seconds=5)
+    assert any("loaded, but not what was saved" in each.trouble for each in outcome.findings)

@@ -6,7 +6,13 @@ import json
 
 import pytest
 
-from megatron_rlsd.checkpoint.manifest import Manifest, last_whole, read_manifest, write_manifest
+from megatron_rlsd.checkpoint.manifest import (
+    Manifest,
+    look_through,
+    read_manifest,
+    whole_checkpoints,
+    write_manifest,
+)
 from megatron_rlsd.runtime.durable import atomic_folder, clean_up, remove
 from megatron_rlsd.runtime.errors import UserError
 
@@ -45,10 +51,14 @@ def test_a_file_cut_short_or_missing_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2; this version reads 1"),
+        ({"format": 3}, "format 3; this version reads 2 and 1"),
         ({"kind": "half"}, "kind='half'"),
         ({"step": "3"}, "step='3'"),
         ({"colour": 1}, "not a checkpoint's manifest"),
+        ({"checksums": {}}, "do not name the same files"),
+        ({"files": {"../shard": 10}}, "inside the folder"),
+        ({"files": {"shard": "10"}}, "inside the folder"),
+        ({"step": True}, "step=True"),
     ],
 )
 def test_a_manifest_of_another_kind_is_refused(tmp_path, change, message):
@@ -58,8 +68,12 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path, change, message):
         read_manifest(tmp_path / "a")
 
 
-def test_the_last_whole_one_is_by_steps_and_skips_what_is_not_whole(tmp_path):
-    assert last_whole(tmp_path / "none") is None
+def last_whole(folder):
+    return whole_checkpoints(folder)[-1][0]
+
+
+def test_the_last_whole_one_is_by_steps_and_what_is_not_whole_is_named(tmp_path):
+    assert look_through(tmp_path / "none") == ([], {})
     for step in (9, 10, 8):
         checkpoint(tmp_path / f"step_{step}", step)
     (tmp_path / "notes").mkdir()
@@ -67,7 +81,11 @@ def test_the_last_whole_one_is_by_steps_and_skips_what_is_not_whole(tmp_path):
     write_manifest(tmp_path / ".step_11.partial", Manifest("training", 11, {}))
     assert last_whole(tmp_path) == tmp_path / "step_10"
     (tmp_path / "step_10" / "shard").write_bytes(b"")
+    (tmp_path / "step_9b").mkdir()
     assert last_whole(tmp_path) == tmp_path / "step_9"
+    passed_over = look_through(tmp_path)[1]
+    assert {folder.name for folder in passed_over} == {"step_10", "step_9b"}
+    assert "shard has 0 bytes, expected 10" in passed_over[tmp_path / "step_10"]
     remove(tmp_path / "step_9")
     assert last_whole(tmp_path) == tmp_path / "step_8"
 
