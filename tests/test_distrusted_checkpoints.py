@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_rlsd import rollout_only, sft, train
 from megatron_rlsd.checkpoint.manifest import read_manifest, write_manifest
+from megatron_rlsd.commands import convert
 from megatron_rlsd.config import Config
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.recovery.replay import replay
 from megatron_rlsd.runtime.errors import UserError
-from tools import convert_hf_checkpoint
 
 FLAG = "RAN_CODE_OF_A_CHECKPOINT"
 
@@ -89,7 +89,7 @@ def test_code_in_a_checkpoint_is_refused_by_name_before_it_runs(
                 program(resumed)
         with pytest.raises(UserError, match=message):
             replay(trained, 2, checkpoint=folder)
-    assert convert_hf_checkpoint.main(["to-hf", str(tmp_path / "a"), str(tmp_path / "hf")]) == 2
+    assert convert.main(["to-hf", str(tmp_path / "a"), str(tmp_path / "hf")]) == 2
     assert "must not refer to" in capsys.readouterr().err
     described = plant(whole, tmp_path / "d", ".metadata", first_of=True)
     resumed = make_config(run_dir=str(tmp_path / "other"), train={"resume": str(described)})
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_and_step_0_is_no_answer(
     before = read_metrics(Path(trained.run_dir) / "metrics.jsonl")
     newest = step_folder(trained, 3)
     flip(next(newest.glob("*.distcp")))
-    assert convert_hf_checkpoint.main(["inspect", str(newest)]) == 1
+    assert convert.main(["inspect", str(newest)]) == 1
     assert "distcp is not what was written" in capsys.readouterr().out
     train.train(trained)
     told = capsys.readouterr().out
