@@ -1,7 +1,15 @@
 """The algorithm around the loss: advantages, weights, filters and schedules; plain torch."""
 
 from megatron_rlsd.algorithms.advantages import group_advantages, has_signal
-from megatron_rlsd.algorithms.loss_weights import importance_weights, token_loss_weights
+from megatron_rlsd.algorithms.loss_weights import token_loss_weights
+from megatron_rlsd.algorithms.off_policy import (
+    SUMS,
+    Correction,
+    Masks,
+    correction,
+    correction_metrics,
+    importance_weights,
+)
 from megatron_rlsd.algorithms.registry import (
     own_functions,
     register_algorithm,
@@ -12,7 +20,12 @@ from megatron_rlsd.algorithms.spans import evidence_span
 from megatron_rlsd.config.variants import Variant
 
 __all__ = [
+    "SUMS",
+    "Correction",
+    "Masks",
     "Variant",
+    "correction",
+    "correction_metrics",
     "evidence_span",
     "group_advantages",
     "has_signal",

@@ -10,6 +10,48 @@ from megatron_rlsd.config.section import Section
 from megatron_rlsd.config.variants import VARIANTS, contradictions, filled_in, known_name
 
 
+def _is_range(bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = bounds
+    if not 0 < low <= 1 <= high < float("inf"):
+        raise ValueError(f"must be [low, high] with 0 < low <= 1 <= high, got [{low:g}, {high:g}]")
+    return bounds
+
+
+RatioRange = Annotated[tuple[float, float], AfterValidator(_is_range)]
+
+
+class OffPolicyConfig(Section):
+    """What is left out of the policy term because another policy sampled it.
+
+    All look at r = pi_old / pi_rollout, the trainer's policy before the update over the engine's at
+    the time of sampling, and go together with each other and with ``algorithm.tis``. Denominators
+    of the loss stay.
+    """
+
+    token_mask: RatioRange | None = None
+    """Keep tokens whose r lies in [low, high], such as [0.5, 5] (IcePop: with tis=token,
+    tis_mode=mask and tis_clip=5)."""
+    sequence_mask: RatioRange | None = None
+    """Keep responses whose geometric mean of r lies in [low, high], such as [0.99, 1.01]."""
+    outlier_mask: RatioRange | None = None
+    """Keep responses all of whose r lie in [low, high], such as [1e-4, 100]."""
+    m2_limit: float | None = Field(None, gt=0)
+    """Leave out the tokens of the largest (log r)^2 until its mean over the others is at most this,
+    such as 0.04 (M2PO, arXiv:2510.01161)."""
+    old_log_probs: Literal["trainer", "rollout"] = "trainer"
+    """The policy that the ratio of the loss is against: trainer, the policy before the update, for
+    which several updates of one rollout score all responses first; rollout, the engine's own
+    log-probabilities, so that no such pass is made and the clip of the loss bounds staleness and
+    the engine's error too."""
+
+    @property
+    def masks(self) -> bool:
+        return any(
+            each is not None
+            for each in (self.token_mask, self.sequence_mask, self.outlier_mask, self.m2_limit)
+        )
+
+
 class AlgorithmConfig(Section):
     """Keys that ``name`` fixes or presets are in config/variants.py."""
 
@@ -55,6 +97,7 @@ class AlgorithmConfig(Section):
     tis_mode: Literal["truncate", "mask"] = "truncate"
     """min(r, tis_clip) | r where r <= tis_clip, else 0."""
     tis_clip: float = Field(2.0, gt=0)
+    off_policy: OffPolicyConfig = OffPolicyConfig()
     routing_replay: Literal["none", "rollout"] = "none"
     """rollout: models with routed experts send each token, in the update and in the scoring of old
     log-probabilities, to the experts that the rollout engine chose (R3)."""
@@ -100,15 +143,7 @@ class AlgorithmConfig(Section):
                 "algorithm.advantage=none leaves nothing to learn from: set opd_coef, sdar_coef or "
                 "divergence_coef, or another advantage"
             )
-        if self.tis != "none" and self.objective == "log_prob":
-            problems.append(
-                f"algorithm.tis={self.tis} corrects an importance ratio, which {self.name} has not"
-            )
-        if self.weighs_before_update and self.opd_coef:
-            problems.append(
-                f"algorithm.opd_coef goes with tis=token, tis_mode=truncate only, not with "
-                f"tis={self.tis}, tis_mode={self.tis_mode}"
-            )
+        problems += self._problems_of_corrections()
         if self.importance_ratio == "sequence" and self.objective != "clipped_ratio":
             problems.append(
                 f"algorithm.importance_ratio=sequence needs objective=clipped_ratio, "
@@ -118,6 +153,35 @@ class AlgorithmConfig(Section):
             raise ValueError("; ".join(problems))
         return self
 
+    def _problems_of_corrections(self) -> list[str]:
+        """Sentences about ``tis`` and ``off_policy`` that do not go with the rest."""
+        from_rollout = self.off_policy.old_log_probs == "rollout"
+        corrections = [f"tis={self.tis}"] if self.tis != "none" else []
+        corrections += ["a mask of off_policy"] if self.off_policy.masks else []
+        problems = []
+        if corrections and self.objective == "log_prob":
+            problems.append(
+                f"algorithm.{corrections[0]} corrects an importance ratio, which {self.name} "
+                "has not"
+            )
+        if from_rollout and self.objective == "log_prob":
+            problems.append(
+                f"algorithm.off_policy.old_log_probs=rollout is about a ratio, which {self.name} "
+                "has not"
+            )
+        if from_rollout and corrections:
+            problems.append(
+                f"algorithm.off_policy.old_log_probs=rollout and {' and '.join(corrections)} "
+                "exclude each other: these compare the trainer's policy before the update with the "
+                "engine's, and that pass is then not made"
+            )
+        if self.weighs_before_update and self.opd_coef:
+            problems.append(
+                f"algorithm.opd_coef goes with tis=token, tis_mode=truncate only, not with "
+                f"{' and '.join(corrections)}"
+            )
+        return problems
+
     @property
     def scores_every_response(self) -> bool:
         """Does the teacher say something about responses without an advantage, too?"""
@@ -125,8 +189,9 @@ class AlgorithmConfig(Section):
 
     @property
     def weighs_before_update(self) -> bool:
-        """Must truncated importance sampling see a response as a whole, before the loss does?"""
-        return self.tis != "none" and (self.tis, self.tis_mode) != ("token", "truncate")
+        """Must a correction see the ratios before the loss does, as a whole or to count them?"""
+        in_the_loss = (self.tis, self.tis_mode) == ("token", "truncate")
+        return self.off_policy.masks or (self.tis != "none" and not in_the_loss)
 
     @property
     def contrasts_hints(self) -> bool:

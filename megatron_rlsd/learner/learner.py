@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.outcome import UpdateResult
+from megatron_rlsd.algorithms import SUMS, correction_metrics
 from megatron_rlsd.config import Config
 from megatron_rlsd.learner.credit import CreditCollector
 from megatron_rlsd.learner.metrics import update_metrics
@@ -17,7 +19,8 @@ from megatron_rlsd.learner.scoring import (
     joined_scores,
     student_sequences,
 )
-from megatron_rlsd.learner.token_values import TokenValueMaker
+from megatron_rlsd.learner.token_values import TokenValueMaker, masks_of
+from megatron_rlsd.parallel.exchange import all_reduce_metrics
 from megatron_rlsd.teacher import Teacher
 from megatron_rlsd.types import TrainBatch
 
@@ -79,12 +82,13 @@ class Learner:
         if missing := [kind for kind in plan.wanted if scores.rows(kind) is None]:
             raise ValueError(f"step {plan.step}: this update needs scores of {', '.join(missing)}")
         self.credit.clear()
+        self._correction_sums = dict.fromkeys(SUMS, 0.0)
         rounds = self._config.train.epochs_per_rollout * plan.mini_batches
         results = [
             self._update_once(plan, mini_batch, scores, another_follows=left > 0)
             for left, mini_batch in zip(reversed(range(len(rounds))), rounds, strict=True)
         ]
-        return update_metrics(results) | scores.metrics
+        return update_metrics(results) | scores.metrics | self._correction_metrics()
 
     def _update_once(
         self, plan: Plan, mini_batch: MiniBatch, scores: Scores, *, another_follows: bool
@@ -96,8 +100,12 @@ class Learner:
             scores if groups.is_last_stage else None,
             self._config.algorithm,
             groups.device,
+            self._over_replicas,
         )
         values = maker.make()
+        if groups.reports_stats and groups.cp.rank() == 0:
+            for name, count in maker.correction_sums.items():
+                self._correction_sums[name] += count
         return self._actor.update(
             student_sequences(plan, mini_batch.by_rank),
             values,
@@ -110,3 +118,15 @@ class Learner:
             ),
             another_follows=another_follows,
         )
+
+    def _over_replicas(self, tensor: Tensor) -> Tensor:
+        """The sum over data-parallel ranks, which hold other rows."""
+        dist.all_reduce(tensor, group=self._actor.groups.dp)
+        return tensor
+
+    def _correction_metrics(self) -> dict[str, float]:
+        algorithm = self._config.algorithm
+        if not algorithm.weighs_before_update:
+            return {}
+        sums, _ = all_reduce_metrics(self._correction_sums, {}, self._actor.groups.control)
+        return correction_metrics(sums, masks_of(algorithm))

@@ -140,7 +140,9 @@ def _wanted(
         "teacher": by_token,
         "contrast": by_token and algorithm.contrasts_hints,
         "teacher_states": algorithm.divergence_coef != 0,
-        "old": has_ratio and (config.updates_per_step > 1 or algorithm.weighs_before_update),
+        "old": has_ratio
+        and algorithm.off_policy.old_log_probs == "trainer"
+        and (config.updates_per_step > 1 or algorithm.weighs_before_update),
         "ref": loss.kl_coef != 0,
     }
     rows = {kind: active if kind in ("old", "ref") else teacher_rows for kind in needed}
@@ -204,7 +206,7 @@ def policy_loss_config(
 
     ``unscored_is_neutral``: a token that the teacher did not score is not a mistake.
     """
-    in_the_loss = (algorithm.tis, algorithm.tis_mode) == ("token", "truncate")
+    in_the_loss = algorithm.tis != "none" and not algorithm.weighs_before_update
     return PolicyLossConfig(
         objective=algorithm.objective,
         importance_ratio=algorithm.importance_ratio,

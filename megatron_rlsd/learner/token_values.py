@@ -6,13 +6,14 @@ R: trained tokens of this data-parallel rank's rows of one mini-batch, end to en
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_rlsd.actor.update_inputs import Distillation, TokenValues
-from megatron_rlsd.algorithms import importance_weights
+from megatron_rlsd.algorithms import Masks, correction
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.learner.plan import MiniBatch, Plan, ScoreKind
 from megatron_rlsd.learner.scoring import Scores
@@ -24,7 +25,7 @@ class TokenValueMaker:
     """Makes the values of one mini-batch's rows on one rank.
 
     ``scores`` are of rows; None for a pass that was not made, or on a rank before the last
-    pipeline stage, which needs none.
+    pipeline stage, which needs none. ``total`` sums a tensor over the data-parallel ranks.
     """
 
     def __init__(
@@ -34,13 +35,17 @@ class TokenValueMaker:
         scores: Scores | None,
         algorithm: AlgorithmConfig,
         device: torch.device,
+        total: Callable[[Tensor], Tensor],
     ) -> None:
+        self._total = total
         self._plan, self._mini_batch, self._scores = plan, mini_batch, scores
         self._algorithm, self._device = algorithm, device
         self.numbers = mini_batch.by_rank[plan.dp_rank]
         """Numbers of this rank's rows, in the order of their tokens."""
         self.lengths = plan.lengths(self.numbers)
         """Trained tokens of each."""
+        self.correction_sums: dict[str, float] = {}
+        """What ``make`` counted of off-policy corrections: ``algorithms.Correction.sums``."""
         self._rows = [plan.row(number) for number in self.numbers]
 
     def make(self) -> TokenValues:
@@ -51,15 +56,10 @@ class TokenValueMaker:
         old = self._scored("old")
         if self._algorithm.weighs_before_update and old is not None:
             # Every term of the policy loss is linear in A >= 0 or A <= 0, whose sign stays.
-            ratio = importance_weights(
-                old,
-                rollout,
-                self.lengths,
-                level="sequence" if self._algorithm.tis == "sequence" else "token",
-                mode=self._algorithm.tis_mode,
-                clip=self._algorithm.tis_clip,
-            )
-            advantages = torch.where(advantages != 0, advantages * ratio, 0.0)
+            factors = self._correction_weights(old, rollout)
+            advantages = torch.where(advantages != 0, advantages * factors, 0.0)
+        if self._algorithm.off_policy.old_log_probs == "rollout":
+            old = rollout
         return TokenValues(
             advantages=advantages,
             loss_weights=self._of_each_row(weights),
@@ -70,6 +70,22 @@ class TokenValueMaker:
             ref_log_probs=self._scored("ref"),
             distillation=self._distillation(),
         )
+
+    def _correction_weights(self, old: Tensor, rollout: Tensor) -> Tensor:
+        """[R]: importance weights and masks of the policy term; what they did is counted."""
+        algorithm = self._algorithm
+        found = correction(
+            old,
+            rollout,
+            self.lengths,
+            level=algorithm.tis,
+            mode=algorithm.tis_mode,
+            clip=algorithm.tis_clip,
+            masks=masks_of(algorithm),
+            total=self._total,
+        )
+        self.correction_sums = found.sums
+        return found.weights
 
     def _of_each_row(self, values: list[float]) -> Tensor:
         """[R]: one value for all tokens of a row."""
@@ -128,3 +144,14 @@ def _inside_span(row: TrainRow) -> np.ndarray:
     start, stop = row.evidence_span
     places = np.arange(len(row.response_ids))
     return ((start <= places) & (places < stop))[row.loss_mask]
+
+
+def masks_of(algorithm: AlgorithmConfig) -> Masks:
+    """The masks that ``algorithm.off_policy`` switches on."""
+    off_policy = algorithm.off_policy
+    return Masks(
+        token=off_policy.token_mask,
+        sequence=off_policy.sequence_mask,
+        outlier=off_policy.outlier_mask,
+        m2_limit=off_policy.m2_limit,
+    )

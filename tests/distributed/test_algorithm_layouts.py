@@ -24,6 +24,14 @@ COMPARED = (
     "train/approx_kl",
     "algorithm/gain_abs_mean",
     "algorithm/divergence_mean",
+    "off_policy/effective_sample_share",
+)
+CORRECTED = "dr_grpo"
+"""This one's masks are on: their counts, and M2PO's bound, are over all ranks."""
+CORRECTIONS = (
+    "algorithm.off_policy.token_mask=[0.5, 5]",
+    "algorithm.off_policy.sequence_mask=[0.9, 1.1]",
+    "algorithm.off_policy.m2_limit=0.04",
 )
 
 
@@ -31,7 +39,7 @@ def config_of(name: str, layout: str, folder: Path, model: Path) -> Config:
     return small_config(
         *(name, folder / f"{name}_{layout}", model, folder / "teacher"),
         # With this seed the teacher of every algorithm has something to say in both steps.
-        *("train.seed=3", *LAYOUTS[layout]),
+        *("train.seed=3", *LAYOUTS[layout], *(CORRECTIONS if name == CORRECTED else ())),
     )
 
 
@@ -59,6 +67,7 @@ def test_two_processes_take_the_steps_of_one(name, layout, runs):
     # GSPO's clip is so narrow that an update may stand still.
     assert max(step["train/grad_norm"] for step in expected) > 1e-4
     compared = [key for key in COMPARED if key in expected[0]]
+    assert ("off_policy/effective_sample_share" in compared) == (name == CORRECTED)
     for step in (*expected, *measured):
         assert [key for key in COMPARED if key in step] == compared
     assert_same_two_steps(expected, measured, counts=["rollout/reward_mean"], compared=compared)
