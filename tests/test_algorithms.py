@@ -165,6 +165,31 @@ def test_a_step_has_the_loss_and_the_gradient_of_the_formula(
     assert norm > 1e-3
 
 
+@pytest.mark.parametrize("name", ["rlsd", "gspo"])
+def test_truncated_responses_leave_the_loss_and_its_mean(name, tiny_model, other_model, tmp_path):
+    """Means over tokens, and over responses; their rewards stay in the groups' means."""
+    settings = (
+        *("train.steps=1", "train.global_batch_size=null", "train.record_steps=all"),
+        f"rollout.stop_token_ids={list(range(20, 90, 5))}",
+    )
+    whole = small_config(name, tmp_path / "whole", tiny_model, other_model, *settings)
+    masked = small_config(
+        *(name, tmp_path / "masked", tiny_model, other_model, *settings),
+        "algorithm.mask_truncated=true",
+    )
+    before, _ = run_one_step(whole)
+    rows, metrics = run_one_step(masked)
+    assert [row.advantage for row in rows] == [row.advantage for row in before]
+    kept = [row for row in rows if all(row.loss_mask)]
+    assert not any(any(row.loss_mask) for row in rows if row not in kept)
+    assert 1 - len(kept) / len(rows) == pytest.approx(metrics["rollout/truncated_share"])
+    assert 0.2 < metrics["rollout/truncated_share"] < 0.8
+    student = Scorer(tiny_model)
+    loss = expected_loss(masked, kept, student, student)
+    assert metrics["train/loss"] == pytest.approx(loss.item(), rel=2e-5, abs=2e-7)
+    assert loss.item() != pytest.approx(expected_loss(masked, rows, student, student).item())
+
+
 @pytest.mark.parametrize("name", ["rlrt", "sdpo", "ectr"])
 def test_hints_come_from_the_group_and_their_absence_is_counted(
     name, tiny_model, other_model, tmp_path

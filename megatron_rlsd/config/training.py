@@ -118,6 +118,9 @@ class AlgorithmConfig(Section):
     loss_aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
     """Mean over all response tokens, or mean over responses of their token means, or of their token
     sums divided by rollout.max_response_tokens; all over the global batch."""
+    mask_truncated: bool = False
+    """Overlong filtering (DAPO): leave responses that were cut off at a limit out of the loss and
+    out of the counts that its mean divides by. Their rewards still count in their groups."""
 
     @model_validator(mode="before")
     @classmethod

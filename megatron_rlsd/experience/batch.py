@@ -17,14 +17,19 @@ def trained(groups: list[Group]) -> list[Trajectory]:
     return [t for g in groups for t in g.trajectories if len(t.generation.token_ids)]
 
 
-def train_batch(groups: list[Group]) -> TrainBatch:
-    """One row for each trajectory with at least one token."""
-    return TrainBatch.of([_row(trajectory) for trajectory in trained(groups)])
+def train_batch(groups: list[Group], *, mask_truncated: bool = False) -> TrainBatch:
+    """One row for each trajectory with at least one token.
+
+    ``mask_truncated``: the loss mask of a response that was cut off at a limit is False throughout.
+    """
+    return TrainBatch.of([_row(t, mask_truncated) for t in trained(groups)])
 
 
-def _row(trajectory: Trajectory) -> TrainRow:
+def _row(trajectory: Trajectory, mask_truncated: bool) -> TrainRow:
     generation = trajectory.generation
     mask = generation.loss_mask or [1] * len(generation.token_ids)
+    if mask_truncated and generation.finish_reason == "length":
+        mask = [0] * len(generation.token_ids)
     return TrainRow(
         prompt_ids=np.asarray(trajectory.prompt_ids, np.int32),
         response_ids=np.asarray(generation.token_ids, np.int32),

@@ -12,7 +12,6 @@ from megatron_rlsd.actor.balance import balanced_partition
 from megatron_rlsd.algorithms import own_functions, token_loss_weights
 from megatron_rlsd.config import AlgorithmConfig, Config
 from megatron_rlsd.ops import PolicyLossConfig, has_policy_loss, teacher_is_needed
-from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import RowOutline, TrainBatch, TrainRow
 
 ScoreKind = Literal["teacher", "contrast", "teacher_states", "old", "ref"]
@@ -78,15 +77,12 @@ def make_plan(
 ) -> Plan:
     """Plan the updates of ``batch``, a step's rows or those of a single group.
 
-    With several mini-batches the rows are shuffled by (seed, step) first. Raises UserError for a
+    With several mini-batches the rows are shuffled by (seed, step) first. Raises ValueError for a
     batch without rows.
     """
     algorithm, outlines = config.algorithm, batch.outlines
     if not outlines:
-        raise UserError(
-            f"step {step} has nothing to learn from: none of its responses has a token (with an "
-            "environment: all of its episodes failed before the model spoke)"
-        )
+        raise ValueError(f"step {step}: a batch without rows")
     hinted = [_has_its_hints(row, algorithm) for row in outlines]
     trained = [row.trained_tokens > 0 for row in outlines]
     loss = policy_loss_config(

@@ -68,7 +68,10 @@ class Run:
             assert isinstance(self.engine, ServedEngine)
             self.engine.sleep()
             self.actor.take_room()
-        payload = pack_train_batch(train_batch(groups)) if self.process_groups.rank == 0 else None
+        payload = None
+        if self.process_groups.rank == 0:
+            mask_truncated = self.config.algorithm.mask_truncated
+            payload = pack_train_batch(train_batch(groups, mask_truncated=mask_truncated))
         batch = unpack_train_batch(broadcast_bytes(payload, self.process_groups.control))
         return groups, batch, metrics
 

@@ -11,7 +11,6 @@ from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.config.variants import VARIANTS
 from megatron_rlsd.learner.plan import Plan, make_plan
 from megatron_rlsd.ops import has_policy_loss, teacher_is_needed
-from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import TrainBatch
 from tests.batches import train_row
 
@@ -117,8 +116,8 @@ def test_a_single_group_is_planned_as_part_of_its_step() -> None:
     assert plan.wanted == {"teacher": {0, 1}, "old": {0, 1}}
 
 
-def test_a_step_without_any_response_token_is_refused() -> None:
-    with pytest.raises(UserError, match="step 3 has nothing to learn from: none of its responses"):
+def test_a_batch_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="step 3: a batch without rows"):
         make_plan(config_of(), TrainBatch.of([]), 3, 0.5, dp_rank=0, dp_size=1)
 
 
