@@ -49,6 +49,7 @@ def train(config: Config) -> None:
             metrics["algorithm/lambda"] = rlsd_lambda
             run.log_samples(step, groups, learner.credit)
             run.log.step(step, metrics)
+            alarm = run.alarm(step, metrics)
 
             done = step + 1
             if config.eval.interval and done % config.eval.interval == 0:
@@ -58,7 +59,7 @@ def train(config: Config) -> None:
             ):
                 run.export_hf(f"step_{done}")
             with run.phase("checkpoint", step):
-                run.continuity.end_of_step(done, last=done == steps)
+                run.continuity.end_of_step(done, last=done == steps, alarm=alarm)
 
         if start < steps or not run.exported("final"):
             if not config.eval.interval or steps % config.eval.interval:

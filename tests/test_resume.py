@@ -18,7 +18,8 @@ import yaml
 
 from megatron_rlsd import rollout_only, sft, train
 from megatron_rlsd.actor.actor import Actor
-from megatron_rlsd.checkpoint.manifest import whole_checkpoints
+from megatron_rlsd.checkpoint.manifest import read_manifest, whole_checkpoints
+from megatron_rlsd.commands.replay import main as replay_command
 from megatron_rlsd.config import Config
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.recovery.recording import read_step
@@ -26,7 +27,6 @@ from megatron_rlsd.recovery.replay import replay
 from megatron_rlsd.run import assemble
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import Preempted
-from tools import replay_step
 
 STEPS = 8
 INTERRUPTING = '''
@@ -272,12 +272,29 @@ def test_bad_steps_in_a_row_stop_the_run_with_the_culprit_on_disk(make_config, m
     monkeypatch.undo()
     # The weights before steps 3 and 4 are those the run stopped with.
     for step in (3, 4):
-        assert replay_step.main([config.run_dir, str(step)]) == 0
+        assert replay_command([config.run_dir, str(step)]) == 0
         loss = recorded_loss(config, step)
         printed = capsys.readouterr().out
         assert f"recorded {loss:.9g}, relative difference 0.0e+00" in printed
         assert "grad_norm" in printed
         assert "no finite number" in printed
+
+
+def test_an_alarm_stops_the_run_with_its_state_on_disk(make_config):
+    """Rounding is beyond a threshold of 0; the checkpoints are those from before the alarm."""
+    config = make_config(
+        train={"steps": 6},
+        checkpoint={"interval": 1, "keep": None},
+        alarms={"log_prob_diff_warn": None, "log_prob_diff_stop": 1e-12, "in_a_row": 3},
+    )
+    with pytest.raises(
+        UserError, match=r"step 2: the trainer's log-prob.* 3 times in a row"
+    ) as error:
+        train.train(config)
+    folder = Path(config.run_dir) / "bad_steps/checkpoint"
+    assert str(error.value).endswith(f"the state is {folder}")
+    assert read_manifest(folder).step == 3
+    assert [read_manifest(each).step for each, _ in whole_checkpoints(run_path(config))] == [1, 2]
 
 
 def recorded_loss(config: Config, step: int) -> float:
@@ -296,12 +313,12 @@ def test_a_replayed_step_has_the_same_loss_and_says_what_it_lacks(make_config, c
     train.train(config)
     run = Path(config.run_dir)
     for step in (2, 4):  # checkpoints stand after steps 3 and 5, and one is kept
-        assert replay_step.main([str(run), str(step)]) == 0
+        assert replay_command([str(run), str(step)]) == 0
         assert capsys.readouterr().out.count("relative difference 0.0e+00") == 2
     (run / "recorded_steps/step_00000001.safetensors").unlink()
-    assert replay_step.main([str(run), "4"]) == 2
+    assert replay_command([str(run), "4"]) == 2
     assert "steps [1] were not recorded" in capsys.readouterr().err
-    assert replay_step.main([str(run), "1"]) == 2
+    assert replay_command([str(run), "1"]) == 2
     assert "step 1 of" in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 """Configuration: one model per component, YAML plus ``key=value``; unknown keys are refused."""
 
+from megatron_rlsd.config.alarms import AlarmsConfig
 from megatron_rlsd.config.command_line import config_parser
 from megatron_rlsd.config.data import (
     DataConfig,
@@ -47,6 +48,7 @@ from megatron_rlsd.config.training import (
 )
 
 __all__ = [
+    "AlarmsConfig",
     "AlgorithmConfig",
     "AsynchronousConfig",
     "CheckpointConfig",

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from megatron_rlsd.config.alarms import AlarmsConfig
 from megatron_rlsd.config.data import DataConfig, PromptConfig, RewardConfig
 from megatron_rlsd.config.environment import EnvironmentConfig
 from megatron_rlsd.config.model import ModelConfig, ParallelConfig, TokenizerConfig
@@ -47,6 +48,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     distributed: DistributedConfig = DistributedConfig()
 
     @property
@@ -85,6 +87,19 @@ class Config(Section):
         if hinted and self.teacher.hint != "none":
             longest += self.prompts.max_hint_tokens
         return longest
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, raw: Any) -> Any:
+        """Files of release 0.1 say ``teacher.noise_share`` for ``alarms.noise_share_warn``."""
+        teacher = raw.get("teacher") if isinstance(raw, dict) else None
+        if not isinstance(teacher, dict) or "noise_share" not in teacher:
+            return raw
+        teacher = dict(teacher)
+        old, alarms = teacher.pop("noise_share"), raw.get("alarms", {})
+        if isinstance(alarms, dict):
+            alarms = {"noise_share_warn": old, **alarms}
+        return {**raw, "teacher": teacher, "alarms": alarms}
 
     @model_validator(mode="before")
     @classmethod

@@ -243,9 +243,6 @@ class TeacherConfig(Section):
     true value is 0, so this is the noise of the credit. 0: none."""
     noise_trajectories: int = Field(8, ge=1)
     """Trajectories of such a measurement."""
-    noise_share: float = Field(0.25, gt=0)
-    """Share of log(1 + algorithm.evidence_clip) that the noise's standard deviation may reach
-    before a warning."""
 
     @property
     def is_another_model(self) -> bool:

@@ -30,8 +30,10 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
         "train/dual_clip_share": sums["dual_clipped"] / tokens,
         "train/approx_kl": sums["approx_kl"] / tokens,
         "train/entropy": sums["entropy"] / tokens,
-        "train/rollout_log_prob_diff_mean": sums["rollout_diff_abs"] / tokens,
-        "train/rollout_log_prob_diff_max": maxima["rollout_diff_abs_max"],
+        # Of the first update: later ones begin from a policy that has moved away from the engine's.
+        "train/rollout_log_prob_diff_mean": results[0].sums["rollout_diff_abs"]
+        / max(1.0, results[0].sums["rollout_tokens"]),
+        "train/rollout_log_prob_diff_max": results[0].maxima["rollout_diff_abs_max"],
     }
     if replayed := sums["replayed"]:
         metrics["train/routing_mismatch_share"] = sums["rerouted"] / replayed

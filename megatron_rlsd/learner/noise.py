@@ -10,7 +10,6 @@ all that is measured is noise. Evidence weights exp(sign(A) gain) are clipped to
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 
@@ -26,7 +25,6 @@ from megatron_rlsd.learner.scoring import student_sequences
 from megatron_rlsd.ops import PolicyLossStats
 from megatron_rlsd.parallel.exchange import all_reduce_metrics
 
-WARN = logging.getLogger(__name__).warning
 OnTokens = Callable[[MicroBatch, PolicyLossStats], None]
 
 
@@ -130,21 +128,8 @@ class NoiseGauge:
         }
         bound = math.log1p(self._config.algorithm.evidence_clip)
         if bound > 0:
-            share = found["noise/evidence_clip_share"] = found["noise/gain_std"] / bound
-            if groups.rank == 0 and share >= self._config.teacher.noise_share:
-                WARN(noise_warning(found, bound, self._config.teacher.noise_share))
+            found["noise/evidence_clip_share"] = found["noise/gain_std"] / bound
         return found
-
-
-def noise_warning(found: dict[str, float], bound: float, share: float) -> str:
-    """What a user reads when the noise is no longer small beside the evidence."""
-    return (
-        f"under identical prompts, where the gain is 0, it has a spread of "
-        f"{found['noise/gain_std']:.2g} (largest {found['noise/gain_abs_max']:.2g}): "
-        f"{100 * found['noise/evidence_clip_share']:.0f} % of log(1 + algorithm.evidence_clip) = "
-        f"{bound:.3g}, and more than {100 * share:g} % (teacher.noise_share); credit of single "
-        "tokens is partly noise at this precision"
-    )
 
 
 def both(first: OnTokens | None, second: OnTokens | None) -> OnTokens | None:

@@ -18,6 +18,7 @@ from megatron_rlsd.checkpoint.start import Program, Start, agree_on_start
 from megatron_rlsd.config import Config
 from megatron_rlsd.learner import Plan, Scores
 from megatron_rlsd.observability.metrics_file import move_aside
+from megatron_rlsd.parallel.exchange import broadcast_bytes
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.recovery.recording import BAD_STEPS, RECORDED_STEPS, StepRecorder
 from megatron_rlsd.recovery.watchdog import Watchdog
@@ -104,30 +105,40 @@ class Continuity:
             return
         if self._groups.rank == 0:
             WARN(
-                "step %d: its update was skipped, since its loss, gradient or gradient norm is "
-                "not a finite number; its batch is %s",
-                *(step, batch),
+                f"step {step}: its update was skipped, since its loss, gradient or gradient norm "
+                f"is not a finite number; its batch is {batch}"
             )
         if self._bad_in_a_row >= self._config.train.max_bad_steps:
-            assert self._state is not None
-            weights = Path(self._config.run_dir) / BAD_STEPS / "checkpoint"
-            self.checkpoints.save(self._state, step + 1, weights)
-            self.checkpoints.finish()
             raise UserError(
                 f"{self._bad_in_a_row} steps in a row had a loss, gradient or gradient norm that "
                 f"is not a finite number (train.max_bad_steps); the last batch is {batch}, the "
-                f"weights are {weights}"
+                f"weights are {self._set_aside(step + 1)}"
             )
 
-    def end_of_step(self, done: int, *, last: bool) -> None:
+    def _set_aside(self, done: int) -> Path:
+        """Save the state after ``done`` steps where no start looks for it by itself."""
+        assert self._state is not None
+        folder = Path(self._config.run_dir) / BAD_STEPS / "checkpoint"
+        self.checkpoints.save(self._state, done, folder)
+        self.checkpoints.finish()
+        return folder
+
+    def end_of_step(self, done: int, *, last: bool, alarm: str | None = None) -> None:
         """After ``done`` steps: save if a checkpoint is due, the run is over, or a signal came.
 
-        Raises Preempted on all ranks once everything is saved, if any rank got a signal.
+        Raises Preempted on all ranks once everything is saved, if any rank got a signal. ``alarm``
+        says on rank 0 why the run should stop: UserError on all ranks; the state is then in
+        run_dir/bad_steps/checkpoint, and the checkpoints are those from before.
         """
         assert self._state is not None
-        flags = torch.tensor([self._signals.received, int(not self.checkpoints.written)])
+        flags = torch.tensor(
+            [self._signals.received, int(not self.checkpoints.written), int(alarm is not None)]
+        )
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._groups.control)
-        stop, writing = flags.tolist()
+        stop, writing, alarmed = flags.tolist()
+        if alarmed:
+            reason = broadcast_bytes((alarm or "").encode(), self._groups.control).decode()
+            raise UserError(f"step {done - 1}: {reason}; the state is {self._set_aside(done)}")
         if not writing:
             self.checkpoints.finish()
         at_end = last and self._config.checkpoint.interval > 0

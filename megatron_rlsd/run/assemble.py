@@ -18,6 +18,7 @@ from megatron_rlsd.experience import GroupBuilder, Questions, build_collector
 from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.observability import MetricsLogger
+from megatron_rlsd.observability.alarms import Alarms
 from megatron_rlsd.parallel.exchange import gather_bytes
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.recovery.continuity import continuity
@@ -122,4 +123,5 @@ def assemble(
             eval_problems=eval_problems,
             continuity=kept,
             publisher=publisher,
+            alarms=Alarms(config.alarms),
         )

@@ -16,6 +16,7 @@ from megatron_rlsd.experience.evaluation import evaluate
 from megatron_rlsd.hf_bridge import save_hf_folder
 from megatron_rlsd.learner.credit import CreditCollector, attach_credit
 from megatron_rlsd.observability import MetricsLogger
+from megatron_rlsd.observability.alarms import Alarms
 from megatron_rlsd.observability.trace import named
 from megatron_rlsd.parallel.exchange import (
     broadcast_bytes,
@@ -49,6 +50,7 @@ class Run:
     eval_problems: dict[str, list[Problem]]
     continuity: Continuity
     publisher: Publisher
+    alarms: Alarms
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
@@ -74,6 +76,10 @@ class Run:
             payload = pack_train_batch(train_batch(groups, mask_truncated=mask_truncated))
         batch = unpack_train_batch(broadcast_bytes(payload, self.process_groups.control))
         return groups, batch, metrics
+
+    def alarm(self, step: int, metrics: dict[str, float]) -> str | None:
+        """Warn where metrics say that the run drifts; why it should stop, if so, on rank 0."""
+        return self.alarms.check(step, metrics) if self.process_groups.rank == 0 else None
 
     def publish_weights(self, version: int) -> dict[str, float]:
         """Hand the actor's current weights to the rollout engine; metrics on rank 0.
