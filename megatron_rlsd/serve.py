@@ -33,9 +33,6 @@ from megatron_rlsd.runtime.errors import UserError, tell
 
 POLL_SECONDS = 0.5
 WILDCARDS = ("0.0.0.0", "::")
-INITIAL_WEIGHTS = "initial"
-"""Weight version of a server that nothing was published to. Not 0, which the trainer's first
-publication is called, of weights that may be others (train.resume)."""
 
 
 class Stopped(Exception):
@@ -59,6 +56,8 @@ def serve(config: Config) -> None:
         vocab_size=0,
         max_positions=None,
         run_dir=folder,
+        # Whoever trains with them does.
+        claims=False,
     )
     try:
         engine.wait_until_ready()
@@ -98,7 +97,6 @@ def settings_to_serve(config: Config) -> SGLangConfig:
         "port": settings.port or free_port(settings.host, settings.num_servers),
         # The trainer pauses servers while weights change: from here that would look like a hang.
         "health_interval_seconds": math.inf,
-        "args": {"weight_version": INITIAL_WEIGHTS, **settings.args},
     }
     return agreeing(settings.model_copy(update=changes), config.weight_sync.transport)
 

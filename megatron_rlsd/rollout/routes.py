@@ -35,6 +35,10 @@ class RoutesShape:
             return "an expert that is taken twice by one token"
         return None
 
+    def text_bytes(self, tokens: int) -> int:
+        """Of the base64 that ``decode`` takes."""
+        return -(-4 * tokens * len(self.has_experts) * self.experts_per_token // 3) * 4 + 4
+
     def decode(self, text: Any, tokens: int) -> Tensor | str:
         """SGLang's base64 of int32 [tokens, layers, experts per token]; a text says what is wrong
         with it."""

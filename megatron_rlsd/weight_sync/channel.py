@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -20,6 +18,7 @@ from torch.distributed.distributed_c10d import Backend, BackendConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang import Server, ServerFault, SGLangClient
 from megatron_rlsd.rollout.sglang.agreement import nccl_refusal, own_libraries
+from megatron_rlsd.rollout.sglang.ownership import address_towards
 from megatron_rlsd.weight_sync.flat import FlatBucket
 
 Result = TypeVar("Result")
@@ -161,20 +160,6 @@ def new_group(
     options._timeout = limit
     unmet: BroadcastGroup = nccl(store, 0, size, options)
     return unmet
-
-
-def address_towards(url: str) -> str:
-    """This machine's address on the way to a server. EngineError if there is no way."""
-    parts = urlsplit(url)
-    try:
-        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)
-        family, kind, _, _, target = found[0]
-        with socket.socket(family, kind) as probe:
-            # Of a datagram socket this sends nothing.
-            probe.connect(target)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ServerFault(f"{url}: {error}") from error
 
 
 def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:

@@ -68,7 +68,7 @@ def test_more_gpus_than_the_node_has_are_refused(served: Callable[..., Config]) 
 def test_settings_are_those_given_but_for_what_serving_needs(served: Callable[..., Config]) -> None:
     config = served(num_servers=3, args={"context_length": 512})
     settings = settings_to_serve(config)
-    assert settings.args == {"context_length": 512, "weight_version": "initial"}
+    assert settings.args == {"context_length": 512}
     assert settings.port in FREE_PORTS
     assert announced_urls(settings) == [f"http://127.0.0.1:{settings.port + i}" for i in range(3)]
     assert settings_to_serve(served(port=40000)).port == 40000

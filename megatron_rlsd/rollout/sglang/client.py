@@ -3,36 +3,68 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import json
 from typing import Any, Literal
 
 import httpx2
+from pydantic import Field
 
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.sglang.answers import (
+    Answer,
+    Redirected,
+    RequestRefused,
+    ServerFault,
+    Strict,
+    raise_for_status,
+    read_strictly,
+    received,
+    shown,
+)
+from megatron_rlsd.rollout.sglang.ownership import Owner
 
 CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0
 """Shorter than the server's 5 s: a connection that it closes just as it is used again would look
 like a server that died."""
+CONTROL_BYTES = 1 << 24
+"""Of any answer but those to /generate. The longest has a checksum of about 100 bytes for each
+parameter."""
 
 
-class ServerFault(EngineError):
-    """A server did not answer, or not as it should; another one may serve the request."""
+class ServerFacts(Strict):
+    """What a server says of itself (/server_info)."""
 
-
-class RequestRefused(EngineError):
-    """The server is well and refuses this request, so every other server would too."""
-
-
-@dataclass(frozen=True)
-class ServerFacts:
-    tensor_parallel: int
-    pipeline_parallel: int
+    tensor_parallel: int = Field(alias="tp_size")
+    pipeline_parallel: int = Field(alias="pp_size")
     device: str
     """cpu, cuda, ..."""
     quantization: str | None
-    prefix_cache: bool
-    """Does it reuse what it computed for the same first tokens?"""
+    no_prefix_cache: bool = Field(alias="disable_radix_cache")
+    """Does it compute the same first tokens anew for each request?"""
+    max_prompt: int = Field(alias="max_req_input_len")
+    """Tokens of a prompt that it refuses: 6 below its context, or below what its cache holds."""
+    cache_tokens: int = Field(alias="max_total_num_tokens")
+    """Tokens of all requests together that its cache holds."""
+    page_size: int = 1
+    """Tokens that its cache gives out together."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of one request, prompt and response, that it answers in full."""
+        return min(self.max_prompt, self.cache_tokens - 2 * self.page_size - 1)
+
+
+class _Label(Strict):
+    weight_version: str
+
+
+class _RankChecksums(Strict):
+    checksums: dict[str, str]
+
+
+class _Checksums(Strict):
+    ranks: list[_RankChecksums]
 
 
 class SGLangClient:
@@ -44,9 +76,13 @@ class SGLangClient:
 
     def __init__(self, url: str, *, api_key: str | None, max_connections: int) -> None:
         self.url = url
+        self.owner: Owner | None = None
+        """Whose weights it is given; None: whoever calls gives it none."""
         self._http = httpx2.AsyncClient(
             base_url=url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            # Uncompressed, so that what arrives is what is counted.
+            headers={"Accept-Encoding": "identity"}
+            | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
             # Calls bound themselves as a whole: a response may be silent for long and still come.
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx2.Limits(
@@ -61,9 +97,9 @@ class SGLangClient:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def generate(self, body: dict[str, Any], *, timeout: float) -> Any:
-        """POST /generate; the parsed answer, unchecked (see replies.py)."""
-        return await self.call("POST", "/generate", body, timeout=timeout)
+    async def generate(self, body: dict[str, Any], *, timeout: float, max_bytes: int) -> bytes:
+        """POST /generate; the answer, unread (see replies.py). ServerFault beyond ``max_bytes``."""
+        return await self._request("POST", "/generate", body, timeout, max_bytes)
 
     async def abort(self, rid: str, *, timeout: float = 5.0) -> None:
         """Stop a request that nobody waits for any more, if it still runs.
@@ -75,10 +111,12 @@ class SGLangClient:
     async def ready(self, *, timeout: float) -> None:
         """ServerFault until the model is loaded and the server takes requests.
 
-        RequestRefused for a router, naming the servers behind it.
+        RequestRefused for a router, naming the servers behind it, and for a redirection.
         """
         try:
             await self.call("GET", "/ready", timeout=timeout)
+        except Redirected as redirected:
+            raise RequestRefused(str(redirected)) from None
         except RequestRefused:
             if servers := await self._servers_behind(timeout):
                 raise RequestRefused(
@@ -94,12 +132,11 @@ class SGLangClient:
 
     async def weight_version(self, *, timeout: float) -> str:
         """The label that the last weight update gave."""
-        info = await self.call("GET", "/model_info", timeout=timeout)
-        if not isinstance(info, dict) or "weight_version" not in info:
-            raise ServerFault(
-                f"{self.url}/model_info: expected a weight_version, got {info!r:.200}"
-            )
-        return str(info["weight_version"])
+        return (await self._told(_Label, "GET", "/model_info", None, timeout)).weight_version
+
+    def label(self, version: int) -> str:
+        """What the server calls version ``version`` of its owner's weights."""
+        return str(version) if self.owner is None else self.owner.label(str(version))
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"], *, timeout: float) -> None:
         """Stop generating until ``resume``; ``abort`` ends running requests with what they have."""
@@ -122,20 +159,7 @@ class SGLangClient:
 
     async def facts(self, *, timeout: float) -> ServerFacts:
         """What it was started with; ServerFault where it does not say."""
-        info = await self.call("GET", "/server_info", timeout=timeout)
-        try:
-            return ServerFacts(
-                tensor_parallel=int(info["tp_size"]),
-                pipeline_parallel=int(info["pp_size"]),
-                device=str(info["device"]),
-                quantization=info["quantization"],
-                prefix_cache=not info["disable_radix_cache"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ServerFault(
-                f"{self.url}/server_info: expected tp_size, pp_size, device, quantization and "
-                f"disable_radix_cache, got {info!r:.200}"
-            ) from error
+        return await self._told(ServerFacts, "GET", "/server_info", None, timeout)
 
     async def update_weights_from_disk(self, folder: str, *, timeout: float) -> None:
         """Load a Hugging Face folder; the server keeps its old weights if it refuses."""
@@ -214,18 +238,18 @@ class SGLangClient:
         """Name the weights that it has now, and forget what it cached of others."""
         if flush:
             await self.call("POST", "/flush_cache", timeout=timeout)
-        body = {"new_version": str(version), "abort_all_requests": False}
+        await self.set_label(self.label(version), timeout=timeout)
+
+    async def set_label(self, label: str, *, timeout: float) -> None:
+        """Answers that begin before and end after it say which tokens are of which label."""
+        body = {"new_version": label, "abort_all_requests": False}
         await self.call("POST", "/update_weight_version", body, timeout=timeout)
 
     async def checksums(self, *, timeout: float) -> list[dict[str, str]]:
         """Per tensor-parallel rank: SGLang's own (fused) parameter names -> hash of the bits."""
-        reply = await self.call("POST", "/weights_checker", {"action": "checksum"}, timeout=timeout)
-        try:
-            return [dict(rank["checksums"]) for rank in reply["ranks"]]
-        except (KeyError, TypeError) as error:
-            raise ServerFault(
-                f"{self.url}/weights_checker: expected checksums per rank, got {reply!r:.200}"
-            ) from error
+        body = {"action": "checksum"}
+        told = await self._told(_Checksums, "POST", "/weights_checker", body, timeout)
+        return [rank.checksums for rank in told.ranks]
 
     async def _servers_behind(self, timeout: float) -> list[str]:
         """The URLs that a router (sglang-router) lists; none: it is no router."""
@@ -239,10 +263,37 @@ class SGLangClient:
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float
     ) -> Any:
         """One HTTP request within ``timeout`` seconds; the JSON of the answer, None if empty."""
+        content = await self._request(method, path, body, timeout, CONTROL_BYTES)
+        if not content:
+            return None
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            if path in ("/ready", "/health", "/flush_cache"):
+                return None
+            raise ServerFault(f"{self.url}{path}: expected JSON, got {shown(content)}") from error
+
+    async def _told(
+        self,
+        kind: type[Answer],
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        timeout: float,
+    ) -> Answer:
+        content = await self._request(method, path, body, timeout, CONTROL_BYTES)
+        return read_strictly(kind, content, f"{self.url}{path}")
+
+    async def _request(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout: float, max_bytes: int
+    ) -> bytes:
         where = f"{self.url}{path}"
         try:
-            async with asyncio.timeout(timeout):
-                response = await self._http.request(method, path, json=body)
+            async with (
+                asyncio.timeout(timeout),
+                self._http.stream(method, path, json=body) as response,
+            ):
+                content = await received(response, where, max_bytes)
         except TimeoutError:
             raise ServerFault(f"{where}: no answer within {timeout:g} s") from None
         except httpx2.HTTPError as error:
@@ -252,30 +303,5 @@ class SGLangClient:
             if not self._http.is_closed:
                 raise
             raise ServerFault(f"{where}: the server was stopped") from error
-        status = response.status_code
-        if status in (408, 429) or status >= 500:
-            raise ServerFault(f"{where}: HTTP {status}: {_message(response)}")
-        if status >= 400:
-            hint = ""
-            if status in (401, 403):
-                hint = "; is the configured api_key the server's?"
-            raise RequestRefused(f"{where}: HTTP {status}: {_message(response)}{hint}")
-        if not response.content:
-            return None
-        try:
-            return response.json()
-        except ValueError as error:
-            if path in ("/ready", "/health", "/flush_cache"):
-                return None
-            raise ServerFault(f"{where}: expected JSON, got {response.text!r:.200}") from error
-
-
-def _message(response: httpx2.Response) -> str:
-    try:
-        content = response.json()
-    except ValueError:
-        return response.text.strip()[:500] or "(no message)"
-    error = content.get("error", content) if isinstance(content, dict) else content
-    if isinstance(error, dict):
-        error = error.get("message", error)
-    return str(error)[:500]
+        raise_for_status(response, content, where)
+        return content

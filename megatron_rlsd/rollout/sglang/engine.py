@@ -16,9 +16,10 @@ from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.checks import check_request
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import RoutesShape
-from megatron_rlsd.rollout.sglang.fleet import Fleet, PauseMode, Update
+from megatron_rlsd.rollout.sglang.fleet import Fleet
 from megatron_rlsd.rollout.sglang.memory import Part, SharedMemory
 from megatron_rlsd.rollout.sglang.server import Server, State
+from megatron_rlsd.rollout.sglang.update import PauseMode, Update
 from megatron_rlsd.types import Generation, GenerationRequest
 
 Result = TypeVar("Result")
@@ -35,8 +36,9 @@ class SGLangEngine:
 
     config: rollout.sglang; hf_path: the model that own servers load and its config.json; dtype: of
     their weights; vocab_size, max_positions: bounds on requests (a server dies of a token id
-    beyond its vocabulary); run_dir: logs go to run_dir/sglang; pause: what
-    weight updates do to requests under way; routes: have generations say which experts tokens took.
+    beyond its vocabulary); run_dir: logs go to run_dir/sglang; pause: what weight updates do to
+    requests under way; claims: the servers are to have this run's weights, so those that a living
+    run uses are refused; routes: have generations say which experts tokens took.
     Raises EngineError for an API key that is not set.
     """
 
@@ -50,6 +52,7 @@ class SGLangEngine:
         max_positions: int | None,
         run_dir: Path,
         pause: PauseMode = "abort",
+        claims: bool = True,
         routes: RoutesShape | None = None,
     ) -> None:
         self._config, self._pause = config, pause
@@ -65,7 +68,8 @@ class SGLangEngine:
                 dtype=dtype,
                 vocab_size=vocab_size,
                 api_key=api_key,
-                log_dir=run_dir / "sglang",
+                run_dir=run_dir,
+                claims=claims,
                 routes=routes,
             ),
             SLACK_SECONDS,

@@ -15,25 +15,32 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import RoutesShape
+from megatron_rlsd.rollout.sglang.answers import ServerFault
 from megatron_rlsd.rollout.sglang.balance import choose
 from megatron_rlsd.rollout.sglang.calls import ServerCall, Stay, Work, joined
-from megatron_rlsd.rollout.sglang.client import ServerFault, SGLangClient
+from megatron_rlsd.rollout.sglang.client import SGLangClient
+from megatron_rlsd.rollout.sglang.ownership import CLAIM, Doorbell
 from megatron_rlsd.rollout.sglang.replies import (
     generate_body,
     parse_generation,
     parse_scores,
+    read_response,
+    reply_limit,
     score_body,
+    score_limit,
 )
-from megatron_rlsd.rollout.sglang.server import Server, State, Supervisor, new_client
+from megatron_rlsd.rollout.sglang.server import (
+    Server,
+    State,
+    Supervisor,
+    new_client,
+)
+from megatron_rlsd.rollout.sglang.update import PauseMode, Update
 from megatron_rlsd.types import Generation, GenerationRequest
-
-Result = TypeVar("Result")
-PauseMode = Literal["abort", "retract", "in_place"]
 
 
 @dataclass
@@ -61,9 +68,11 @@ class Fleet:
         dtype: str,
         vocab_size: int,
         api_key: str | None,
-        log_dir: Path,
+        run_dir: Path,
+        claims: bool = True,
         routes: RoutesShape | None = None,
     ) -> None:
+        """claims: the servers are for this run's weights, and no other run's while it lives."""
         self._config, self._vocab_size, self._routes = config, vocab_size, routes
         self.weights = CurrentWeights()
         self.counters = Counter(
@@ -75,16 +84,14 @@ class Fleet:
             Server(i, url, new_client(url, config, api_key), is_own=not config.urls)
             for i, url in enumerate(urls)
         ]
+        self._doorbell = Doorbell(str(run_dir.absolute()), config.urls) if claims else None
         self._supervisors = [
             Supervisor(
-                server,
-                config,
-                self.weights,
-                self._server_changed,
+                *(server, config, self.weights, self._doorbell, self._server_changed),
                 model=model,
                 dtype=dtype,
                 api_key=api_key,
-                log_dir=log_dir,
+                log_dir=run_dir / "sglang",
             )
             for server in self.servers
         ]
@@ -99,6 +106,8 @@ class Fleet:
 
     async def start(self) -> None:
         """Begin to start or find all servers; ``wait_until_ready`` says how it went."""
+        if self._doorbell is not None:
+            await self._doorbell.open()
         for supervisor in self._supervisors:
             self._spawn(supervisor.run())
 
@@ -150,6 +159,8 @@ class Fleet:
         for server in self.servers:
             server.lose("the engine was closed", State.GIVEN_UP)
             await server.client.close()
+        if self._doorbell is not None:
+            self._doorbell.close()
 
     # Generation
 
@@ -261,21 +272,31 @@ class Fleet:
     async def _ask(self, stay: Stay) -> Generation:
         work, server = stay.work, stay.server
         request = work.request
-        reply = await server.client.generate(
+        content = await server.client.generate(
             generate_body(request, stay.rid, with_routes=self._routes is not None),
             timeout=self._config.request_timeout_seconds,
+            max_bytes=reply_limit(request, self._routes),
         )
+        reply = read_response(content, str(server))
         generation = parse_generation(
-            reply,
-            request,
+            *(reply, request),
             rid=stay.rid,
             vocab_size=self._vocab_size,
-            versions=range(stay.version, self.weights.version + 1),
+            versions=self._labels(server, stay.version),
             server=str(server),
             routes=self._routes,
         )
-        self.counters["cached_prompt_tokens"] += int(reply["meta_info"].get("cached_tokens") or 0)
+        self.counters["cached_prompt_tokens"] += reply.meta_info.cached_tokens or 0
         return generation
+
+    def _labels(self, server: Server, oldest: int) -> dict[str, int]:
+        """Label -> version of the weights that may have sampled what began under ``oldest``."""
+        client = server.client
+        versions = {client.label(v): v for v in range(oldest, self.weights.version + 1)}
+        if self.weights.publications == 0 and client.owner is not None:
+            # Those that it was started with.
+            return {client.owner.label(CLAIM): 0}
+        return versions
 
     def _finish(self, work: Work, generation: Generation) -> None:
         call = work.call
@@ -316,8 +337,9 @@ class Fleet:
 
         async def one(index: int, token_ids: list[int]) -> list[float]:
             body = score_body(token_ids, f"{rid}-{index}.")
-            reply = await server.client.generate(body, timeout=seconds)
-            return parse_scores(reply, token_ids, vocab_size=self._vocab_size, server=str(server))
+            limit = score_limit(len(token_ids))
+            content = await server.client.generate(body, timeout=seconds, max_bytes=limit)
+            return parse_scores(content, token_ids, vocab_size=self._vocab_size, server=str(server))
 
         return await asyncio.gather(*(one(i, ids) for i, ids in enumerate(sequences)))
 
@@ -328,26 +350,20 @@ class Fleet:
         """Pause every ready server, let the caller bring the weights, verify, continue.
 
         When the block ends, every server still in the update must report ``version``. A server that
-        fails on the way drops out: its supervisor brings it back with ``weights.load_current``. An
-        exception in the block leaves the version as it was and goes on to the caller.
+        fails on the way, or that another run has taken, drops out: its supervisor brings it back
+        with ``weights.load_current``. An exception in the block leaves the version as it was and
+        goes on to the caller.
         """
         async with self.weights.lock:
             self.weights.publications += 1
             self._updating = True
-            update = Update(
-                self,
-                version,
-                self._config.update_timeout_seconds,
-                keeps_cache=pause == "in_place",
-            )
-            seconds = update.seconds
-            paused = list(update.servers)
+            ready = [s for s in self.servers if s.state is State.READY]
+            seconds = self._config.update_timeout_seconds
+            update = Update(ready, version, seconds, keeps_cache=pause == "in_place")
             try:
-                if update.keeps_cache:
-                    await update.on_each(lambda s: _check_no_prefix_cache(s, seconds))
-                await update.on_each(lambda s: s.client.pause(pause, timeout=seconds))
+                await update.begin(pause)
                 yield update
-                await update.on_each(self._verify_version(version, seconds))
+                await update.check_version()
                 self.weights.version = version
                 for server in update.servers:
                     server.holds = self.weights.publications
@@ -355,21 +371,13 @@ class Fleet:
             except BaseException:
                 # Servers that outlive this trainer must not stay paused for ever.
                 await asyncio.gather(
-                    *(server.client.resume(timeout=5.0) for server in paused),
+                    *(server.client.resume(timeout=5.0) for server in ready),
                     return_exceptions=True,
                 )
                 raise
             finally:
                 self._updating = False
         self._pump()
-
-    def _verify_version(self, version: int, seconds: float) -> Callable[[Server], Awaitable[None]]:
-        async def verify(server: Server) -> None:
-            found = await server.client.weight_version(timeout=seconds)
-            if found != str(version):
-                raise ServerFault(f"{server}: expected weight_version {version}, got {found}")
-
-        return verify
 
     # Bookkeeping
 
@@ -387,7 +395,10 @@ class Fleet:
         waiting = sum(work.call is call for work in self._pending)
         parts = [f"{count} at {name}" for name, count in sorted(places.items())]
         if waiting:
-            states = ", ".join(f"{s} is {s.state.value}" for s in self.servers)
+            states = ", ".join(
+                f"{s} is {s.state.value}{f': {s.reason:.200}' if s.reason else ''}"
+                for s in self.servers
+            )
             parts.append(f"{waiting} waiting for a server ({states})")
         return "; ".join(parts)
 
@@ -406,50 +417,7 @@ class Fleet:
                 call.fail(_bug(error))
 
 
-async def _check_no_prefix_cache(server: Server, seconds: float) -> None:
-    if (await server.client.facts(timeout=seconds)).prefix_cache:
-        raise EngineError(
-            f"{server} caches prefixes, and rollout.asynchronous.pause=in_place keeps what the old "
-            "weights computed: other responses would build on it. Start servers with "
-            "rollout.sglang.args.disable_radix_cache=true, or take another pause"
-        )
-
-
 def _bug(error: BaseException) -> EngineError:
     wrapped = EngineError(f"{type(error).__name__} in the rollout client: {error}")
     wrapped.__cause__ = error
     return wrapped
-
-
-class Update:
-    """A weight update under way. ``servers`` are those that still take part.
-
-    ``keeps_cache``: responses go on with what the old weights computed.
-    """
-
-    def __init__(self, fleet: Fleet, version: int, seconds: float, *, keeps_cache: bool) -> None:
-        self.version, self.seconds, self.keeps_cache = version, seconds, keeps_cache
-        self.servers = [s for s in fleet.servers if s.state is State.READY]
-
-    async def on_each(self, action: Callable[[Server], Awaitable[Result]]) -> dict[Server, Result]:
-        """``action`` on all servers at once; one with a ServerFault drops out of the update.
-
-        Any other exception is raised, after all are done.
-        """
-        # One that died may be starting again by now, and knows nothing of this update.
-        servers = [s for s in self.servers if s.state in (State.READY, State.SUSPECT)]
-        self.servers = list(servers)
-        results = await asyncio.gather(*map(action, servers), return_exceptions=True)
-        done: dict[Server, Result] = {}
-        errors: list[BaseException] = []
-        for server, result in zip(servers, results, strict=True):
-            if isinstance(result, ServerFault):
-                self.servers.remove(server)
-                server.distrust(str(result))
-            elif isinstance(result, BaseException):
-                errors.append(result)
-            else:
-                done[server] = result
-        if errors:
-            raise errors[0]
-        return done

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.rollout.sglang.client import ServerFault
+from megatron_rlsd.rollout.sglang.answers import ServerFault
 from megatron_rlsd.rollout.sglang.fleet import Fleet
 from megatron_rlsd.rollout.sglang.server import Server, State
 

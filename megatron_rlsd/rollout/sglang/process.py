@@ -91,17 +91,25 @@ class ServerProcess:
 
 
 def server_command(
-    config: SGLangConfig, *, model: str, dtype: str, index: int, port: int, api_key: str | None
+    config: SGLangConfig,
+    *,
+    model: str,
+    dtype: str,
+    index: int,
+    port: int,
+    api_key: str | None,
+    label: str,
 ) -> list[str]:
     """Command line of server ``index`` on ``port``; ``config.args`` overrides any default.
+
+    label: what the server calls its weights until it is given others; it tells this very server
+    from any other that may answer on its port.
 
     Raises EngineError if SGLang's environment is missing.
     """
     python = server_python(config)
     flags: dict[str, Any] = {
         "model_path": model,
-        # Names the weights that a server starts with, until the first update.
-        "weight_version": "0",
         "dtype": dtype,
         "host": config.host,
         "port": port,
@@ -127,6 +135,7 @@ def server_command(
         launcher = ["-m", "sglang.launch_server"]
         flags["base_gpu_id"] = config.first_gpu + index * config.tensor_parallel
     flags |= {key.replace("-", "_"): value for key, value in config.args.items()}
+    flags["weight_version"] = label
     return [str(python), *launcher, *_as_arguments(flags)]
 
 

@@ -3,17 +3,75 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NoReturn
 
+from pydantic import FailFast, Field
 from torch import Tensor
 
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import RoutesShape
-from megatron_rlsd.rollout.sglang.client import ServerFault
-from megatron_rlsd.types import Generation, GenerationRequest
+from megatron_rlsd.rollout.sglang.answers import ServerFault, Strict, read_strictly
+from megatron_rlsd.types import FinishReason, Generation, GenerationRequest
 
 ROUNDING = 1e-3
 """A log-probability may exceed 0 by rounding, not by more."""
+REPLY_BYTES = 1 << 16
+"""Of an answer without any token."""
+TOKEN_BYTES = 256
+"""Most that an answer says of one token: its id, its log-probability (about 50 bytes), its text
+where a server was started with a tokenizer, and a span of weight versions."""
+
+Count = Annotated[int, Field(ge=0)]
+# Of a million bad entries the first says enough; a list of all errors would fill the memory.
+Ids = Annotated[list[Count], FailFast()]
+Entries = Annotated[list[tuple[float | None, int, Any]], FailFast()]
+"""[log-probability or null, token id, text or null] each."""
+
+
+class Finish(Strict):
+    type: Literal["length", "stop", "abort"]
+    matched: Any = None
+    """The token after which it stopped."""
+
+
+class Span(Strict):
+    """Tokens [start, end) of a response and the label of the weights that sampled them."""
+
+    version: str
+    start: Count
+    end: Count
+
+
+class ResponseMeta(Strict):
+    id: str
+    finish_reason: Finish
+    prompt_tokens: Count | None = None
+    """None: the request was aborted before it began."""
+    output_token_logprobs: Entries
+    weight_version: str
+    weight_versions: Annotated[list[Span], FailFast()] = []
+    """Empty: ``weight_version`` sampled all tokens."""
+    cached_tokens: Count | None = None
+    routed_experts: Any = None
+
+
+class ResponseReply(Strict):
+    """An answer to POST /generate that samples."""
+
+    output_ids: Ids
+    meta_info: ResponseMeta
+
+
+class ScoreMeta(Strict):
+    prompt_tokens: Count
+    input_token_logprobs: Entries
+
+
+class ScoreReply(Strict):
+    """An answer to POST /generate that scores given tokens."""
+
+    meta_info: ScoreMeta
 
 
 def generate_body(
@@ -42,18 +100,41 @@ def generate_body(
     }
 
 
+def reply_limit(request: GenerationRequest, routes: RoutesShape | None = None) -> int:
+    """Bytes that an answer to ``request`` may have; one that is longer is not read on."""
+    tokens = request.params.max_new_tokens
+    limit = REPLY_BYTES + TOKEN_BYTES * tokens
+    if routes is not None:
+        limit += routes.text_bytes(len(request.prompt_ids) + tokens)
+    return limit
+
+
+def score_limit(num_tokens: int) -> int:
+    """Bytes that the scores of ``num_tokens`` given tokens may have."""
+    return REPLY_BYTES + TOKEN_BYTES * num_tokens
+
+
+def read_response(content: bytes, server: str) -> ResponseReply:
+    """The answer in ``content``; ServerFault that says what it is not."""
+    return read_strictly(ResponseReply, content, server)
+
+
 def parse_generation(
-    reply: Any,
+    reply: ResponseReply,
     request: GenerationRequest,
     *,
     rid: str,
     vocab_size: int,
-    versions: range,
+    versions: Mapping[str, int],
     server: str,
     routes: RoutesShape | None = None,
 ) -> Generation:
     """The generation in a reply of POST /generate; one that was aborted has what there was by then.
 
+    An abort that comes with or after a response's last token is no interruption: the response is
+    finished, by the stop token that it ends in (``stop``) or with all its tokens (``length``).
+
+    versions: label -> weight version, for the weights that may have sampled it, oldest first.
     Raises ServerFault that names the server, the request and what was expected: for an answer to
     another request, ids outside the vocabulary, more or fewer tokens than the finish reason
     implies, log-probabilities that are missing, no numbers or of other tokens, tokens sampled
@@ -67,50 +148,34 @@ def parse_generation(
             f"{server}, request {rid!r}: expected {expected}, got {got!r:.200} in the answer"
         )
 
-    if not isinstance(reply, dict) or not isinstance(reply.get("meta_info"), dict):
-        bad("an object with output_ids and meta_info", reply)
-    meta = reply["meta_info"]
-    if meta.get("id") != rid:
-        bad("an answer to this request", meta.get("id"))
-    finish = (meta.get("finish_reason") or {}).get("type")
-    # One that was aborted before it began does not say.
-    if meta.get("prompt_tokens", "abort") not in (len(request.prompt_ids), finish):
-        bad(f"prompt_tokens={len(request.prompt_ids)}", meta.get("prompt_tokens"))
-
-    ids = reply.get("output_ids")
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+    meta, ids = reply.meta_info, reply.output_ids
+    finish: FinishReason = meta.finish_reason.type
+    if meta.id != rid:
+        bad("an answer to this request", meta.id)
+    unsaid = meta.prompt_tokens is None and finish == "abort"
+    if meta.prompt_tokens != len(request.prompt_ids) and not unsaid:
+        bad(f"prompt_tokens={len(request.prompt_ids)}", meta.prompt_tokens)
+    if any(token >= vocab_size for token in ids):
         bad(f"output_ids below {vocab_size}", ids)
-    limit = request.params.max_new_tokens
-    stops = set(request.params.stop_token_ids)
-    if finish == "length":
-        if len(ids) != limit:
-            bad(f"{limit} output_ids at finish_reason=length", len(ids))
-    elif finish == "stop":
-        if not 1 <= len(ids) <= limit:
-            bad(f"1 to {limit} output_ids at finish_reason=stop", len(ids))
-        if ids[-1] not in stops:
-            raise EngineError(
-                f"{server} ends responses after token {ids[-1]}, an end token of its model's "
-                "config.json or generation_config.json that is not among the stop tokens "
-                f"{sorted(stops)}; add it to rollout.stop_token_ids"
-            )
-    elif finish != "abort":
-        bad("finish_reason length, stop or abort", meta.get("finish_reason"))
+    limit, stops = request.params.max_new_tokens, set(request.params.stop_token_ids)
+    fewest = {"length": limit, "stop": 1, "abort": 0}[finish]
+    if not fewest <= len(ids) <= limit:
+        bad(f"{fewest} to {limit} output_ids at finish_reason={finish}", len(ids))
+    if finish == "stop" and ids[-1] not in stops:
+        if meta.finish_reason.matched != ids[-1]:
+            bad(f"a response that stops after one of the tokens {sorted(stops)}", ids[-1])
+        raise EngineError(
+            f"{server} ends responses after token {ids[-1]}, an end token of its model's "
+            "config.json or generation_config.json that is not among the stop tokens "
+            f"{sorted(stops)}; add it to rollout.stop_token_ids"
+        )
     if stops.intersection(ids[:-1]):
         bad("no token after a stop token", ids)
 
-    entries = meta.get("output_token_logprobs")
-    if not isinstance(entries, list) or len(entries) != len(ids):
-        got = len(entries) if isinstance(entries, list) else entries
-        bad(f"{len(ids)} output_token_logprobs", got)
-    log_probs = []
-    for token, entry in zip(ids, entries, strict=True):
-        if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
-            bad(f"the log-probability of token {token}", entry)
-        log_probs.append(_log_prob(entry[0], entry, bad))
+    if [entry[1] for entry in meta.output_token_logprobs] != ids:
+        bad(f"the log-probabilities of {ids!r:.200}", meta.output_token_logprobs)
+    log_probs = [_log_prob(entry[0], entry, bad) for entry in meta.output_token_logprobs]
     tokens = _token_versions(meta, len(ids), versions, bad)
-    first = tokens[0] if tokens else versions.start
-    mixed = tokens if tokens and tokens[-1] != first else []
     chosen = None
     if routes is not None and ids:
         chosen = _routed_experts(meta, len(request.prompt_ids) + len(ids) - 1, routes, finish, bad)
@@ -119,14 +184,23 @@ def parse_generation(
                 f"{server} does not say which experts its tokens took, as algorithm.routing_replay="
                 "rollout needs it; start it with --enable-return-routed-experts"
             )
+    if finish == "abort" and ids:
+        ends = "stop" if ids[-1] in stops else "length" if len(ids) == limit else None
+        if ends is not None and (routes is None or chosen is not None):
+            finish = ends  # type: ignore[assignment]
+        elif ends is not None:
+            # The next stay brings the routes, and has to sample something to bring them.
+            ids, log_probs, tokens = ids[:-1], log_probs[:-1], tokens[:-1]
+    first = tokens[0] if tokens else next(iter(versions.values()))
+    mixed = tokens if tokens and tokens[-1] != first else []
     return Generation(ids, log_probs, finish, first, mixed, routed_experts=chosen)
 
 
 def _routed_experts(
-    meta: dict[str, Any], tokens: int, routes: RoutesShape, finish: str, bad: Any
+    meta: ResponseMeta, tokens: int, routes: RoutesShape, finish: str, bad: Any
 ) -> Tensor | None:
     """The experts that each token took, as SGLang's meta_info has them; None: it has not."""
-    if (text := meta.get("routed_experts")) is None:
+    if (text := meta.routed_experts) is None:
         return None
     found = routes.decode(text, tokens)
     if isinstance(found, str):
@@ -135,20 +209,28 @@ def _routed_experts(
     return found
 
 
-def _token_versions(meta: dict[str, Any], count: int, versions: range, bad: Any) -> list[int]:
+def _token_versions(
+    meta: ResponseMeta, count: int, versions: Mapping[str, int], bad: Any
+) -> list[int]:
     """Version by token, from SGLang's spans or from the one version of the whole answer."""
-    whole = [{"version": meta.get("weight_version"), "start": 0, "end": count}]
-    spans = meta.get("weight_versions") or whole
-    known = {str(version): version for version in versions}
+    spans = meta.weight_versions or [Span(version=meta.weight_version, start=0, end=count)]
     found: list[int] = []
-    for span in (*spans, {**whole[0], "start": count}):
-        version = span.get("version")
-        if version not in known or span.get("start") != len(found):
-            bad(f"weight versions {' to '.join(known)} of tokens in order", spans + whole)
-        found += [known[version]] * (span["end"] - len(found))
+    for span in spans:
+        # Before it is used: a span that says so much of so few tokens would fill the memory.
+        if span.end > count or span.start != len(found) or span.end < span.start:
+            bad(f"weight versions of {count} tokens in order", spans)
+        if span.version not in versions:
+            bad(f"weight versions {_listed(versions)}", spans)
+        found += [versions[span.version]] * (span.end - span.start)
+    if meta.weight_version not in versions:
+        bad(f"weight versions {_listed(versions)}", meta.weight_version)
     if len(found) != count or found != sorted(found):
         bad(f"weight versions, none falling, of {count} tokens", spans)
     return found
+
+
+def _listed(versions: Mapping[str, int]) -> str:
+    return " to ".join(dict.fromkeys((next(iter(versions)), next(reversed(list(versions))))))
 
 
 def score_body(token_ids: list[int], rid: str) -> dict[str, Any]:
@@ -162,9 +244,14 @@ def score_body(token_ids: list[int], rid: str) -> dict[str, Any]:
     }
 
 
-def parse_scores(reply: Any, token_ids: list[int], *, vocab_size: int, server: str) -> list[float]:
-    """log_softmax(logits) of every token but the first, at temperature 1."""
-    return _scores(reply, token_ids, vocab_size, server)
+def parse_scores(
+    content: bytes, token_ids: list[int], *, vocab_size: int, server: str
+) -> list[float]:
+    """log_softmax(logits) of every token but the first, at temperature 1.
+
+    Raises ServerFault for scores that are missing, no numbers, or of other tokens.
+    """
+    return _scores(content, token_ids, len(token_ids), vocab_size, server)
 
 
 def response_score_body(prompt_ids: list[int], response_ids: list[int], rid: str) -> dict[str, Any]:
@@ -183,39 +270,35 @@ def response_score_body(prompt_ids: list[int], response_ids: list[int], rid: str
 
 
 def parse_response_scores(
-    reply: Any, prompt_ids: list[int], response_ids: list[int], *, vocab_size: int, server: str
+    content: bytes, prompt_ids: list[int], response_ids: list[int], *, vocab_size: int, server: str
 ) -> list[float]:
     """log_softmax(logits) of every token of the response, at temperature 1.
 
     Raises ServerFault for scores that are missing, no numbers, or of other tokens.
     """
-    scores = _scores(reply, [prompt_ids[-1], *response_ids], vocab_size, server)
-    read = reply["meta_info"].get("prompt_tokens")
-    if read != len(prompt_ids) + len(response_ids):
-        raise ServerFault(
-            f"{server}: it read {read} tokens of the {len(prompt_ids) + len(response_ids)} sent"
-        )
-    return scores
+    scored = [prompt_ids[-1], *response_ids]
+    return _scores(content, scored, len(prompt_ids) + len(response_ids), vocab_size, server)
 
 
-def _scores(reply: Any, token_ids: list[int], vocab_size: int, server: str) -> list[float]:
+def _scores(
+    content: bytes, token_ids: list[int], sent: int, vocab_size: int, server: str
+) -> list[float]:
+    meta = read_strictly(ScoreReply, content, server).meta_info
     # SGLang scores the vocabulary's last id as it is, and reports it as 0.
     echoed = [0 if token == vocab_size - 1 else token for token in token_ids]
-    try:
-        entries = reply["meta_info"]["input_token_logprobs"]
-        found = [entry[1] for entry in entries]
-    except (KeyError, TypeError, IndexError):
-        raise ServerFault(f"{server}: expected input_token_logprobs, got {reply!r:.200}") from None
+    found = [entry[1] for entry in meta.input_token_logprobs]
     if found != echoed:
         raise ServerFault(f"{server}: log-probabilities of {found!r:.200}, not of the tokens sent")
+    if meta.prompt_tokens != sent:
+        raise ServerFault(f"{server}: it read {meta.prompt_tokens} tokens of the {sent} sent")
 
     def bad(expected: str, got: Any) -> NoReturn:
         raise ServerFault(f"{server}: expected {expected}, got {got!r:.200}")
 
-    return [_log_prob(entry[0], entry, bad) for entry in entries[1:]]
+    return [_log_prob(entry[0], entry, bad) for entry in meta.input_token_logprobs[1:]]
 
 
-def _log_prob(value: Any, entry: Any, bad: Any) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value) or value > ROUNDING:
-        bad("a finite log-probability", entry)
-    return float(value)
+def _log_prob(value: float | None, entry: Any, bad: Callable[[str, Any], NoReturn]) -> float:
+    if value is not None and math.isfinite(value) and value <= ROUNDING:
+        return value
+    return bad("a finite log-probability", entry)

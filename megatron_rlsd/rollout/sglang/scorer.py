@@ -10,9 +10,14 @@ from typing import NoReturn, TypeVar
 
 from megatron_rlsd.config import TeacherServerConfig
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.rollout.sglang.client import RequestRefused, ServerFault, SGLangClient
+from megatron_rlsd.rollout.sglang.answers import RequestRefused, ServerFault
+from megatron_rlsd.rollout.sglang.client import SGLangClient
 from megatron_rlsd.rollout.sglang.engine import resolved_api_key
-from megatron_rlsd.rollout.sglang.replies import parse_response_scores, response_score_body
+from megatron_rlsd.rollout.sglang.replies import (
+    parse_response_scores,
+    response_score_body,
+    score_limit,
+)
 
 Answer = TypeVar("Answer")
 FIRST_PAUSE_SECONDS = 0.5
@@ -63,7 +68,8 @@ class SGLangScorer:
         body["token_ids_logprob"] = [token]
         try:
             seconds = self._config.request_timeout_seconds
-            await self._retried(lambda: client.generate(body, timeout=seconds))
+            limit = score_limit(2)
+            await self._retried(lambda: client.generate(body, timeout=seconds, max_bytes=limit))
         except RequestRefused as refusal:
             if "token_ids_logprob" not in str(refusal):
                 raise
@@ -82,9 +88,10 @@ class SGLangScorer:
                 rid = f"teacher-{run}-{index}-{uuid.uuid4().hex}"
                 body = response_score_body(prompt, response, rid)
                 seconds = self._config.request_timeout_seconds
-                reply = await client.generate(body, timeout=seconds)
+                limit = score_limit(len(prompt) + len(response))
+                content = await client.generate(body, timeout=seconds, max_bytes=limit)
                 return parse_response_scores(
-                    reply, prompt, response, vocab_size=self._vocab_size, server=self._url
+                    content, prompt, response, vocab_size=self._vocab_size, server=self._url
                 )
 
             async with slots:

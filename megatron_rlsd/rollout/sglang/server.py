@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,7 +15,15 @@ from typing import Protocol
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.rollout.sglang.client import ServerFault, SGLangClient
+from megatron_rlsd.rollout.sglang.answers import ServerFault
+from megatron_rlsd.rollout.sglang.client import SGLangClient
+from megatron_rlsd.rollout.sglang.ownership import (
+    CLAIM,
+    SETTLE_SECONDS,
+    Doorbell,
+    Owner,
+    ServerInUse,
+)
 from megatron_rlsd.rollout.sglang.process import (
     ServerProcess,
     free_port,
@@ -111,13 +120,17 @@ class FleetWeights(Protocol):
 
 
 class Supervisor:
-    """Starts a server or waits for it, watches it, and starts it again."""
+    """Starts a server or waits for it, watches it, and starts it again.
+
+    doorbell: of this run, which the server is given the weights of; None: it is kept for others.
+    """
 
     def __init__(
         self,
         server: Server,
         config: SGLangConfig,
         weights: FleetWeights,
+        doorbell: Doorbell | None,
         changed: Callable[[], None],
         *,
         model: str,
@@ -126,8 +139,10 @@ class Supervisor:
         log_dir: Path,
     ) -> None:
         self._server, self._config, self._weights = server, config, weights
-        self._changed = changed
-        """Called when the server's state has changed."""
+        self._doorbell, self._changed = doorbell, changed
+        """``changed`` is called when the server's state has changed."""
+        self._launch = ""
+        """The label that our own process was started with."""
         self._model, self._dtype, self._api_key, self._log_dir = model, dtype, api_key, log_dir
 
     async def run(self) -> None:
@@ -186,8 +201,11 @@ class Supervisor:
                     raise EngineError(
                         f"{server} was not ready after {limit:g} s ({fault}).{self._log()}"
                     ) from None
+                if not server.is_own:
+                    await self._wake_if_left()
                 await asyncio.sleep(POLL_SECONDS)
         async with self._weights.lock:
+            await self._claim()
             await self._bring_weights()
             if not server.is_own:
                 # It may have been lost because it hung, and still take requests.
@@ -195,9 +213,49 @@ class Supervisor:
             server.recheck.clear()
             server.faults, server.state, server.reason = 0, State.READY, ""
 
+    async def _wake_if_left(self) -> None:
+        """A server that a killed trainer left paused in the middle of an update is not ready."""
+        client = self._server.client
+        try:
+            await raise_if_in_use(client, await client.weight_version(timeout=5.0))
+            await client.resume(timeout=5.0)
+        except ServerInUse:
+            raise
+        except ServerFault:
+            return
+
+    async def _claim(self) -> None:
+        """With the lock held: the server is ours, or ServerInUse names whose it is."""
+        server, client = self._server, self._server.client
+        seconds = self._config.update_timeout_seconds
+        label = await client.weight_version(timeout=seconds)
+        owned = client.owner is not None and client.owner.owns(label)
+        if server.is_own and label != self._launch and not owned:
+            raise EngineError(
+                f"{server}: another server answers there, with the weights {label!r:.100}, and not "
+                "the one that was started; end it, or set another rollout.sglang.port"
+                f"{self._log()}"
+            )
+        if self._doorbell is None:
+            return
+        client.owner = self._doorbell.towards(client.url)
+        if client.owner.owns(label):
+            return
+        await raise_if_in_use(client, label)
+        await client.set_label(client.owner.label(CLAIM), timeout=seconds)
+        if not server.is_own:
+            await asyncio.sleep(SETTLE_SECONDS)
+            label = await client.weight_version(timeout=seconds)
+            if not client.owner.owns(label):
+                await raise_if_in_use(client, label)
+                raise ServerFault(
+                    f"{server}: another run took it at the same time ({label!r:.100})"
+                )
+
     async def _start_process(self) -> None:
         server, config = self._server, self._config
         port = config.port + server.index if config.port else free_port(config.host)
+        self._launch = f"launch-{uuid.uuid4().hex}"
         command = server_command(
             config,
             model=self._model,
@@ -205,6 +263,7 @@ class Supervisor:
             index=server.index,
             port=port,
             api_key=self._api_key,
+            label=self._launch,
         )
         server.process = ServerProcess(
             command,
@@ -224,7 +283,7 @@ class Supervisor:
         await client.resume(timeout=seconds)
         if self._weights.load_current is None:
             return
-        wanted = str(self._weights.version)
+        wanted = client.label(self._weights.version)
         if await self._is_stale():
             self._server.failed_loads += 1
             await self._weights.load_current(self._server)
@@ -258,6 +317,9 @@ class Supervisor:
                 asleep = not self._weights.awake.is_set()
                 changing = self._weights.lock.locked()
                 if asleep or changing or self._weights.publications != publications:
+                    if server.state is State.SUSPECT:
+                        server.recheck.set()
+                    await asyncio.sleep(POLL_SECONDS)
                     continue
                 failures += 1
                 if failures >= config.health_failures:
@@ -271,25 +333,27 @@ class Supervisor:
                 return f"{server.faults} faults in a row, the last: {server.reason}"
             failures = 0
             next_check = time.monotonic() + config.health_interval_seconds
-            # Doubt that came up in the middle of this check is for the next one.
-            if server.state is State.SUSPECT and not server.recheck.is_set():
-                server.state, server.reason = State.READY, ""
-                self._changed()
 
     async def _check(self) -> None:
-        """ServerFault unless it is healthy; with the right weights too, if there was doubt."""
-        server = self._server
-        if server.recheck.is_set():
-            server.recheck.clear()
+        """ServerFault unless it is healthy. If there was doubt: ready again, with the current
+        weights, unless more doubt came up meanwhile."""
+        server, seconds = self._server, self._config.health_timeout_seconds
+        server.recheck.clear()
+        if server.state is State.SUSPECT:
             async with self._weights.lock:
-                if server.state is State.SUSPECT:
-                    seconds = self._config.health_timeout_seconds
-                    await server.client.resume(timeout=seconds)
-                    if await self._is_stale():
-                        # One that hangs would keep the lock for longer.
-                        await server.client.health(timeout=seconds)
-                        await self._bring_weights()
-        await server.client.health(timeout=self._config.health_timeout_seconds)
+                # Or a server that a broken update left paused would look as if it hung.
+                await server.client.resume(timeout=seconds)
+        await server.client.health(timeout=seconds)
+        if server.state is not State.SUSPECT or server.faults >= MAX_FAULTS:
+            return
+        # A publication between the look at its weights and the trust would pass it by.
+        async with self._weights.lock:
+            if await self._is_stale():
+                await self._claim()
+                await self._bring_weights()
+            if not server.recheck.is_set():
+                server.state, server.reason = State.READY, ""
+        self._changed()
 
     async def _is_stale(self) -> bool:
         if self._weights.load_current is None:
@@ -297,13 +361,25 @@ class Supervisor:
         seconds = self._config.health_timeout_seconds
         found = await self._server.client.weight_version(timeout=seconds)
         was_given = self._server.holds == self._weights.publications
-        return not was_given or found != str(self._weights.version)
+        return not was_given or found != self._server.client.label(self._weights.version)
 
     def _log(self) -> str:
         process = self._server.process
         if process is None:
             return ""
         return f" The end of {process.log}:\n{process.last_lines()}"
+
+
+async def raise_if_in_use(client: SGLangClient, label: str) -> None:
+    """ServerInUse if a living run, other than the client's own, has given it weights."""
+    owner, ours = Owner.of(label), client.owner
+    if ours is not None and ours.owns(label):
+        return
+    if owner is not None and (name := await owner.living()) is not None:
+        raise ServerInUse(
+            f"{client.url} is in use by {name}: a server has the weights of one run; end that run, "
+            "or give this one other rollout.sglang.urls"
+        )
 
 
 def new_client(url: str, config: SGLangConfig, api_key: str | None) -> SGLangClient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ import torch
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import RoutesShape, recording
+from megatron_rlsd.rollout.sglang.answers import ServerFault
 from megatron_rlsd.rollout.sglang.calls import joined_routes
-from megatron_rlsd.rollout.sglang.client import ServerFault
 from megatron_rlsd.rollout.sglang.process import giving_memory_back
-from megatron_rlsd.rollout.sglang.replies import generate_body, parse_generation
+from megatron_rlsd.rollout.sglang.replies import generate_body, parse_generation, read_response
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 
 SHAPE = RoutesShape((True, False, True), num_experts=4, experts_per_token=2)
@@ -41,10 +42,10 @@ def answer(routes: torch.Tensor | str | None, finish: str = "length") -> dict[st
 
 def parse(reply: dict[str, object]) -> Generation:
     return parse_generation(
-        *(reply, REQUEST),
+        *(read_response(json.dumps(reply).encode(), "server 1"), REQUEST),
         rid="r.",
         vocab_size=40,
-        versions=range(8, 9),
+        versions={"8": 8},
         server="server 1",
         routes=SHAPE,
     )
@@ -75,8 +76,11 @@ def test_routes_that_no_model_takes_make_the_request_go_elsewhere(
 ) -> None:
     with pytest.raises(ServerFault, match=rf"routed experts of 4 tokens, got .*{message}"):
         parse(answer(routes))
-    # An interrupted response is asked for again, with its prefix.
-    assert parse(answer(routes, "abort")).routed_experts is None
+    # An interrupted response is asked for again, with its prefix. One that was whole by then goes
+    # on without its last token, for the routes come with a token.
+    again = parse(answer(routes, "abort"))
+    assert (again.routed_experts, again.finish_reason, again.token_ids) == (None, "abort", [30])
+    assert parse(answer(ROUTES, "abort")).finish_reason == "length"
 
 
 def test_a_server_that_records_no_routes_stops_the_run() -> None:

@@ -29,7 +29,15 @@ class Client:
         self.tensors, self.asked = tensors, 0
 
     async def facts(self, *, timeout: float) -> ServerFacts:
-        return ServerFacts(SIZE, 1, "cuda", None, prefix_cache=True)
+        return ServerFacts(
+            tensor_parallel=SIZE,
+            pipeline_parallel=1,
+            device="cuda",
+            quantization=None,
+            no_prefix_cache=False,
+            max_prompt=100,
+            cache_tokens=1000,
+        )
 
     async def checksums(self, *, timeout: float) -> list[dict[str, str]]:
         self.asked += 1
