@@ -88,6 +88,16 @@ def engine(sglang_environment: None, make_engine: Callable[..., SGLangEngine]) -
     return engine
 
 
+@pytest.fixture
+def left_urls(engine: SGLangEngine) -> Iterator[list[str]]:
+    """The two servers for another run: nobody answers for the engine, as if it had been killed."""
+    doorbell = engine.fleet._doorbell
+    assert doorbell is not None
+    engine._loop.call_soon_threadsafe(doorbell.close)
+    yield [server.url for server in engine.fleet.servers]
+    engine.call(doorbell.open(), 10)
+
+
 @pytest.fixture(scope="package")
 def reference(tiny_model: Path) -> Reference:
     return Reference(tiny_model)

@@ -12,18 +12,17 @@ from pathlib import Path
 import yaml
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.rollout.sglang import SGLangEngine
 from tests.conftest import ROOT
 
 
 def test_deep_checks_pass_and_a_wrong_key_is_found(
-    engine: SGLangEngine, make_config: Callable[..., Config], tmp_path: Path
+    left_urls: list[str], make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
     config = make_config(
         rollout={
             "engine": "sglang",
             "sglang": {
-                "urls": [server.url for server in engine.fleet.servers],
+                "urls": left_urls,
                 "api_key": "env:ROLLOUT_KEY",
                 "start_timeout_seconds": 60,
                 "generate_timeout_seconds": 120,

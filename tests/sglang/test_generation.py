@@ -93,12 +93,14 @@ def test_a_wrong_api_key_is_refused_with_the_reason(
 
 
 def test_the_time_limit_of_a_call_names_what_is_missing_and_aborts_it(
-    engine: SGLangEngine, requests_of: MakeRequests, make_engine: Callable[..., SGLangEngine]
+    published: Publisher,
+    engine: SGLangEngine,
+    left_urls: list[str],
+    requests_of: MakeRequests,
+    make_engine: Callable[..., SGLangEngine],
 ) -> None:
-    urls = [engine.fleet.servers[0].url]
-    hurried = make_engine(urls=urls, api_key="a key", generate_timeout_seconds=1.5)
+    hurried = make_engine(urls=left_urls[:1], api_key="a key", generate_timeout_seconds=1.5)
     hurried.wait_until_ready()
-    hurried.fleet.weights.version = engine.weight_version
     with pytest.raises(EngineError, match=r"of 64 responses were not there .*: \d+ at server 0"):
         hurried.generate(requests_of(8, 8, tokens=900))
     # The server is free again at once: 64 x 900 tokens would take it minutes.

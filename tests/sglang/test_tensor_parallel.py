@@ -111,17 +111,17 @@ def colocated(
     raw["distributed"] = {"timeout_seconds": 600}
     config = parse_config(raw)
     events: list[str] = []
-    asked, urls = SGLangClient.call, set[str]()
+    asked, urls = SGLangClient._request, set[str]()
 
-    async def noted(self: SGLangClient, method: str, path: str, body: Any = None, **limit: Any):
+    async def noted(self: SGLangClient, method: str, path: str, body: Any, *limits: Any) -> bytes:
         # Servers of other tests are still there, and are looked at now and then.
         if path in CALLS and self.url in urls:
             tags = (body or {}).get("tags", [])
             events.append(" ".join([CALLS[path], *tags]))
-        return await asked(self, method, path, body, **limit)
+        return await asked(self, method, path, body, *limits)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SGLangClient, "call", noted)
+        patch.setattr(SGLangClient, "_request", noted)
         with assemble(config, total_updates=STEPS, total_steps=STEPS) as run:
             colocated = Colocated(run, folder / "model", events)
             urls.update(server.url for server in colocated.engine.fleet.servers)
