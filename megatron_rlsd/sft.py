@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
 
 import torch
 
@@ -48,10 +49,10 @@ def train(config: Config) -> None:
         done, evaluated = start, -1
         while done < steps:
             with run.phase("data", done):
-                batch = draw_examples(config, source, run.prompts, conversations, done)
+                batch, counts = draw_examples(config, source, run.prompts, conversations, done)
             with run.phase("update", done):
                 result = supervised_update(run.actor, batch)
-            run.log.step(done, sft_metrics(result))
+            run.log.step(done, sft_metrics(result) | counts)
             done += 1
             if config.eval.interval and done % config.eval.interval == 0:
                 run.publish_weights(version=done)
@@ -78,34 +79,41 @@ def draw_examples(
     prompts: PromptBuilder,
     conversations: Conversations,
     step: int,
-) -> list[Sequence]:
-    """``sft.batch_size`` examples; which of them are privileged is fixed by (seed, step).
+) -> tuple[list[Sequence], dict[str, float]]:
+    """``sft.batch_size`` examples and how many were cut; which of them are privileged is fixed by
+    (seed, step). Those whose prompt and target are too long for the model are left out and counted.
 
     Raises UserError for a problem without the reference solution that the target uses, for a
     conversation that no episode could hold (``Conversations.target``), and where no prompt fits.
     """
     chooser = random.Random(f"sft/{config.train.seed}/{step}")
     examples: list[Sequence] = []
+    counts: Counter[str] = Counter(examples_too_long=0, hints_cut=0)
     for problem in source.next(config.sft.batch_size):
         privileged = chooser.random() < config.sft.privileged_share
         if problem.privileged is not None:
             privileged = problem.privileged
-        try:
-            prompt = prompts.teacher(problem) if privileged else prompts.student(problem)
-        except PromptTooLong:
-            continue
+        loss_mask = None
         if problem.demonstration:
             ids, loss_mask = conversations.target(problem)
-            examples.append(Sequence.of(prompt_ids=prompt, response_ids=ids, loss_mask=loss_mask))
         else:
             ids = prompts.sft_target(problem)
-            examples.append(Sequence.of(prompt_ids=prompt, response_ids=ids))
+        try:
+            prompt = prompts.student(problem, following=len(ids))
+            if privileged:
+                hinted = prompts.privileged(problem, following=len(ids))
+                prompt = hinted.ids or prompt
+                counts["hints_cut"] += hinted.hint_cut
+        except PromptTooLong as error:
+            counts["examples_too_long"] += 1
+            reason = error
+            continue
+        examples.append(Sequence.of(prompt_ids=prompt, response_ids=ids, loss_mask=loss_mask))
     if not examples:
         raise UserError(
-            f"all {config.sft.batch_size} examples of SFT step {step} have prompts longer than "
-            f"prompts.max_prompt_tokens={config.prompts.max_prompt_tokens}"
+            f"all {config.sft.batch_size} examples of SFT step {step} are too long: {reason}"
         )
-    return examples
+    return examples, {f"data/{name}": float(count) for name, count in counts.items()}
 
 
 def supervised_update(actor: Actor, examples: list[Sequence]) -> UpdateResult:

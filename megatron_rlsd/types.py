@@ -170,6 +170,8 @@ class Trajectory:
     advantage: float = 0.0
     contrast_prompt_ids: list[int] = field(default_factory=list)
     """[P''] the prompt with a wrong hint; empty where there is none, or none is asked for."""
+    hint_cut: bool = False
+    """The teacher's prompt, or the one with a wrong hint, holds only the beginning of the hint."""
     evidence_span: tuple[int, int] | None = None
     """Tokens [start, stop) that the evidence weight may touch; None: all."""
     credit: TokenCredit | None = None

@@ -2,7 +2,7 @@
 
 from megatron_rlsd.data.chat_turns import ChatTurns
 from megatron_rlsd.data.conversations import Conversations
-from megatron_rlsd.data.prompts import PromptBuilder, PromptTooLong
+from megatron_rlsd.data.prompts import Privileged, PromptBuilder, PromptTooLong
 from megatron_rlsd.data.sentencepiece_tokenizer import (
     DEFAULT_CHAT_TEMPLATE,
     SentencePieceTokenizer,
@@ -24,6 +24,7 @@ __all__ = [
     "ChatTurns",
     "Conversations",
     "MixedSource",
+    "Privileged",
     "ProblemSource",
     "ProblemTable",
     "PromptBuilder",

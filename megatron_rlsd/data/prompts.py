@@ -9,8 +9,11 @@ The two prompts differ by the hint alone:
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from megatron_rlsd.config import PromptConfig, TeacherConfig
+from megatron_rlsd.data.probes import check_system
 from megatron_rlsd.data.tokenizers import Tokenizer
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
@@ -19,46 +22,113 @@ SFT_FIELDS = {"reference_solution", "answer"}
 
 
 class PromptTooLong(UserError):
-    """A student prompt exceeds ``prompts.max_prompt_tokens``."""
+    """A student prompt is longer than ``prompts.max_prompt_tokens``, or than the model's positions
+    with what follows it."""
 
-    def __init__(self, problem_id: str, num_tokens: int, max_tokens: int) -> None:
+    def __init__(self, problem_id: str, num_tokens: int, limit: Limit) -> None:
         super().__init__(
-            f"the prompt of problem {problem_id} has {num_tokens} tokens, more than "
-            f"prompts.max_prompt_tokens={max_tokens}"
+            f"the prompt of problem {problem_id} has {num_tokens} tokens, more than {limit.why}"
         )
-        self.problem_id, self.num_tokens, self.max_tokens = problem_id, num_tokens, max_tokens
+        self.problem_id, self.num_tokens, self.max_tokens = problem_id, num_tokens, limit.tokens
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Of the tokens in a prompt."""
+
+    tokens: int
+    why: str
+    """The setting, or the room, that it comes from, with its number."""
+
+
+@dataclass(frozen=True)
+class Privileged:
+    """A teacher's prompt."""
+
+    ids: list[int]
+    """[P']; empty: no word of the hint fits."""
+    hint_cut: bool
+    """Does it hold only the beginning of the hint?"""
 
 
 class PromptBuilder:
     """Builds token ids, generation prompt included, over the tokenizer's chat template.
 
-    Raises UserError if ``prompts.sft_response`` uses fields that do not exist.
+    No prompt passes the model's ``positions`` (None: not known) with the tokens that follow it: by
+    default ``max_response_tokens``.
+
+    Raises UserError if ``prompts.sft_response`` uses fields that do not exist, and if the chat
+    template hides ``prompts.system``.
     """
 
-    def __init__(self, prompts: PromptConfig, teacher: TeacherConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        prompts: PromptConfig,
+        teacher: TeacherConfig,
+        tokenizer: Tokenizer,
+        *,
+        positions: int | None = None,
+        max_response_tokens: int = 0,
+    ) -> None:
         self._prompts, self._teacher, self._tokenizer = prompts, teacher, tokenizer
+        self._positions, self._max_response_tokens = positions, max_response_tokens
         self._sft_fields = _sft_fields(prompts.sft_response)
+        if prompts.system is not None:
+            check_system(tokenizer, prompts.system)
 
-    def student(self, problem: Problem) -> list[int]:
-        """[P] ids of the question; PromptTooLong beyond ``prompts.max_prompt_tokens``."""
-        return self._checked_student(problem)
+    def limit(self, following: int | None = None) -> Limit:
+        """Of a student's prompt before ``following`` tokens (None: a whole response).
+
+        Raises UserError if a whole response leaves no room for any.
+        """
+        most = self._prompts.max_prompt_tokens
+        room = self._room(following)
+        if following is None and room is not None and room < 1:
+            raise UserError(
+                f"rollout.max_response_tokens={self._max_response_tokens} leaves no room for a "
+                f"prompt in the model's {self._positions} positions (max_position_embeddings)"
+            )
+        if room is not None and room < most:
+            count = self._max_response_tokens if following is None else following
+            return Limit(
+                room, f"the {room} that {count} tokens after it leave of the model's "
+                f"{self._positions} positions (max_position_embeddings)"
+            )  # fmt: skip
+        return Limit(most, f"prompts.max_prompt_tokens={most}")
+
+    def student(self, problem: Problem, following: int | None = None) -> list[int]:
+        """[P] ids of the question; PromptTooLong beyond ``limit(following)``."""
+        return self._checked_student(problem, following)
 
     def teacher(self, problem: Problem, hint: str | None = None) -> list[int]:
-        """[P'] ids of the question and the hint; the student's prompt where there is no hint.
+        """[P'] the ids that ``privileged`` gives."""
+        return self.privileged(problem, hint).ids
 
-        ``hint`` None: the problem's own, as ``hint`` finds it; a text is cut to
-        ``max_hint_tokens``. PromptTooLong if the student's prompt is.
+    def privileged(
+        self, problem: Problem, hint: str | None = None, following: int | None = None
+    ) -> Privileged:
+        """The question and the hint; the student's prompt where there is no hint.
+
+        ``hint`` None: the problem's own. It is cut to ``max_hint_tokens``, and to what the model's
+        positions leave it beside ``following`` tokens. PromptTooLong if the student's prompt is.
         """
-        student = self._checked_student(problem)
-        hint = self.hint(problem) if hint is None else self._cut(hint.strip())
-        if not hint:
-            return student
-        return self._ids(
-            problem, [self._prompts.hint_introduction, hint, self._prompts.hint_request]
-        )
+        student = self._checked_student(problem, following)
+        whole = self._own_hint(problem) if hint is None else hint.strip()
+        if not whole:
+            return Privileged(student, hint_cut=False)
+        text = self._cut(whole)
+        room = self._room(following)
+        if room is not None:
+            text = self._beginning(text, lambda part: len(self._hinted(problem, part)) <= room)
+        ids = self._hinted(problem, text) if text else []
+        return Privileged(ids, hint_cut=text != whole)
 
     def hint(self, problem: Problem) -> str:
-        """The privileged information as ``teacher.hint`` asks for it, cut to ``max_hint_tokens``.
+        """The problem's own privileged information, cut to ``max_hint_tokens``."""
+        return self._cut(self._own_hint(problem))
+
+    def _own_hint(self, problem: Problem) -> str:
+        """The whole privileged information as ``teacher.hint`` asks for it.
 
         Empty with ``teacher.hint`` none, and for a problem that has nothing to tell. Hints that
         come with a group of responses (``teacher.hints``) are no problem's own: its reference
@@ -68,7 +138,7 @@ class PromptBuilder:
             return ""
         wants_solution = self._teacher.hint != "answer"
         solution = problem.reference_solution if wants_solution else None
-        return self._cut((solution or problem.answer).strip())
+        return (solution or problem.answer).strip()
 
     def sft_target(self, problem: Problem) -> list[int]:
         """[T] ids of the response to imitate, with the end-of-turn token.
@@ -84,11 +154,22 @@ class PromptBuilder:
         )
         return [*self._tokenizer.encode(text), self._tokenizer.end_of_turn_id]
 
-    def _checked_student(self, problem: Problem) -> list[int]:
-        ids = self._ids(problem, [])
-        if len(ids) > self._prompts.max_prompt_tokens:
-            raise PromptTooLong(problem.id, len(ids), self._prompts.max_prompt_tokens)
+    def _room(self, following: int | None) -> int | None:
+        """Tokens of a prompt that ``following`` tokens leave of the model's positions."""
+        if self._positions is None:
+            return None
+        return self._positions - (self._max_response_tokens if following is None else following)
+
+    def _checked_student(self, problem: Problem, following: int | None) -> list[int]:
+        ids, limit = self._ids(problem, []), self.limit(following)
+        if len(ids) > limit.tokens:
+            raise PromptTooLong(problem.id, len(ids), limit)
         return ids
+
+    def _hinted(self, problem: Problem, hint: str) -> list[int]:
+        return self._ids(
+            problem, [self._prompts.hint_introduction, hint, self._prompts.hint_request]
+        )
 
     def _ids(self, problem: Problem, after_question: list[str]) -> list[int]:
         """Ids of the problem's messages with more paragraphs after the question."""
@@ -101,23 +182,26 @@ class PromptBuilder:
             [*earlier, {"role": "user", "content": content}], add_generation_prompt=True
         )
 
-    def _cut(self, text: str) -> str:
-        """The longest beginning of the text found to have at most ``max_hint_tokens`` tokens.
+    def _cut(self, hint: str) -> str:
+        most = self._prompts.max_hint_tokens
+        return self._beginning(hint, lambda part: len(self._tokenizer.encode(part)) <= most)
+
+    def _beginning(self, text: str, fits: Callable[[str], bool]) -> str:
+        """The longest beginning of the text found to fit; empty if none does.
 
         Found by bisection over characters: decoding a cut list of ids could end inside a
         character, or differ from the text.
         """
-        limit = self._prompts.max_hint_tokens
-        if len(self._tokenizer.encode(text)) <= limit:
+        if fits(text):
             return text
-        fits, too_long = 0, len(text)
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            if len(self._tokenizer.encode(text[:middle])) <= limit:
-                fits = middle
+        fitting, too_long = 0, len(text)
+        while too_long - fitting > 1:
+            middle = (fitting + too_long) // 2
+            if fits(text[:middle]):
+                fitting = middle
             else:
                 too_long = middle
-        return text[:fits]
+        return text[:fitting]
 
 
 def _sft_fields(sft_response: str) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.data import Tokenizer, load_tokenizer
+from megatron_rlsd.data.positions import build_prompts
 from megatron_rlsd.diagnosis import inputs, machine, model, servers, versions
 from megatron_rlsd.diagnosis.agreement import check_agreement
 from megatron_rlsd.diagnosis.check import Check, Skip, run_check
@@ -120,7 +121,8 @@ class Doctor:
             raise Skip(f"needs an SGLang environment: {error}") from error
 
     def _check_data(self, config: Config) -> str:
-        return inputs.check_data(config, _tokenizer(config))
+        hf_config = needed(self._hf_config, "the model's config.json")
+        return inputs.check_data(config, build_prompts(config, hf_config, _tokenizer(config)))
 
     def _check_environment(self, config: Config) -> str:
         return inputs.check_environment(config, _tokenizer(config), _first_problem(config))

@@ -20,33 +20,52 @@ from megatron_rlsd.types import Problem, RewardInput
 PROBLEMS = 16
 
 
-def check_data(config: Config, tokenizer: Tokenizer) -> str:
-    """The first problems of the sources, as prompts of student and teacher."""
+def check_data(config: Config, prompts: PromptBuilder) -> str:
+    """The first problems of the sources, as prompts of student and teacher; all to evaluate."""
     problems = build_sources(config.data.train, config.train.seed).next(PROBLEMS)
-    prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
-    lengths, too_long = [], 0
+    lengths, too_long, cut = [], 0, 0
     for problem in problems:
         try:
             lengths.append(len(prompts.student(problem)))
+            cut += prompts.privileged(problem).hint_cut
         except PromptTooLong:
             too_long += 1
-    held_out = sum(
-        len(evaluation_problems(source, config.eval.num_problems)) for source in config.data.eval
-    )
+    held_out = [
+        problem
+        for source in config.data.eval
+        for problem in evaluation_problems(source, config.eval.num_problems)
+    ]
+    never_asked = sum(not _fits(problem, prompts) for problem in held_out)
+    limit = prompts.limit().why
     if not lengths:
-        raise UserError(
-            f"all of the first {len(problems)} prompts are longer than prompts.max_prompt_tokens="
-            f"{config.prompts.max_prompt_tokens}"
-        )
+        raise UserError(f"all of the first {len(problems)} prompts are longer than {limit}")
+    doubts = []
     if too_long:
-        raise Doubt(
-            f"{too_long} of the first {len(problems)} prompts are longer than "
-            f"prompts.max_prompt_tokens={config.prompts.max_prompt_tokens} and will be left out"
+        doubts.append(f"{too_long} of the first {len(problems)} prompts will be left out")
+    if never_asked:
+        doubts.append(f"{never_asked} of {len(held_out)} problems will be left out of evaluations")
+    if doubts:
+        doubts = [f"longer than {limit}: {' and '.join(doubts)}"]
+    if cut:
+        doubts.append(
+            f"the hints of {cut} of the first {len(lengths)} problems will be cut, to "
+            f"prompts.max_hint_tokens={config.prompts.max_hint_tokens} or to what the model's "
+            "positions leave"
         )
+    if doubts:
+        raise Doubt("; ".join(doubts))
     return (
         f"first {len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens; "
-        f"{held_out} problems to evaluate"
+        f"{len(held_out)} problems to evaluate"
     )
+
+
+def _fits(problem: Problem, prompts: PromptBuilder) -> bool:
+    try:
+        prompts.student(problem)
+    except PromptTooLong:
+        return False
+    return True
 
 
 def first_problem(config: Config) -> Problem:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from megatron_rlsd.algorithms import evidence_span
 from megatron_rlsd.config import Config
-from megatron_rlsd.data import PromptBuilder, Tokenizer
+from megatron_rlsd.data import Privileged, PromptBuilder, Tokenizer
 from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.experience.seeds import sample_seed
 from megatron_rlsd.rollout.engine import RolloutEngine
@@ -172,18 +172,24 @@ class GroupBuilder:
         solved = [self.solved(t) for t in group.trajectories]
         hints = response_hints(group, solved, self._config.teacher)
         if hints is None:
-            own = self._prompts.teacher(problem)
-            prompts = [own] * len(group.trajectories)
+            prompts = [self._prompts.privileged(problem)] * len(group.trajectories)
         else:
-            prompts = [[] if h is None else self._prompts.teacher(problem, h) for h in hints]
+            prompts = [
+                Privileged([], hint_cut=False)
+                if h is None
+                else self._prompts.privileged(problem, h)
+                for h in hints
+            ]
         for trajectory, prompt in zip(group.trajectories, prompts, strict=True):
-            trajectory.teacher_prompt_ids = prompt
+            trajectory.teacher_prompt_ids, trajectory.hint_cut = prompt.ids, prompt.hint_cut
         if algorithm.contrasts_hints:
             for trajectory, hint in zip(
                 group.trajectories, wrong_hints(group, solved), strict=True
             ):
                 if hint is not None:
-                    trajectory.contrast_prompt_ids = self._prompts.teacher(problem, hint)
+                    contrast = self._prompts.privileged(problem, hint)
+                    trajectory.contrast_prompt_ids = contrast.ids
+                    trajectory.hint_cut |= contrast.hint_cut
         if algorithm.span_start is not None or algorithm.span_end is not None:
             for t in group.trajectories:
                 t.evidence_span = evidence_span(

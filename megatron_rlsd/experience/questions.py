@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_rlsd.data import (
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
+WARN = logging.getLogger(__name__).warning
 ROUNDS = 100
 """Times that the source is asked for what is still missing, before a draw gives up."""
 
@@ -21,11 +23,8 @@ ROUNDS = 100
 class Questions:
     """Draws the next questions whose prompts fit, and knows where the data stands."""
 
-    def __init__(
-        self, source: ProblemSource, prompts: PromptBuilder, max_prompt_tokens: int
-    ) -> None:
+    def __init__(self, source: ProblemSource, prompts: PromptBuilder) -> None:
         self._source, self._prompts = source, prompts
-        self._max_prompt_tokens = max_prompt_tokens
 
     def draw(self, count: int, counts: Counter[str]) -> list[Problem]:
         """The next ``count`` questions that fit; the others go into counts["prompts_too_long"].
@@ -45,8 +44,7 @@ class Questions:
                 return problems
         raise UserError(
             f"only {len(problems)} of {count} questions have prompts of at most "
-            f"prompts.max_prompt_tokens={self._max_prompt_tokens} tokens "
-            f"({counts['prompts_too_long']} were longer)"
+            f"{self._prompts.limit().why} tokens ({counts['prompts_too_long']} were longer)"
         )
 
     def state(self) -> dict[str, Any]:
@@ -56,3 +54,26 @@ class Questions:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; UserError if it belongs to other data."""
         self._source.load_state(state)
+
+
+def fitting(problems: list[Problem], prompts: PromptBuilder, name: str) -> list[Problem]:
+    """The problems of the evaluation source ``name`` whose prompts fit; the others are told of.
+
+    Raises UserError if none does.
+    """
+    kept, example = [], ""
+    for problem in problems:
+        try:
+            prompts.student(problem)
+        except PromptTooLong as error:
+            example = example or str(error)
+        else:
+            kept.append(problem)
+    if not kept:
+        raise UserError(f"no prompt of the evaluation source {name} fits: {example}")
+    if len(kept) < len(problems):
+        WARN(
+            "%d of the %d problems of the evaluation source %s are left out of evaluations: %s",
+            *(len(problems) - len(kept), len(problems), name, example),
+        )
+    return kept

@@ -63,6 +63,7 @@ class BatchRules:
             ),
             "rollout/response_tokens": sum(lengths),
             "teacher/without_hint_share": statistics.fmean(map(self._without_hint, trajectories)),
+            "teacher/hint_cut_share": statistics.fmean(t.hint_cut for t in trajectories),
         }
         if self._config.environment.name is not None:
             metrics |= episode_metrics(trajectories)

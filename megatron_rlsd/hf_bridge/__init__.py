@@ -5,6 +5,7 @@ from megatron_rlsd.hf_bridge.export import export_hf_tensors
 from megatron_rlsd.hf_bridge.families import FAMILIES, family_for, register_family
 from megatron_rlsd.hf_bridge.family import Family
 from megatron_rlsd.hf_bridge.load import load_hf_weights
+from megatron_rlsd.hf_bridge.positions import max_positions
 from megatron_rlsd.hf_bridge.reader import SafetensorsFolder, Weights, load_hf_config
 from megatron_rlsd.hf_bridge.writer import save_hf_folder
 
@@ -19,6 +20,7 @@ __all__ = [
     "family_for",
     "load_hf_config",
     "load_hf_weights",
+    "max_positions",
     "register_family",
     "save_hf_folder",
 ]

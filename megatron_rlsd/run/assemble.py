@@ -12,10 +12,12 @@ from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.slow_paths import slow_paths
 from megatron_rlsd.checkpoint.start import Program
 from megatron_rlsd.config import Config, dump_config
-from megatron_rlsd.data import PromptBuilder, build_sources, evaluation_problems, load_tokenizer
+from megatron_rlsd.data import build_sources, evaluation_problems, load_tokenizer
+from megatron_rlsd.data.positions import build_prompts
 from megatron_rlsd.environments import EnvironmentPool
 from megatron_rlsd.experience import GroupBuilder, Questions, build_collector
 from megatron_rlsd.experience.episodes import Episodes
+from megatron_rlsd.experience.questions import fitting
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.observability import MetricsLogger
 from megatron_rlsd.observability.alarms import Alarms
@@ -65,7 +67,7 @@ def assemble(
         kept = stack.enter_context(
             continuity(config, hf_config, groups, program, files.write_with_config)
         )
-        prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
+        prompts = build_prompts(config, hf_config, tokenizer)
         run_dir = Path(config.run_dir)
         if groups.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ def assemble(
             builder = GroupBuilder(config, prompts, tokenizer, engine, rewards, episodes)
             collector = build_collector(
                 config,
-                Questions(source, prompts, config.prompts.max_prompt_tokens),
+                Questions(source, prompts),
                 builder,
                 engine,
                 log.span,
@@ -107,7 +109,8 @@ def assemble(
             for number, each in enumerate(config.data.eval):
                 problems = evaluation_problems(each, config.eval.num_problems)
                 name = problems[0].source
-                eval_problems[name if name not in eval_problems else f"{name}.{number}"] = problems
+                name = name if name not in eval_problems else f"{name}.{number}"
+                eval_problems[name] = fitting(problems, prompts, name)
         actor = Actor(config, family, hf_config, groups, total_updates)
         if groups.rank == 0:
             for slow in slow_paths(config, groups.device):

@@ -11,7 +11,7 @@ import torch
 
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder
-from megatron_rlsd.hf_bridge import family_for
+from megatron_rlsd.hf_bridge import family_for, max_positions
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.rollout.collective import CollectiveEngine
 from megatron_rlsd.rollout.embedded import EmbeddedEngine
@@ -59,7 +59,7 @@ def rollout_engine(
                 hf_path=config.model.hf_path,
                 dtype=config.model.dtype,
                 vocab_size=hf_config["vocab_size"],
-                max_positions=hf_config.get("max_position_embeddings"),
+                max_positions=max_positions(hf_config),
                 run_dir=run_dir,
                 pause=config.rollout.asynchronous.pause,
                 routes=routes,

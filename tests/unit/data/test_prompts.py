@@ -204,3 +204,56 @@ def test_a_wrong_target_format_is_refused_at_once(
 ) -> None:
     with pytest.raises(UserError, match=r"prompts\.sft_response"):
         builder(small_tokenizer, sft_response=sft_response)
+
+
+def room(tokenizer: SentencePieceTokenizer, positions: int, response: int = 20) -> PromptBuilder:
+    return PromptBuilder(
+        PromptConfig(hint_introduction="Solved:", hint_request=""),
+        TeacherConfig(),
+        tokenizer,
+        positions=positions,
+        max_response_tokens=response,
+    )
+
+
+def test_no_prompt_and_what_follows_it_pass_the_models_positions(
+    small_tokenizer: SentencePieceTokenizer,
+) -> None:
+    long = with_solution("1 + 2 = 3. " * 40)
+    whole = len(room(small_tokenizer, 10_000).teacher(long))
+    student = len(room(small_tokenizer, 10_000).student(long))
+    cut_at = set()
+    for positions in range(student + 20, whole + 30, 7):
+        prompts = room(small_tokenizer, positions)
+        for following in (None, 0, 5, 20):
+            length = 20 if following is None else following
+            made = prompts.privileged(long, following=following)
+            fits = whole + length <= positions
+            assert made.hint_cut == (not fits)
+            assert len(made.ids) + length <= positions
+            # As much of the hint as fits: a character more would not.
+            assert fits or not made.ids or len(made.ids) + length > positions - 8
+            cut_at.add(len(made.ids))
+            wrong = prompts.privileged(long, "5. " * 200, following=following)
+            assert len(wrong.ids) + length <= positions
+    assert len(cut_at) > 10
+
+
+def test_a_hint_of_which_no_word_fits_is_no_hint(small_tokenizer: SentencePieceTokenizer) -> None:
+    student = len(room(small_tokenizer, 10_000).student(PROBLEM))
+    made = room(small_tokenizer, student + 20).privileged(PROBLEM)
+    assert (made.ids, made.hint_cut) == ([], True)
+
+
+def test_a_question_too_long_for_the_model_says_why(
+    small_tokenizer: SentencePieceTokenizer,
+) -> None:
+    student = len(room(small_tokenizer, 10_000).student(PROBLEM))
+    prompts = room(small_tokenizer, student + 19)
+    with pytest.raises(PromptTooLong, match=rf"the {student - 1} that 20 tokens after it leave"):
+        prompts.student(PROBLEM)
+    assert prompts.student(PROBLEM, following=19)
+    with pytest.raises(PromptTooLong):
+        prompts.privileged(PROBLEM)
+    with pytest.raises(UserError, match="max_response_tokens=20 leaves no room for a prompt"):
+        room(small_tokenizer, 20).student(PROBLEM)

@@ -87,7 +87,7 @@ def start(
         engine = BackgroundEngine(tiny_model)
         with RewardPool(config.reward) as rewards:
             builder = GroupBuilder(config, prompts, tokenizer, engine, rewards)
-            questions = Questions(source, prompts, config.prompts.max_prompt_tokens)
+            questions = Questions(source, prompts)
             collector = build_collector(
                 config, questions, builder, engine, lambda *_: None, beside_training=True
             )

@@ -81,7 +81,7 @@ def play(make_config: Callable[..., Config], tiny_model: Path, tmp_path: Path) -
         prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
         engine = RecordingEngine(tiny_model)
         source = build_sources(config.data.train, 0)
-        questions = Questions(source, prompts, config.prompts.max_prompt_tokens)
+        questions = Questions(source, prompts)
         with RewardPool(config.reward) as rewards, ExitStack() as stack:
             episodes = None
             if environment is not None:
