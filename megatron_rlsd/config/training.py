@@ -102,6 +102,9 @@ class AlgorithmConfig(Section):
     """rollout: models with routed experts send each token, in the update and in the scoring of old
     log-probabilities, to the experts that the rollout engine chose (R3)."""
     kl_coef: float = Field(0.0, ge=0)
+    kl_estimator: Literal["k3", "k2"] = "k3"
+    """Weight and form of the KL term against the initial weights; with d = lp_ref - lp_S: k3 is
+    e^d - d - 1 (GRPO), k2 is d^2 / 2."""
     entropy_coef: float = 0.0
     opd_coef: float = Field(0.0, ge=0)
     """c in A^ = A + c (lp_T - lp_S)."""

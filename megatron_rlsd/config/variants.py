@@ -225,6 +225,35 @@ GRPO_OPSD = Variant(
 coefficient; 0.1 is our choice).
 """
 
+SDPG = Variant(
+    fixed=NO_EVIDENCE
+    | WHOLE_DISTRIBUTIONS
+    | CLIPPED_RATIO
+    | {
+        "advantage": ("group_std", "its advantage is GRPO's"),
+        "loss_aggregation": ("token_mean", "its loss is the mean over all tokens"),
+        "group_filter": (True, "it samples on until groups differ in their rewards"),
+        "divergence": ("reverse_kl", "its distillation is KL(student, teacher)"),
+        "kl_estimator": ("k2", "it is drawn to the reference by half the squared log-ratio"),
+    },
+    defaults={
+        "divergence_coef": 1e-3,
+        "kl_coef": 1e-3,
+        "eps_clip_low": 0.2,
+        "eps_clip_high": 0.28,
+        "dual_clip": None,
+    },
+    teacher_defaults={"mode": "live"},
+)
+"""Self-Distilled Policy Gradient (arXiv:2606.04036): DAPO, the reverse KL to the same weights under
+the hint, and a quadratic pull to the initial weights.
+
+    L = L_DAPO + beta KL(p | sg q) + alpha / 2 (lp_S - lp_ref)^2,  alpha = beta = 1e-3
+
+alpha is ``kl_coef`` and beta ``divergence_coef``. The divergence is over the tokens of responses
+with a hint, the quadratic term over all.
+"""
+
 VARIANTS: dict[str, Variant] = {
     "rlsd": RLSD,
     "grpo": GRPO,
@@ -240,6 +269,7 @@ VARIANTS: dict[str, Variant] = {
     "opsd": OPSD,
     "sdpo": SDPO,
     "grpo_opsd": GRPO_OPSD,
+    "sdpg": SDPG,
 }
 
 

@@ -220,6 +220,7 @@ def policy_loss_config(
         sdar_beta=algorithm.sdar_beta,
         unscored_is_neutral=unscored_is_neutral,
         kl_coef=algorithm.kl_coef,
+        kl_estimator=algorithm.kl_estimator,
         entropy_coef=algorithm.entropy_coef,
         tis_clip=algorithm.tis_clip if in_the_loss else None,
     )

@@ -33,7 +33,7 @@ SUMMED = {
     "evidence_clipped_low": "teacher_tokens whose weight was below 1 - evidence_clip",
     "evidence_clipped_high": "teacher_tokens whose weight was above 1 + evidence_clip",
     "ref_tokens": "counted tokens with a ref_log_prob",
-    "ref_kl": "k3(ref_log_prob, log_prob) over ref_tokens",
+    "ref_kl": "the KL term, before its weight, over ref_tokens",
     "rollout_tokens": "counted tokens with a rollout_log_prob",
     "rollout_diff_abs": "|log_prob - rollout_log_prob| over rollout_tokens",
 }

@@ -60,7 +60,9 @@ class PolicyLossConfig:
     """A token that the teacher did not score has gain 0 and adds nothing of the teacher's to the
     loss. If not, it is an error where the loss depends on the teacher."""
     kl_coef: float = 0.0
-    """Weight of k3(ref_log_probs, log_probs)."""
+    """Weight of the KL term against ref_log_probs."""
+    kl_estimator: Literal["k3", "k2"] = "k3"
+    """With d = ref_log_prob - log_prob: k3, e^d - d - 1, or k2, d^2 / 2."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, which is subtracted from the loss."""
     tis_clip: float | None = None
@@ -83,6 +85,7 @@ class PolicyLossConfig:
             "rlsd_lambda": (0 <= self.rlsd_lambda <= 1, "in [0, 1]"),
             "evidence_clip": (self.evidence_clip >= 0, ">= 0"),
             "kl_coef": (self.kl_coef >= 0, ">= 0"),
+            "kl_estimator": (self.kl_estimator in ("k3", "k2"), "'k3' or 'k2'"),
             "entropy_coef": (abs(self.entropy_coef) < float("inf"), "finite"),
             "opd_coef": (0 <= self.opd_coef < float("inf"), ">= 0"),
             "sdar_coef": (0 <= self.sdar_coef < float("inf"), ">= 0"),
@@ -163,7 +166,7 @@ class TokenLoss:
     """(r - 1) - log r with the token's own r = exp(log_prob - old_log_prob), estimates
     KL(old || current)."""
     ref_kl: Tensor | None
-    """k3(ref_log_prob, log_prob)."""
+    """The estimate of KL(current || reference), as config.kl_estimator has it."""
 
 
 def token_loss(
@@ -182,10 +185,10 @@ def token_loss(
         rho   = exp(log p - log p_old)
         L     = tis max(-A^ rho, -A^ clip(rho, 1 - eps_low, 1 + eps_high))
                 + sdar_coef sg(sigmoid(sdar_beta Delta)) (log p_teacher - log p)
-                + kl_coef k3(log p_ref, log p) - entropy_coef H
+                + kl_coef k(log p_ref - log p) - entropy_coef H
 
-    with k3(q, p) = e^(q - p) - (q - p) - 1 and tis = min(exp(log p_old - log p_rollout), tis_clip),
-    detached. Tokens outside evidence_applies keep A^ = A. With reversed_gain w is exp(-sign(A)
+    with k(d) = e^d - d - 1, or d^2 / 2 for the kl_estimator "k2", and
+    tis = min(exp(log p_old - log p_rollout), tis_clip), detached. Tokens outside evidence_applies keep A^ = A. With reversed_gain w is exp(-sign(A)
     Delta); with contrast_log_probs those replace log p in Delta, but not in the sdar term, whose
     Delta is always log p_teacher - log p and which is 0 where the teacher did not score.
 
@@ -250,10 +253,13 @@ def token_loss(
     ref_kl = None
     if inputs.ref_log_probs is not None:
         log_ref_ratio = inputs.ref_log_probs - log_probs
-        ref_kl = exp_bounded(log_ref_ratio) - log_ref_ratio - 1
+        if config.kl_estimator == "k2":
+            ref_kl, d_ref_kl = log_ref_ratio.square() / 2, -log_ref_ratio.detach()
+        else:
+            ref_kl = exp_bounded(log_ref_ratio) - log_ref_ratio - 1
+            d_ref_kl = 1 - exp_bounded_slope(log_ref_ratio.detach())
         if config.kl_coef != 0:
             loss = loss + config.kl_coef * ref_kl
-            d_ref_kl = 1 - exp_bounded_slope(log_ref_ratio.detach())
             d_log_probs = d_log_probs + inputs.loss_weights * config.kl_coef * d_ref_kl
     if config.entropy_coef != 0:
         assert entropy is not None

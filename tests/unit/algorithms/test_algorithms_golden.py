@@ -36,6 +36,7 @@ class Data:
     old: list[Tensor]
     teacher: list[Tensor]
     wrong: list[Tensor]
+    reference: list[Tensor]
 
     def distributions(self) -> tuple[list[Tensor], list[Tensor]]:
         """log p of the student, differentiable, and log q of the teacher, [T, V] each."""
@@ -67,6 +68,7 @@ def data() -> Data:
         *(hidden.requires_grad_(), weight.requires_grad_(), targets),
         *(hidden.detach() + normal(T, D, scale=0.3), weight.detach() + normal(V, D, scale=0.3)),
         *(old, teacher, wrong),
+        list((log_probs + normal(T, scale=0.6)).split(LENGTHS)),
     )
 
 
@@ -192,6 +194,12 @@ def divergence(data: Data, kind: str, without: tuple[int, ...] = (), top_k=None)
     return torch.cat(rows).mean()
 
 
+def sdpg(data: Data) -> Tensor:
+    pull = each(data, lambda i, lp: 0.3 / 2 * (lp - data.reference[i]) ** 2)
+    clipped = token_mean(grpo_terms(data, dual=None))
+    return clipped + 0.2 * divergence(data, "reverse_kl") + token_mean(pull)
+
+
 CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
     "grpo": ({}, lambda d: token_mean(grpo_terms(d))),
     "dr_grpo": ({}, dr_grpo),
@@ -235,6 +243,7 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
         {"divergence": "reverse_kl", "divergence_coef": 0.2},
         lambda d: token_mean(grpo_terms(d)) + 0.2 * divergence(d, "reverse_kl"),
     ),
+    "sdpg": ({"divergence_coef": 0.2, "kl_coef": 0.3}, sdpg),
 }
 
 
@@ -253,6 +262,7 @@ def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) 
         config=policy_loss_config(algorithm, lam),
         old_log_probs=torch.cat(data.old),
         teacher_log_probs=torch.cat(data.teacher),
+        ref_log_probs=torch.cat(data.reference) if algorithm.kl_coef else None,
         contrast_log_probs=torch.cat(data.wrong) if algorithm.contrasts_hints else None,
         sequence_ids=torch.arange(B).repeat_interleave(lengths),
     )

@@ -22,6 +22,7 @@ CONFIGS = st.builds(
     rlsd_lambda=st.sampled_from([0.0, 0.6]),
     negative_only=st.booleans(),
     kl_coef=st.sampled_from([0.0, 0.1]),
+    kl_estimator=st.sampled_from(["k3", "k2"]),
     entropy_coef=st.sampled_from([0.0, 0.05]),
     tis_clip=st.none() | st.just(1.5),
 )

@@ -28,6 +28,7 @@ CONFIGS = st.builds(
     sdar_coef=st.sampled_from([0.0, 0.3]),
     unscored_is_neutral=st.booleans(),
     kl_coef=st.sampled_from([0.0, 0.1]),
+    kl_estimator=st.sampled_from(["k3", "k2"]),
     entropy_coef=st.sampled_from([0.0, 0.1]),
     tis_clip=st.none() | st.floats(0.5, 3),
 )
