@@ -188,9 +188,10 @@ def token_loss(
                 + kl_coef k(log p_ref - log p) - entropy_coef H
 
     with k(d) = e^d - d - 1, or d^2 / 2 for the kl_estimator "k2", and
-    tis = min(exp(log p_old - log p_rollout), tis_clip), detached. Tokens outside evidence_applies keep A^ = A. With reversed_gain w is exp(-sign(A)
-    Delta); with contrast_log_probs those replace log p in Delta, but not in the sdar term, whose
-    Delta is always log p_teacher - log p and which is 0 where the teacher did not score.
+    tis = min(exp(log p_old - log p_rollout), tis_clip), detached. Tokens outside evidence_applies
+    keep A^ = A. With reversed_gain w is exp(-sign(A) Delta); with contrast_log_probs those replace
+    log p in Delta, but not in the sdar term, whose Delta is always log p_teacher - log p and which
+    is 0 where the teacher did not score.
 
     The maximum is the objective "clipped_ratio". In its place stands for "clipped_weight"
     -sg(clip(rho)) A^ log p, and for "log_prob" -A^ log p.
