@@ -8,12 +8,10 @@ hand fails, and every other call is answered as if nothing had happened.
 from __future__ import annotations
 
 import select
-import subprocess
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Self
 
 from megatron_rlsd.runtime.errors import UserError
@@ -63,8 +61,6 @@ class WorkerPool:
         self._workers: list[WorkerProcess | None] = [None] * workers
         self._failed_starts = 0
         self._lock = threading.Lock()
-        # Workers are told to die with the *thread* that started them: this one lives with the pool.
-        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="workers")
 
     def __enter__(self) -> Self:
         self._start_missing_workers()
@@ -92,7 +88,6 @@ class WorkerPool:
         for slot, worker in self._living():
             worker.exits_within(limit - time.monotonic())
             self._end(slot)
-        self._starter.shutdown()
 
     def _do(self, queues: Queues) -> None:
         """Every call of these jobs gets its outcome. One caller at a time; others wait.
@@ -125,20 +120,7 @@ class WorkerPool:
     def _start_missing_workers(self) -> None:
         for slot, worker in enumerate(self._workers):
             if worker is None:
-                self._workers[slot] = WorkerProcess(
-                    self._spawn, self.module, self._setup, self._start_seconds
-                )
-
-    def _spawn(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        return self._starter.submit(
-            subprocess.Popen,
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        ).result()
+                self._workers[slot] = WorkerProcess(self.module, self._setup, self._start_seconds)
 
     def _end(self, slot: int) -> str:
         """End a worker; how it had ended, in words."""

@@ -9,16 +9,17 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_rlsd.runtime.guard import END, guarded
 from megatron_rlsd.workers.jobs import Job
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 STDERR_TAIL_BYTES = 4000
 READ_BYTES = 1 << 16
+KILL_SECONDS = 10.0
 MAX_LAST_READS = 4
 """Pieces of stderr read after the end; a pipe holds no more unless someone enlarged it."""
 
@@ -31,17 +32,23 @@ WORKER_ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
 }
 
-Spawn = Callable[[list[str], dict[str, str]], subprocess.Popen[bytes]]
-
 
 class WorkerProcess:
     """A worker and the jobs in its hands; the first of ``jobs`` is the one it works on."""
 
-    def __init__(self, spawn: Spawn, module: str, setup: bytes, start_seconds: float) -> None:
+    def __init__(self, module: str, setup: bytes, start_seconds: float) -> None:
         path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": path}
         command = [sys.executable, "-m", module]
-        self._process = spawn(command, environment)
+        # Its pid is that of the guard, which ends as the worker ends.
+        self._process = subprocess.Popen(
+            guarded(command, grace_seconds=0, apart=True),
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -130,10 +137,14 @@ class WorkerProcess:
         return exited
 
     def kill(self) -> str:
-        """End the worker and whatever it started; how it had ended, in words."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        code = self._process.wait()
+        """End the worker and whatever came of it; how it had ended, in words."""
+        self._process.send_signal(END)
+        try:
+            code = self._process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            # User code has stopped the guard, with which the worker ends too.
+            self._process.kill()
+            code = self._process.wait()
         for _ in range(MAX_LAST_READS):
             self._read_stderr()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):

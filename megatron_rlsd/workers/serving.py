@@ -6,7 +6,6 @@ enforces its own limit from outside, so a call may hang here in any way it likes
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import json
 import os
@@ -21,7 +20,6 @@ from megatron_rlsd.workers.jobs import encode
 
 MAX_REASON_CHARS = 500
 MAX_DETAIL_CHARS = 4000
-PR_SET_PDEATHSIG = 1
 
 Progress = Callable[[], None]
 """Called inside a call: its time begins anew."""
@@ -40,7 +38,6 @@ def serve(
     is told. ``own_time_limits``: exceptions of calls that count like the pool's time limit.
     """
     leave_signals_to_parent()
-    die_with_parent()
     requests, replies = claim_standard_streams()
     faulthandler.enable()
 
@@ -115,11 +112,6 @@ def leave_signals_to_parent() -> None:
     """What asks a job to stop may reach its whole process tree; the trainer still needs answers."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def die_with_parent() -> None:
-    """An idle worker ends at the end of its input; one inside a call needs the kernel's help."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def limit_resources(memory_limit_bytes: int) -> None:

@@ -9,7 +9,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,14 @@ from typing import Any
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.runtime.guard import END, END_NOW, guarded
 from megatron_rlsd.runtime.lifecycle import unheard_by_children
 
 HERE = Path(__file__).parent
 PROJECT_PYTHON = Path(__file__).parents[3] / ".venv-sglang" / "bin" / "python"
 STOP_SECONDS = 10.0
+GRACE_SECONDS = 5.0
+"""In which a server may end in order."""
 LOG_LINES = 15
 FREE_PORTS = range(20000, 32000)
 """Below the range that outgoing connections take their ports from."""
@@ -42,12 +44,10 @@ class ServerProcess:
             shown = _without_key(command)
             print(time.strftime("==== %F %T"), " ".join(shown), file=output, flush=True)
             self._start = output.tell()
-            # Isolated and without site-packages: it starts at once and stays small.
-            guard = [sys.executable, "-I", "-S", str(HERE / "guard.py"), str(os.getpid())]
             # The trainer needs its servers to the end of the step at which a warning stops it.
             with unheard_by_children(signal.SIGUSR1):
                 self._guard = subprocess.Popen(
-                    [*guard, *command],
+                    guarded(command, grace_seconds=GRACE_SECONDS, apart=False),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -57,7 +57,7 @@ class ServerProcess:
 
     @property
     def group(self) -> int:
-        """Process group of the server and all its workers."""
+        """Process group of the guard, the server and its workers."""
         return self._guard.pid
 
     @property
@@ -65,13 +65,20 @@ class ServerProcess:
         return self._guard.poll() is None
 
     def kill(self) -> None:
-        """End the whole group at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.group, signal.SIGKILL)
-        self._guard.wait()
+        """End the server and all that came of it by force."""
+        if self.running:
+            self._guard.send_signal(END_NOW)
+            # It may have been stopped with its group.
+            self._guard.send_signal(signal.SIGCONT)
+        try:
+            self._guard.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.group, signal.SIGKILL)
+            self._guard.wait()
 
     def stop(self) -> None:
-        """Let the server end in order, within seconds; then end what is left of the group."""
+        """Let the server end in order, within seconds; then end it and all that came of it."""
         self.ask_to_stop()
         try:
             self._guard.wait(STOP_SECONDS)
@@ -80,7 +87,7 @@ class ServerProcess:
 
     def ask_to_stop(self) -> None:
         if self.running:
-            self._guard.terminate()
+            self._guard.send_signal(END)
 
     def last_lines(self) -> str:
         """The end of the log since this start, indented."""

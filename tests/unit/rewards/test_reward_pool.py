@@ -258,19 +258,28 @@ def test_worker_that_died_between_calls_is_replaced_without_blame(
     assert not pids & {int(r.value) for r in results}
 
 
-def test_children_of_a_killed_worker_are_killed_too(pool: Pool, sample: Sample) -> None:
+def test_what_a_worker_started_ends_with_it_however_it_ends(pool: Pool, sample: Sample) -> None:
     source = """
 import os, subprocess, time
 def reward(sample):
     if sample.response == "fine": return 1
     with open(sample.response, "w") as file:
-        file.write(str(subprocess.Popen(["sleep", "1000"]).pid))
-    os._exit(1) if "exit" in sample.response else time.sleep(1e9)
+        # Both out of its process group and session, and an orphan by the time it is looked for.
+        file.write(subprocess.run(
+            ["setsid", "sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"],
+            capture_output=True, text=True,
+        ).stdout)
+    if "exit" in sample.response: os._exit(1)
+    if "hang" in sample.response: time.sleep(1e9)
+    return 0
 """
     scorer = pool("reward", source=source, timeout_seconds=1, max_error_share=1)
-    for ending in ("exit", "hang"):
+    for ending in ("exit", "hang", "close"):
         path = Path(scorer._functions[0].reference.path).with_name(ending)
         scorer.score([sample(str(path)), sample("fine")])
+        if ending == "close":
+            assert _is_running(int(path.read_text()))
+            scorer.close()
         assert not _is_running(int(path.read_text()))
 
 
@@ -284,11 +293,18 @@ def test_orphan_that_holds_the_pipe_open_does_not_hide_the_death(
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_workers_end_with_their_parent(tmp_path: Path, busy: bool) -> None:
+def test_workers_and_what_they_started_end_with_a_killed_trainer(
+    tmp_path: Path, busy: bool
+) -> None:
     (tmp_path / "reward.py").write_text(f"""
-import os, time
+import os, subprocess, time
 def reward(sample):
-    open({str(tmp_path / "pid")!r} + str(os.getpid()), "w").close()
+    left = subprocess.run(
+        ["setsid", "sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"],
+        capture_output=True, text=True,
+    ).stdout.strip()
+    for pid in (left, os.getpid()):
+        open({str(tmp_path / "pid")!r} + str(pid), "w").close()
     while {busy}: pass
     return 1
 """)
@@ -312,22 +328,22 @@ input()
     try:
         found: list[Path] = []
         for _ in range(600):
-            if found := list(tmp_path.glob("pid*")):
+            if len(found := list(tmp_path.glob("pid*"))) == 2:
                 break
             time.sleep(0.05)
-        [pid] = [int(path.name.removeprefix("pid")) for path in found]
+        pids = [int(path.name.removeprefix("pid")) for path in found]
         if not busy:
             assert parent.stdout is not None
             assert parent.stdout.readline() == b"scored\n"
-        assert _is_running(pid)
+        assert all(map(_is_running, pids))
     finally:
         parent.kill()
         parent.wait()
     for _ in range(100):
-        if not _is_running(pid):
+        if not any(map(_is_running, pids)):
             return
         time.sleep(0.05)
-    pytest.fail("the worker outlived its parent")
+    pytest.fail("a process outlived the trainer")
 
 
 def test_close_ends_the_workers(pool: Pool, sample: Sample) -> None:

@@ -6,17 +6,13 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.rollout.sglang import guard
 from megatron_rlsd.rollout.sglang.answers import ServerFault
 from megatron_rlsd.rollout.sglang.balance import choose
 from megatron_rlsd.rollout.sglang.calls import continued, joined
@@ -330,56 +326,3 @@ def test_a_warning_to_the_whole_process_tree_ends_no_server(tmp_path):
     finally:
         process.stop()
     assert not psutil.pid_exists(server.pid)
-
-
-WORKER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
-STARTER = """
-import os, subprocess, sys, time
-command = [sys.executable, sys.argv[1], str(os.getpid()), sys.executable, "-c", sys.argv[2]]
-print(subprocess.Popen(command, start_new_session=True).pid, flush=True)
-time.sleep(600)
-"""
-
-
-def alive(group: int) -> list[int]:
-    found = []
-    for process in psutil.process_iter(["status"]):
-        try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return found
-
-
-def wait_for_size(group: int, size: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(alive(group)) != size:
-        assert time.monotonic() < deadline, f"{alive(group)} are alive, expected {size}"
-        time.sleep(0.05)
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("killed", ["starter", "guard"])
-def test_a_command_ends_with_its_starter_and_with_its_guard(killed):
-    starter = subprocess.Popen(
-        [sys.executable, "-c", STARTER, str(Path(guard.__file__)), WORKER],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    group = int(starter.stdout.readline())
-    try:
-        # The guard, the command and its own worker.
-        wait_for_size(group, 3)
-        if killed == "starter":
-            starter.kill()
-            wait_for_size(group, 0)
-        else:
-            os.kill(group, signal.SIGKILL)
-            # The command at once; what it started knows nothing of a guard.
-            wait_for_size(group, 1)
-    finally:
-        starter.kill()
-        starter.wait()
-        for pid in alive(group):
-            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,65 @@
+"""A guarded command ends with its starter and with its guard, and all that came of it too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+WORKER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+STARTER = """
+import os, subprocess, sys, time
+from megatron_rlsd.runtime.guard import guarded
+command = guarded([sys.executable, "-c", sys.argv[1]], grace_seconds=5, apart=False)
+print(subprocess.Popen(command, start_new_session=True).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def alive(group: int) -> list[int]:
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def wait_for_size(group: int, size: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(alive(group)) != size:
+        assert time.monotonic() < deadline, f"{alive(group)} are alive, expected {size}"
+        time.sleep(0.05)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("killed", ["starter", "guard"])
+def test_a_command_ends_with_its_starter_and_with_its_guard(killed):
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, WORKER],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    group = int(starter.stdout.readline())
+    try:
+        # The guard, the command and its own worker.
+        wait_for_size(group, 3)
+        if killed == "starter":
+            starter.kill()
+            wait_for_size(group, 0)
+        else:
+            os.kill(group, signal.SIGKILL)
+            # The command at once; what it started knows nothing of a guard.
+            wait_for_size(group, 1)
+    finally:
+        starter.kill()
+        starter.wait()
+        for pid in alive(group):
+            os.kill(pid, signal.SIGKILL)
