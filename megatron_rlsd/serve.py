@@ -5,8 +5,8 @@
 Starts ``rollout.sglang.num_servers`` servers that bind ``rollout.sglang.host`` and, once all of
 them serve, writes their URLs, one a line, to run_dir/servers/NODE/urls. A server that dies is
 started again on its port, ``rollout.sglang.max_restarts`` times in all; the trainer gives it the
-current weights before it asks it anything. SIGTERM or SIGINT ends the servers, unless this program
-was started with that signal ignored.
+current weights before it asks it anything. SIGTERM, SIGINT or SIGHUP ends the servers, unless this
+program was started with that signal ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from megatron_rlsd.rollout.sglang import SGLangEngine, agreeing
 from megatron_rlsd.rollout.sglang.process import free_port, on_cpu
 from megatron_rlsd.rollout.sglang.server import State
 from megatron_rlsd.runtime.durable import write_whole
-from megatron_rlsd.runtime.errors import UserError, tell
+from megatron_rlsd.runtime.errors import UserError, mendable, tell
+from megatron_rlsd.runtime.ownership import Claim
 
 POLL_SECONDS = 0.5
 WILDCARDS = ("0.0.0.0", "::")
@@ -42,35 +43,37 @@ class Stopped(Exception):
 def serve(config: Config) -> None:
     """Keep this node's servers up until a signal comes (Stopped) or one is given up (EngineError).
 
-    Raises UserError for settings under which there is nothing to serve.
+    Raises UserError for settings under which there is nothing to serve, and where another process
+    serves from the same folder of this node.
     """
     settings = settings_to_serve(config)
     folder = Path(config.run_dir) / "servers" / node_name()
-    urls = folder / "urls"
-    urls.unlink(missing_ok=True)
-    engine = SGLangEngine(
-        settings,
-        hf_path=config.model.hf_path,
-        dtype=config.model.dtype,
-        # Bounds on requests, and this program sends none.
-        vocab_size=0,
-        max_positions=None,
-        run_dir=folder,
-        # Whoever trains with them does.
-        claims=False,
-    )
-    try:
-        engine.wait_until_ready()
-        write_whole(urls, "".join(f"{url}\n" for url in announced_urls(settings)))
-        print(f"serving; the URLs are in {urls}", flush=True)
-        while True:
-            for server in engine.fleet.servers:
-                if server.state is State.GIVEN_UP:
-                    raise EngineError(f"{server} is given up: {server.reason}")
-            time.sleep(POLL_SECONDS)
-    finally:
+    with Claim(folder):
+        urls = folder / "urls"
         urls.unlink(missing_ok=True)
-        engine.close()
+        engine = SGLangEngine(
+            settings,
+            hf_path=config.model.hf_path,
+            dtype=config.model.dtype,
+            # Bounds on requests, and this program sends none.
+            vocab_size=0,
+            max_positions=None,
+            run_dir=folder,
+            # Whoever trains with them does.
+            claims=False,
+        )
+        try:
+            engine.wait_until_ready()
+            write_whole(urls, "".join(f"{url}\n" for url in announced_urls(settings)))
+            print(f"serving; the URLs are in {urls}", flush=True)
+            while True:
+                for server in engine.fleet.servers:
+                    if server.state is State.GIVEN_UP:
+                        raise EngineError(f"{server} is given up: {server.reason}")
+                time.sleep(POLL_SECONDS)
+        finally:
+            urls.unlink(missing_ok=True)
+            engine.close()
 
 
 def settings_to_serve(config: Config) -> SGLangConfig:
@@ -129,7 +132,7 @@ def _check_gpus(settings: SGLangConfig) -> None:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT raise Stopped, once; a signal that is ignored already stays so."""
+    """SIGTERM, SIGINT and SIGHUP raise Stopped, once; a signal that is ignored already stays so."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in heeded:
@@ -138,7 +141,7 @@ def stopped_by_signals() -> Iterator[None]:
 
     heeded = [
         number
-        for number in (signal.SIGTERM, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         if signal.getsignal(number) is not signal.SIG_IGN
     ]
     previous = {number: signal.signal(number, stop) for number in heeded}
@@ -157,8 +160,10 @@ def main(argv: list[str]) -> int:
             serve(config)
     except Stopped as stop:
         print(f"{stop}: the servers have ended", flush=True)
-    except UserError as error:
-        return tell(error)
+    except (UserError, OSError) as error:
+        if told := mendable(error):
+            return tell(told)
+        raise
     return 0
 
 

@@ -48,6 +48,7 @@ from megatron_rlsd.parallel.exchange import (
 )
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.runtime.durable import fresh_partial, partial_of, put_in_place, remove, sync
+from megatron_rlsd.runtime.errors import naming
 
 PROBE_BYTES = 2**16
 
@@ -148,12 +149,18 @@ class Checkpointer:
             def complete() -> None:
                 known = {k: v for each in sent or [] for k, v in json.loads(each).items()}
                 manifest = Manifest("training", step, self._layout())
-                manifests.write_manifest(folder, manifest, known)
-                put_in_place(folder, out)
+                with naming(out):
+                    manifests.write_manifest(folder, manifest, known)
+                    put_in_place(folder, out)
                 if out.parent == self._folder.absolute():
                     self._remove_old()
 
             from_rank_zero(complete, control)
+
+    def close(self) -> None:
+        """Nothing follows; what a save under way has written is given up."""
+        if self._pending is not None and self._groups.rank == 0:
+            shutil.rmtree(self._pending[1], ignore_errors=True)
 
     @contextmanager
     def _removed_on_error(self, folder: Path) -> Iterator[None]:
@@ -224,10 +231,11 @@ def _tensors(state: TrainingState) -> list[ShardedTensor]:
 def _folder_with_room(out: Path) -> None:
     """An empty partial folder on a disk that is not full: the other ranks must hear of one that is
     before they wait for rank 0 in Megatron's plan of the save."""
-    probe = fresh_partial(out) / "probe"
-    probe.write_bytes(bytes(PROBE_BYTES))
-    sync(probe)
-    probe.unlink()
+    with naming(out):
+        probe = fresh_partial(out) / "probe"
+        probe.write_bytes(bytes(PROBE_BYTES))
+        sync(probe)
+        probe.unlink()
 
 
 def _rng_name(rank: int) -> str:

@@ -34,7 +34,10 @@ FILE_BYTES = 1 << 30
 class PendingSave:
     """A save that has been planned on all ranks and is being written by this one."""
 
-    def __init__(self, request: Any, tensors: Sequence[ShardedTensor], background: bool) -> None:
+    def __init__(
+        self, request: Any, tensors: Sequence[ShardedTensor], folder: Path, background: bool
+    ) -> None:
+        self._folder = folder
         self.checksums: dict[str, str] = {}
         """Of the files that this rank has written, by name."""
         self._error: Exception | None = None
@@ -76,14 +79,16 @@ class PendingSave:
             self._thread.join()
         reason = None
         if self._error is not None:
-            reason = f"the checkpoint could not be written: {mendable(self._error) or self._error}"
+            reason = self._could_not(self._error)
         agree(reason, control)
         try:
             for function in self._finalize:
                 function()
         except (CheckpointException, OSError, RuntimeError) as error:
-            reason = str(mendable(error) or error)
-            raise UserError(f"the checkpoint could not be written: {reason}") from error
+            raise UserError(self._could_not(error)) from error
+
+    def _could_not(self, error: BaseException) -> str:
+        return f"the checkpoint {self._folder} could not be written: {mendable(error) or error}"
 
     def _write(self, transforms: Any, buckets: list[Any], staged: bool) -> None:
         outcome: dict[int, Any] = {}
@@ -127,7 +132,7 @@ def start_save(tensors: Sequence[ShardedTensor], folder: Path, *, background: bo
         async_sharded_save=True,
         **options,
     )
-    return PendingSave(request, tensors, background)
+    return PendingSave(request, tensors, folder, background)
 
 
 def load_into(tensors: Sequence[ShardedTensor], folder: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from megatron_rlsd.config.root import Config
 from megatron_rlsd.config.yaml_text import override_value, parse_yaml
 from megatron_rlsd.plugins import load_plugins
+from megatron_rlsd.runtime.durable import write_whole
 from megatron_rlsd.runtime.errors import UserError
 
 
@@ -60,7 +61,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
 def dump_config(config: Config, path: Path) -> None:
     """Write every setting, defaults included, as YAML that load_config reads back."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def flattened(settings: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:

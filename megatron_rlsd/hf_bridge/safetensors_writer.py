@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_rlsd.hf_bridge.mappings import Shape
 from megatron_rlsd.hf_bridge.safetensors_file import DTYPE_NAMES
 from megatron_rlsd.hf_bridge.wording import listed
-from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.errors import UserError, naming
 
 WRITE_BYTES = 128 * 2**10
 """Given to the system at once. Linux caches a larger write in larger pieces of memory, which it has
@@ -57,7 +57,7 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     start = 8 + len(encoded)
-    with open(path, "wb", buffering=0) as file:
+    with naming(path), open(path, "wb", buffering=0) as file:
         descriptor = file.fileno()
         _write(descriptor, memoryview(len(encoded).to_bytes(8, "little") + encoded), 0)
         for name, tensor in tensors:

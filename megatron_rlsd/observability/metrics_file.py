@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.runtime.durable import write_whole
-from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.errors import UserError, naming
 
 GROUP_ORDER = (
     "rollout",
@@ -29,14 +29,16 @@ class MetricsFile:
     """Appends lines to metrics.jsonl; each is on disk (flushed) when ``append`` returns."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(metrics_line(step, metrics))
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(metrics_line(step, metrics))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def metrics_line(step: int, metrics: Mapping[str, float]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_rlsd.observability.leakage import leakage
 from megatron_rlsd.observability.metrics_file import finite_or_none
-from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.errors import UserError, naming
 from megatron_rlsd.types import Group, TokenCredit, Trajectory
 
 SIGNIFICANT_DIGITS = 5
@@ -26,7 +26,8 @@ def write_samples(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:06d}.jsonl"
     rows = [sample_row(t, decode) for group in groups for t in group.trajectories]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with naming(path):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

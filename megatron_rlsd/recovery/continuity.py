@@ -23,7 +23,7 @@ from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.recovery.recording import BAD_STEPS, RECORDED_STEPS, StepRecorder
 from megatron_rlsd.recovery.watchdog import Watchdog
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.runtime.lifecycle import Preempted, StopSignals
+from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, Preempted, StopSignals, write_status
 
 WARN = logging.getLogger(__name__).warning
 
@@ -77,6 +77,7 @@ class Continuity:
             self._bad_in_a_row = content["consecutive_bad_steps"]
             if position is not None:
                 position.load_state(content["position"])
+        self._signals.saves = True
         return self.start.step
 
     def load_weights(self, actor: Actor) -> None:
@@ -169,6 +170,11 @@ def continuity(
 
     ``write_model_files``: see Checkpointer.
     """
+
+    def ends(message: str, rank_zero: bool) -> None:
+        code = EXIT_LOST_RANK
+        write_status(config.run_dir, "failed", code, message, for_rank_zero=rank_zero)
+
     start = agree_on_start(config, hf_config, groups.control, program)
     if groups.rank == 0:
         for note in start.notes:
@@ -176,6 +182,10 @@ def continuity(
         if not start.continues:
             move_aside([Path(config.run_dir) / name for name in (BAD_STEPS, RECORDED_STEPS)])
     with ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(groups.control, config.distributed.stall_seconds))
-        signals = stack.enter_context(StopSignals())
-        yield Continuity(config, groups, start, watchdog, signals, program, write_model_files)
+        signals = stack.enter_context(StopSignals.of_this_process())
+        watchdog = stack.enter_context(
+            Watchdog(groups.control, config.distributed.stall_seconds, ends)
+        )
+        kept = Continuity(config, groups, start, watchdog, signals, program, write_model_files)
+        stack.callback(kept.checkpoints.close)
+        yield kept

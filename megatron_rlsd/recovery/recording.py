@@ -22,7 +22,7 @@ from megatron_rlsd.parallel.exchange import (
 )
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.parallel.train_batches import train_batch_of, train_batch_tensors
-from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.errors import UserError, naming
 from megatron_rlsd.types import TrainBatch
 
 KINDS = ("teacher", "contrast", "old", "ref")
@@ -70,7 +70,8 @@ class StepRecorder:
             for kind, rows in merged.items():
                 tensors |= {f"{kind}.{index}": row for index, row in rows.items()}
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(pack_message(header, tensors))
+            with naming(path):
+                path.write_bytes(pack_message(header, tensors))
         return path
 
 

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -21,7 +21,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, LostRankError
+from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, LostRankError, Preempted
 
 BEAT_SECONDS = 1.0
 GONE_BEATS = 3.5
@@ -48,11 +48,19 @@ class Beat:
 
 
 class Watchdog:
-    """One rank's part. Building it is collective; a world of one does nothing."""
+    """One rank's part. Building it is collective; a world of one does nothing.
 
-    def __init__(self, control: dist.ProcessGroup, stall_seconds: float) -> None:
+    ``ends`` is told, before the watchdog ends the process, why, and whether rank 0 is gone.
+    """
+
+    def __init__(
+        self,
+        control: dist.ProcessGroup,
+        stall_seconds: float,
+        ends: Callable[[str, bool], None] = lambda message, rank_zero: None,
+    ) -> None:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._stall_seconds = stall_seconds
+        self._stall_seconds, self._ends = stall_seconds, ends
         self._beat = Beat()
         self._lock = threading.Lock()
         self._left = threading.Event()
@@ -92,7 +100,9 @@ class Watchdog:
         if error is None:
             self._beat.ended = "finished"
         else:
-            call = _failed_collective(error)
+            # A signal may be heeded within a collective, which has not failed then.
+            stopped = isinstance(error, Preempted | KeyboardInterrupt)
+            call = None if stopped else _failed_collective(error)
             self._beat.collective = call or self._beat.collective
             self._beat.ended = f"{type(error).__name__}: {error!s:.300}"
             self._deadline = time.monotonic() + TEARDOWN_SECONDS
@@ -107,7 +117,7 @@ class Watchdog:
             report, lost = self.report(error)
             print(report, file=sys.stderr, flush=True)
             if lost:
-                raise LostRankError(report) from error
+                raise LostRankError(report, rank_zero=0 in lost) from error
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
@@ -118,14 +128,14 @@ class Watchdog:
         # After an error the phase stays: it is where the rank failed.
         self._beat.phase, self._beat.step = before
 
-    def report(self, error: BaseException) -> tuple[str, bool]:
+    def report(self, error: BaseException) -> tuple[str, list[int]]:
         """Why a collective failed here: which ranks ended or fell silent, and where.
 
-        Also: did one fall silent, rather than end with an error of its own?
+        Also: which fell silent, rather than end with an error of their own.
         """
         lines = [f"rank {self._rank} failed in {self._beat}: {error!s:.200}"]
         others = [rank for rank in range(self._world) if rank != self._rank]
-        gone, ended = [], []
+        gone, ended, lost = [], [], []
         started = time.monotonic()
         while time.monotonic() < started + GONE_BEATS * BEAT_SECONDS:
             try:
@@ -133,6 +143,7 @@ class Watchdog:
             except RuntimeError:
                 # Nobody else can be asked for.
                 others, gone = [], [f"  rank 0 is gone, and its store with it{self._known(0)}"]
+                lost = [0]
                 break
             time.sleep(BEAT_SECONDS / 4)
         now = time.monotonic()
@@ -142,8 +153,9 @@ class Watchdog:
                 ended.append(f"  rank {rank} ended in {beat}, with {beat.ended}")
             elif now - heard > (GONE_BEATS - 1) * BEAT_SECONDS:
                 gone.append(f"  rank {rank} is gone{self._known(rank)}")
+                lost.append(rank)
         found = gone + ended or ["  every other rank still answers"]
-        return "\n".join(lines + found), bool(gone)
+        return "\n".join(lines + found), lost
 
     def _known(self, rank: int) -> str:
         known = self._heard.get(rank)
@@ -163,7 +175,8 @@ class Watchdog:
                 self._end_process(
                     f"the store of rank 0 has not answered for {now - self._answered:.0f} s "
                     f"(distributed.stall_seconds={self._stall_seconds:g}); rank 0 was last heard "
-                    f"of {now - heard:.0f} s ago in {beat}"
+                    f"of {now - heard:.0f} s ago in {beat}",
+                    rank_zero=True,
                 )
 
     def _watch(self) -> None:
@@ -187,7 +200,7 @@ class Watchdog:
                             f"(distributed.stall_seconds={self._stall_seconds:g}): {beat}"
                         )
                         self._store.set("verdict", message)
-                        self._end_process(message)
+                        self._end_process(message, rank_zero=rank == 0)
             except RuntimeError:
                 continue  # the store does not answer; _judge counts how long
 
@@ -210,8 +223,10 @@ class Watchdog:
         if call := _collective_of(frame):
             self._beat.collective = call
 
-    def _end_process(self, message: str) -> None:
+    def _end_process(self, message: str, rank_zero: bool = False) -> None:
+        """``rank_zero``: it is rank 0 that is gone."""
         where = str(self._beat)
+        self._ends(message, rank_zero)
         print(
             f"rank {self._rank} ends, in {where}: {message}; exit code {EXIT_LOST_RANK}",
             file=sys.stderr,

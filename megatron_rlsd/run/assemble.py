@@ -21,12 +21,13 @@ from megatron_rlsd.experience.questions import fitting
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.observability import MetricsLogger
 from megatron_rlsd.observability.alarms import Alarms
-from megatron_rlsd.parallel.exchange import gather_bytes
+from megatron_rlsd.parallel.exchange import from_rank_zero, gather_bytes
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.recovery.continuity import continuity
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout.sglang import set_nccl_switches
 from megatron_rlsd.run.engines import rollout_engine
+from megatron_rlsd.run.folders import owned_folders
 from megatron_rlsd.run.model_files import ModelFiles, refuse_to_write_over_the_model
 from megatron_rlsd.run.run import Run
 from megatron_rlsd.runtime.errors import UserError
@@ -57,6 +58,7 @@ def assemble(
                 seed=config.train.seed,
             )
         )
+        stack.enter_context(owned_folders(config, groups.control))
         tokenizer = load_tokenizer(config.tokenizer, hf_path)
         if tokenizer.vocab_size > hf_config["vocab_size"]:
             raise UserError(
@@ -69,9 +71,7 @@ def assemble(
         )
         prompts = build_prompts(config, hf_config, tokenizer)
         run_dir = Path(config.run_dir)
-        if groups.rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            dump_config(config, run_dir / "config.yaml")
+        from_rank_zero(partial(dump_config, config, run_dir / "config.yaml"), groups.control)
         log = stack.enter_context(
             MetricsLogger(
                 run_dir,

@@ -7,13 +7,15 @@ import traceback
 from collections.abc import Callable
 
 from megatron_rlsd.config import Config, config_parser, load_config
-from megatron_rlsd.runtime.errors import UserError, tell
+from megatron_rlsd.runtime.errors import UserError, mendable, tell
 from megatron_rlsd.runtime.lifecycle import (
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_LOST_RANK,
     EXIT_PREEMPTED,
     LostRankError,
     Preempted,
+    StopSignals,
     stop_with_launcher,
     write_status,
 )
@@ -33,17 +35,31 @@ def execute(command: Callable[[Config], None], config: Config) -> int:
     """Run a program to its end, which status.json tells; the exit code."""
     stop_with_launcher()
     write_status(config.run_dir, None)
+
+    def preempted(number: int) -> None:
+        message = str(Preempted(number, None))
+        write_status(config.run_dir, "preempted", EXIT_PREEMPTED, message)
+
     status, code, message = "finished", 0, ""
-    try:
-        command(config)
-    except Preempted as stop:
-        status, code, message = "preempted", EXIT_PREEMPTED, str(stop)
-        print(f"{message}; exit code {code}", file=sys.stderr)
-    except UserError as error:
-        status, code, message = "failed", tell(error), f"error: {error}"
-    except Exception as error:
-        code = EXIT_LOST_RANK if isinstance(error, LostRankError) else EXIT_FAILED
-        status, message = "failed", f"{type(error).__name__}: {error}"
-        traceback.print_exc()
-    write_status(config.run_dir, status, code, message)
+    with StopSignals(preempted):
+        try:
+            command(config)
+        except Preempted as stop:
+            status, code, message = "preempted", EXIT_PREEMPTED, str(stop)
+            print(f"{message}; exit code {code}", file=sys.stderr)
+        except KeyboardInterrupt:
+            status, code, message = "failed", EXIT_INTERRUPTED, "SIGINT twice: nothing was saved"
+            print(f"{message}; exit code {code}", file=sys.stderr)
+        except Exception as error:
+            status = "failed"
+            if told := mendable(error):
+                code, message = tell(told), f"error: {told}"
+            else:
+                lost = isinstance(error, LostRankError)
+                code = EXIT_LOST_RANK if lost else EXIT_FAILED
+                message = f"{type(error).__name__}: {error}"
+                traceback.print_exc()
+            if isinstance(error, LostRankError) and error.rank_zero:
+                write_status(config.run_dir, status, code, message, for_rank_zero=True)
+        write_status(config.run_dir, status, code, message)
     return code

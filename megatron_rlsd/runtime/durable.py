@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_rlsd.runtime.errors import naming
+
 
 def partial_of(out: Path) -> Path:
     """Where the folder or file ``out`` is written before it is whole."""
@@ -47,8 +49,13 @@ def write_whole(path: Path, text: str) -> None:
     """Let a file appear, or change, at once; its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with naming(path):
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def put_in_place(partial: Path, out: Path) -> None:

@@ -6,6 +6,9 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 
@@ -53,6 +56,17 @@ def mendable(error: BaseException) -> UserError | None:
         each = cause
         passed.append(cause)
     return each
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """The system's answers inside name ``path``; to a write it answers without one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def tell(error: UserError) -> int:
