@@ -72,9 +72,20 @@ class PromptBuilder:
     ) -> None:
         self._prompts, self._teacher, self._tokenizer = prompts, teacher, tokenizer
         self._positions, self._max_response_tokens = positions, max_response_tokens
+        self._served: int | None = None
         self._sft_fields = _sft_fields(prompts.sft_response)
         if prompts.system is not None:
             check_system(tokenizer, prompts.system)
+
+    @property
+    def served(self) -> int | None:
+        """Tokens of the longest student prompt that the engine answers; None: not known, or as many
+        as the model has positions."""
+        return self._served
+
+    def serve_at_most(self, tokens: int) -> None:
+        """What the engine says once it is there."""
+        self._served = tokens
 
     def limit(self, following: int | None = None) -> Limit:
         """Of a student's prompt before ``following`` tokens (None: a whole response).
@@ -88,13 +99,16 @@ class PromptBuilder:
                 f"rollout.max_response_tokens={self._max_response_tokens} leaves no room for a "
                 f"prompt in the model's {self._positions} positions (max_position_embeddings)"
             )
-        if room is not None and room < most:
+        limits = [Limit(most, f"prompts.max_prompt_tokens={most}")]
+        if room is not None:
             count = self._max_response_tokens if following is None else following
-            return Limit(
-                room, f"the {room} that {count} tokens after it leave of the model's "
-                f"{self._positions} positions (max_position_embeddings)"
-            )  # fmt: skip
-        return Limit(most, f"prompts.max_prompt_tokens={most}")
+            leaves = f"the {room} that {count} tokens after it leave of the model's"
+            why = f"{leaves} {self._positions} positions (max_position_embeddings)"
+            limits.append(Limit(room, why))
+        if (served := self._served) is not None:
+            why = f"the {served} that a rollout server takes: its context, or what its cache holds"
+            limits.append(Limit(served, why))
+        return min(limits, key=lambda limit: limit.tokens)
 
     def student(self, problem: Problem, following: int | None = None) -> list[int]:
         """[P] ids of the question; PromptTooLong beyond ``limit(following)``."""

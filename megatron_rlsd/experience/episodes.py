@@ -142,12 +142,12 @@ class Episodes:
                 each.add_turn(generation, self._tokenizer.decode(generation.token_ids))
                 if generation.finish_reason == "abort" or (
                     generation.finish_reason == "length"
-                    and len(each.token_ids) >= params.max_new_tokens
+                    and len(each.token_ids) >= self._most(each, params)
                 ):
                     each.finish_reason = generation.finish_reason
             judged = [e for e in going if e.finish_reason is None]
             for each, reply in zip(judged, self._ask(judged), strict=True):
-                self._take_answer(each, reply, params.max_new_tokens)
+                self._take_answer(each, reply, self._most(each, params))
         return [self._trajectory(each) for each in episodes]
 
     def _open(self, episodes: list[Episode], n: int) -> None:
@@ -168,6 +168,11 @@ class Episodes:
                     each.prompt_ids = self._prompts.student(each.problem)
                 except PromptTooLong as error:
                     each.fail(f"reset: {error}")
+
+    def _most(self, episode: Episode, params: SamplingParams) -> int:
+        """Tokens after the prompt with which a last turn is still one that the engine takes."""
+        served, most = self._prompts.served, params.max_new_tokens
+        return most if served is None else min(most, served - len(episode.prompt_ids))
 
     def _request(self, episode: Episode, params: SamplingParams) -> GenerationRequest:
         left = params.max_new_tokens - len(episode.token_ids)

@@ -41,6 +41,11 @@ class CollectiveEngine:
     def weight_version(self) -> int:
         return self._engine.weight_version
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """None: the model's positions are the only bound."""
+        return None
+
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Called on every rank, each with the full stream."""
         self._engine.update_weights(tensors, version)

@@ -45,6 +45,11 @@ class ServedEngine:
     def weight_version(self) -> int:
         return self._version
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """Of the server that takes the least, on rank 0 once servers were ready."""
+        return None if self._engine is None else self._engine.longest_prompt
+
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Called on every rank, each with the full stream.
 

@@ -13,6 +13,7 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, Tokenizer
 from megatron_rlsd.experience import Collector, GroupBuilder, train_batch, trained
 from megatron_rlsd.experience.evaluation import evaluate
+from megatron_rlsd.experience.questions import fitting
 from megatron_rlsd.hf_bridge import save_hf_folder
 from megatron_rlsd.learner.credit import CreditCollector, attach_credit
 from megatron_rlsd.observability import MetricsLogger
@@ -89,6 +90,8 @@ class Run:
         if self.config.rollout.colocated:
             self.actor.make_room()
         metrics = self.publisher.publish(self.actor, version)
+        if (longest := self.engine.longest_prompt) is not None:
+            self.prompts.serve_at_most(longest)
         if self.collector is not None:
             self.collector.published(version)
         return metrics
@@ -103,7 +106,12 @@ class Run:
 
         def work() -> bytes:
             assert self.builder is not None
-            results = evaluate(self.builder, self.eval_problems, self.config.eval)
+            problems = {
+                # Servers may take shorter prompts than the model has positions for.
+                name: fitting(some, self.prompts, name)
+                for name, some in self.eval_problems.items()
+            }
+            results = evaluate(self.builder, problems, self.config.eval)
             self.log.evaluation(step, results)
             return json.dumps(results).encode()
 

@@ -18,8 +18,9 @@ from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.fleet import Fleet
 from megatron_rlsd.rollout.sglang.memory import Part, SharedMemory
-from megatron_rlsd.rollout.sglang.server import Server, State
+from megatron_rlsd.rollout.sglang.server import Server, State, connections
 from megatron_rlsd.rollout.sglang.update import PauseMode, Update
+from megatron_rlsd.runtime.open_files import allow_open_files
 from megatron_rlsd.types import Generation, GenerationRequest
 
 Result = TypeVar("Result")
@@ -39,7 +40,8 @@ class SGLangEngine:
     beyond its vocabulary); run_dir: logs go to run_dir/sglang; pause: what weight updates do to
     requests under way; claims: the servers are to have this run's weights, so those that a living
     run uses are refused; routes: have generations say which experts tokens took.
-    Raises EngineError for an API key that is not set.
+    Raises EngineError for an API key that is not set; UserError where the system lets this process
+    open too few connections (it raises its soft limit by itself).
     """
 
     def __init__(
@@ -59,6 +61,11 @@ class SGLangEngine:
         self._vocab_size, self._max_positions = vocab_size, max_positions
         self._ready = self._closed = False
         api_key = resolved_api_key(config.api_key)
+        servers = len(config.urls) or config.num_servers
+        allow_open_files(
+            servers * connections(config),
+            f"rollout.sglang.max_in_flight={config.max_in_flight} at {servers} servers",
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
@@ -86,8 +93,16 @@ class SGLangEngine:
         """Version that every server serves; 0: the weights they were started with."""
         return self.fleet.weights.version
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """Tokens; what is longer, some server refuses. None before any server was ready."""
+        return self.fleet.longest_prompt
+
     def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
         """One generation per request, in order; see ``RolloutEngine.generate``.
+
+        A response that would pass what its server holds of one request ends there, with the
+        finish_reason ``length``; ``shortened_responses`` counts these.
 
         The seeds are passed on, but only servers with ``enable_deterministic_inference`` obey them.
         Raises EngineError, before anything is generated, for a request that cannot be served; later
@@ -128,8 +143,8 @@ class SGLangEngine:
         return self.call(score(), limit)
 
     def counted(self) -> Counter[str]:
-        """Since the start: ``requests``, ``request_retries``, ``cached_prompt_tokens`` and
-        ``server_restarts``."""
+        """Since the start: ``requests``, ``request_retries``, ``cached_prompt_tokens``,
+        ``shortened_responses`` and ``server_restarts``."""
         counted = Counter(self.fleet.counters)
         counted["server_restarts"] = sum(max(0, s.starts - 1) for s in self.fleet.servers)
         return counted

@@ -13,7 +13,7 @@ import itertools
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_rlsd.config import SGLangConfig
@@ -76,7 +76,11 @@ class Fleet:
         self._config, self._vocab_size, self._routes = config, vocab_size, routes
         self.weights = CurrentWeights()
         self.counters = Counter(
-            requests=0, request_retries=0, interrupted_requests=0, cached_prompt_tokens=0
+            requests=0,
+            request_retries=0,
+            interrupted_requests=0,
+            cached_prompt_tokens=0,
+            shortened_responses=0,
         )
         """See SGLangEngine.counted."""
         urls = config.urls or [""] * config.num_servers
@@ -163,6 +167,12 @@ class Fleet:
             self._doorbell.close()
 
     # Generation
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """See SGLangEngine."""
+        known = [s.max_tokens - 1 for s in self.servers if s.max_tokens is not None]
+        return min(known, default=None)
 
     async def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
         """One generation per request, in order, sampled by the weights that are current meanwhile.
@@ -272,6 +282,20 @@ class Fleet:
     async def _ask(self, stay: Stay) -> Generation:
         work, server = stay.work, stay.server
         request = work.request
+        assert server.max_tokens is not None
+        room = server.max_tokens - len(request.prompt_ids)
+        if room < 1 and work.parts:
+            # Another server had more room for it.
+            self.counters["shortened_responses"] += 1
+            return Generation([], [], "length", stay.version)
+        if room < 1:
+            raise EngineError(
+                f"the prompt has {len(request.prompt_ids)} tokens, and {server} takes at most "
+                f"{server.max_tokens - 1}: its context, or what its cache holds"
+            )
+        shortened = room < request.params.max_new_tokens
+        if shortened:
+            request = replace(request, params=replace(request.params, max_new_tokens=room))
         content = await server.client.generate(
             generate_body(request, stay.rid, with_routes=self._routes is not None),
             timeout=self._config.request_timeout_seconds,
@@ -286,6 +310,7 @@ class Fleet:
             server=str(server),
             routes=self._routes,
         )
+        self.counters["shortened_responses"] += shortened and generation.finish_reason == "length"
         self.counters["cached_prompt_tokens"] += reply.meta_info.cached_tokens or 0
         return generation
 

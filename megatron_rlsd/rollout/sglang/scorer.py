@@ -18,6 +18,7 @@ from megatron_rlsd.rollout.sglang.replies import (
     response_score_body,
     score_limit,
 )
+from megatron_rlsd.runtime.open_files import allow_open_files
 
 Answer = TypeVar("Answer")
 FIRST_PAUSE_SECONDS = 0.5
@@ -35,6 +36,8 @@ class SGLangScorer:
         assert config.url is not None
         self._config, self._url, self._vocab_size = config, config.url.rstrip("/"), vocab_size
         self._api_key = resolved_api_key(config.api_key, "teacher")
+        in_flight = config.max_in_flight
+        allow_open_files(in_flight, f"teacher.sglang.max_in_flight={in_flight}")
 
     def check(self) -> None:
         """EngineError unless the server is ready and its model embeds ``vocab_size`` tokens.

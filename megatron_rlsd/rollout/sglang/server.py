@@ -79,6 +79,8 @@ class Server:
     faults: int = 0
     """Restarts since its last good answer, and times that it lost the fleet's trust since."""
     failed_loads: int = 0
+    max_tokens: int | None = None
+    """Prompt and response of one request that it answers in full; None: never ready yet."""
     holds: int | None = None
     """FleetWeights.publications when it got its weights from us. Its own label does not tell: an
     earlier run may have left other weights there under the same version."""
@@ -204,6 +206,8 @@ class Supervisor:
                 if not server.is_own:
                     await self._wake_if_left()
                 await asyncio.sleep(POLL_SECONDS)
+        facts = await server.client.facts(timeout=self._config.update_timeout_seconds)
+        server.max_tokens = facts.max_tokens
         async with self._weights.lock:
             await self._claim()
             await self._bring_weights()
@@ -382,9 +386,14 @@ async def raise_if_in_use(client: SGLangClient, label: str) -> None:
         )
 
 
-def new_client(url: str, config: SGLangConfig, api_key: str | None) -> SGLangClient:
+def connections(config: SGLangConfig) -> int:
+    """Most that are open to one server at a time."""
     # A few more than the requests: health checks, aborts and updates must get through.
-    return SGLangClient(url, api_key=api_key, max_connections=config.max_in_flight + 16)
+    return config.max_in_flight + 16
+
+
+def new_client(url: str, config: SGLangConfig, api_key: str | None) -> SGLangClient:
+    return SGLangClient(url, api_key=api_key, max_connections=connections(config))
 
 
 def local_url(host: str, port: int) -> str:

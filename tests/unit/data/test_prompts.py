@@ -257,3 +257,15 @@ def test_a_question_too_long_for_the_model_says_why(
         prompts.privileged(PROBLEM)
     with pytest.raises(UserError, match="max_response_tokens=20 leaves no room for a prompt"):
         room(small_tokenizer, 20).student(PROBLEM)
+
+
+def test_a_question_too_long_for_the_servers_says_why(
+    small_tokenizer: SentencePieceTokenizer,
+) -> None:
+    prompts = room(small_tokenizer, 10_000)
+    student = len(prompts.student(PROBLEM))
+    prompts.serve_at_most(student)
+    assert len(prompts.student(PROBLEM)) == student
+    prompts.serve_at_most(student - 1)
+    with pytest.raises(PromptTooLong, match=f"the {student - 1} that a rollout server takes"):
+        prompts.student(PROBLEM)

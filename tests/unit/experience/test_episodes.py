@@ -241,3 +241,16 @@ def test_a_failing_environment_gives_no_reward_and_is_counted(play):
     assert metrics["rollout/environment_error_share"] == 1
     assert metrics["rollout/reward_error_share"] == 1
     assert len(train_batch(groups)) == len(found) - len(unbegun)
+
+
+def test_an_episode_ends_before_a_turn_whose_prompt_no_server_takes(play):
+    with play({"name": "digits.py:Digits"}) as (collector, engine):
+        before, _ = collector.collect(0)
+        longest = max(len(r.prompt_ids) for batch in engine.batches for r, _ in batch)
+        engine.batches.clear()
+        collector._builder._prompts.serve_at_most(longest - 1)
+        after, _ = collector.collect(1)
+    assert max(len(r.prompt_ids) for batch in engine.batches for r, _ in batch) < longest
+    ended = [t for g in after for t in g.trajectories if t.generation.finish_reason == "length"]
+    assert any(len(t.transcript) < 5 for t in ended)
+    assert len(before) == len(after)
