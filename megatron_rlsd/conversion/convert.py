@@ -30,6 +30,7 @@ from megatron_rlsd.conversion.torch_dist import Item, ItemFile, write_metadata
 from megatron_rlsd.hf_bridge.companions import companion_files, copy_companions
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout, round_up
 from megatron_rlsd.hf_bridge.families import family_for
+from megatron_rlsd.hf_bridge.finite import finite_slice
 from megatron_rlsd.hf_bridge.load import check_tensors, check_tied_aliases
 from megatron_rlsd.hf_bridge.partial import PartialFolder, check_free_space, check_replaceable
 from megatron_rlsd.hf_bridge.reader import SINGLE_NAME, Weights, load_hf_config
@@ -190,7 +191,7 @@ def to_hf(
             def tensors(names: list[str] = names) -> Iterator[tuple[str, Tensor]]:
                 nonlocal done
                 for name in names:
-                    yield name, _cast(weights.slice(name), described[name].dtype, name)
+                    yield name, _cast(finite_slice(weights, name), described[name].dtype, name)
                     progress(done := done + described[name].nbytes, total)
 
             write_safetensors(folder.path / file, {n: described[n] for n in names}, tensors())
@@ -285,9 +286,9 @@ def _fill(out: Tensor, piece: _Piece, weights: Weights, dims: ModelDims) -> None
             ranges = ((source, source + stop - row), *columns)
             target = out[row - top : stop - top]
             if straight:
-                weights.slice(name, ranges, target)
+                finite_slice(weights, name, ranges, target)
             else:
-                target.copy_(_cast(weights.slice(name, ranges), piece.dtype, name))
+                target.copy_(_cast(finite_slice(weights, name, ranges), piece.dtype, name))
             filled += stop - row
     if filled < rows:
         out[filled:] = 0

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.hf_bridge.mappings import Ranges
-from megatron_rlsd.hf_bridge.reader import SafetensorsFolder, Weights, hf_folder, read_index
+from megatron_rlsd.hf_bridge.reader import (
+    SafetensorsFolder,
+    Weights,
+    hf_folder,
+    read_index,
+    refuse_two_checkpoints,
+)
 from megatron_rlsd.hf_bridge.safetensors_file import DTYPE_NAMES, TensorInfo
 from megatron_rlsd.hf_bridge.wording import listed
 from megatron_rlsd.runtime.errors import UserError
@@ -40,6 +46,7 @@ class PickledFolder:
         self.path = hf_folder(path)
         index = self.path / PICKLED_INDEX_NAME
         weight_map = read_index(index) if index.is_file() else None
+        refuse_two_checkpoints(self.path, PICKLED_SINGLE_NAME, PICKLED_INDEX_NAME, weight_map)
         files = sorted(set(weight_map.values())) if weight_map else [PICKLED_SINGLE_NAME]
         self._values: dict[str, Tensor] = {}
         self.tensors: dict[str, TensorInfo] = {}

@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from megatron_rlsd.data.chat_template import MAX_TEMPLATE_BYTES
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.runtime.small_files import read_json_object, read_text
+from megatron_rlsd.runtime.json_text import MAX_JSON_BYTES, read_json_object
+from megatron_rlsd.runtime.small_files import read_text
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -59,7 +60,7 @@ def read_hf_files(folder: Path) -> HFFiles:
 
 def _backend(path: Path) -> Tokenizer:
     # Before the library reads it: a size that ends, and an error in words.
-    content = read_text(path, 512 * 2**20)
+    content = read_text(path, MAX_JSON_BYTES)
     try:
         backend = Tokenizer.from_str(content)
         backend.no_truncation()

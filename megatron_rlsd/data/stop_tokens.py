@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.runtime.small_files import read_json_object
+from megatron_rlsd.runtime.json_text import read_json_object
 
 FILES = ("generation_config.json", "config.json")
 """Engines look at both."""

@@ -16,7 +16,7 @@ from megatron_rlsd.data.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
 )
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.runtime.small_files import read_json_object
+from megatron_rlsd.runtime.json_text import read_json_object
 
 WARN = logging.getLogger(__name__).warning
 

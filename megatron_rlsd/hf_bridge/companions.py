@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_rlsd.runtime.small_files import own_files, read_json_object, read_text
+from megatron_rlsd.runtime.json_text import read_json_object
+from megatron_rlsd.runtime.small_files import own_files, read_text
 
 COPIED_FILES = (
     "tokenizer*",

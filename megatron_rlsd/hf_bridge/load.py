@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
 from megatron_rlsd.hf_bridge.family import Family, HFConfig, ParameterEntry
+from megatron_rlsd.hf_bridge.finite import finite_slice
 from megatron_rlsd.hf_bridge.parameters import local_parameters, model_dims
 from megatron_rlsd.hf_bridge.quantized import set_values
 from megatron_rlsd.hf_bridge.reader import SafetensorsFolder, Weights
@@ -38,7 +39,8 @@ def load_hf_weights(
     Everything is checked before the first value is copied, so a failed load leaves the model as it
     was: UserError for a damaged folder; for missing, extra, ill-shaped or non-float tensors
     anywhere in the checkpoint; for Megatron parameters that the family does not know or that the
-    model lacks; and for sizes that ``layout`` does not divide.
+    model lacks; and for sizes that ``layout`` does not divide. A NaN or an infinity is found as the
+    values are read, with some of them in place.
     """
     dims = model_dims(model_chunks, family, hf_config)
     dims.check(layout)
@@ -58,7 +60,7 @@ def _shard(
     dims: ModelDims,
     layout: ShardLayout,
 ) -> torch.Tensor:
-    read = [partial(folder.slice, name) for name in entry.hf_names]
+    read = [partial(finite_slice, folder, name) for name in entry.hf_names]
     return entry.mapping.shard(read, dims, *entry.ranks(layout))
 
 

@@ -42,14 +42,16 @@ class SafetensorsFolder:
     """The tensors of one folder: names, shapes and dtypes at once, values by slice on demand.
 
     Opening reads headers only. Raises UserError that names the damaged file or tensor: no
-    safetensors file, a shard that the index names and the folder lacks, a file that is cut short
-    or corrupt, a tensor that the index promises and its file lacks, a tensor in two places.
+    safetensors file, a file of all weights beside shards of all weights, a shard that the index
+    names and the folder lacks, a file that is cut short or corrupt, a tensor that the index
+    promises and its file lacks, a tensor in two places.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = hf_folder(path)
         index = self.path / INDEX_NAME
         weight_map = read_index(index) if index.is_file() else None
+        refuse_two_checkpoints(self.path, SINGLE_NAME, INDEX_NAME, weight_map)
         files = sorted(set(weight_map.values())) if weight_map else [_single_file(self.path)]
         missing = [name for name in files if not (self.path / name).is_file()]
         if missing:
@@ -94,6 +96,21 @@ class SafetensorsFolder:
             raise UserError(
                 f"tensors in the files but not in {self.path / INDEX_NAME}: {listed(extra)}"
             )
+
+
+def refuse_two_checkpoints(
+    folder: Path, single: str, index: str, weight_map: dict[str, str] | None
+) -> None:
+    """Raise UserError where a file of all weights lies beside shards: one of them is out of date.
+
+    transformers reads the single file, other programs the index.
+    """
+    if weight_map is not None and (folder / single).exists() and single not in weight_map.values():
+        shards = listed(sorted(set(weight_map.values())))
+        raise UserError(
+            f"{folder} holds two checkpoints: {single}, and {index} with {shards}. Programs differ "
+            "in which they read; remove the one that is out of date"
+        )
 
 
 def hf_folder(path: str | Path) -> Path:

@@ -19,10 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from megatron_rlsd.hf_bridge import SafetensorsFolder, max_positions
 from megatron_rlsd.rollout.checks import check_request
 from megatron_rlsd.rollout.decoding import DecodingBatch
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import RouteRecorder, RoutesShape
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest
 
 
@@ -61,7 +63,14 @@ class EmbeddedEngine:
         self.max_batch_size = max_batch_size
         self.device = torch.device(device)
         self._weight_version: int | None = 0 if load_weights else None
-        config = AutoConfig.from_pretrained(hf_path, local_files_only=True)
+        try:
+            config = AutoConfig.from_pretrained(
+                hf_path, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise EngineError(f"transformers does not know the model in {hf_path}: {error}") from (
+                error
+            )
         _require_full_attention(config)
         # The trainer's random numbers must not depend on whether it holds an engine.
         with torch.random.fork_rng(devices=[]), _no_progress_bar():
@@ -69,7 +78,7 @@ class EmbeddedEngine:
         self._model: Any = model.to(self.device).eval().requires_grad_(False)
         text_config = config.get_text_config()
         self._vocab_size: int = text_config.vocab_size
-        self._max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._max_positions = max_positions(text_config.to_dict())
 
     @property
     def weight_version(self) -> int:
@@ -184,15 +193,17 @@ class EmbeddedEngine:
 
 def _load(hf_path: str | Path, dtype: torch.dtype) -> Any:
     try:
+        SafetensorsFolder(hf_path)  # names what is damaged, or read differently by other programs
         model, info = AutoModelForCausalLM.from_pretrained(
             hf_path,
             dtype=dtype,
             attn_implementation="sdpa",
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UserError) as error:
         raise EngineError(f"cannot load weights from {hf_path}: {error}") from error
     problems = [f"{kind}: {sorted(map(str, names))}" for kind, names in info.items() if names]
     if problems:
@@ -202,7 +213,9 @@ def _load(hf_path: str | Path, dtype: torch.dtype) -> Any:
 
 def _build(config: Any, dtype: torch.dtype) -> Any:
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
     model.tie_weights()  # no_init_weights skips that too
     return model
 

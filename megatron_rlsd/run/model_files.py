@@ -11,7 +11,8 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.data import Tokenizer
 from megatron_rlsd.hf_bridge.companions import without_code, write_json
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.runtime.small_files import own_files, read_json_object
+from megatron_rlsd.runtime.json_text import read_json_object
+from megatron_rlsd.runtime.small_files import own_files
 
 LICENCES = ("LICENSE*", "NOTICE*")
 GENERATION = "generation_config.json"

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.small_files import read_text
 
+MAX_JSON_BYTES = 512 * 2**20
+"""The largest tokenizer.json in use have some 40 MB."""
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]', re.DOTALL)
 
 
@@ -35,9 +38,7 @@ def parse_json(text: str) -> Any:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; UserError that names the file where it is not valid."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        return parse_json(read_text(path, MAX_JSON_BYTES))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 

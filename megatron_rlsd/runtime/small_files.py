@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from megatron_rlsd.runtime.errors import UserError
-
-MAX_JSON_BYTES = 512 * 2**20
-"""The largest tokenizer.json in use have some 40 MB."""
 
 
 def read_text(path: Path, max_bytes: int) -> str:
@@ -28,20 +23,6 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises UserError, as ``read_text``, for anything else."""
-    text = read_text(path, max_bytes)
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    except RecursionError:
-        raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold an object, got {type(content).__name__}")
-    return content
 
 
 def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from megatron_rlsd.hf_bridge import SafetensorsFolder
+from megatron_rlsd.hf_bridge.finite import check_finite
 from megatron_rlsd.ops import token_log_probs
 from megatron_rlsd.runtime.errors import UserError
 
@@ -31,9 +33,20 @@ class ExternalTeacher:
         """Raises UserError where the folder or its vocabulary does not fit."""
         if not (Path(hf_path) / "config.json").is_file():
             raise UserError(f"teacher.hf_path={hf_path}: no config.json there")
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            hf_path, dtype=dtype, attn_implementation="sdpa"
-        )
+        if any(Path(hf_path).glob("*.safetensors")):
+            SafetensorsFolder(hf_path)  # as the student's: whole, and one checkpoint
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                hf_path,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"teacher.hf_path={hf_path} does not load: {error}") from error
+        for name, parameter in model.named_parameters():
+            check_finite(parameter.detach(), f"{name} in teacher.hf_path={hf_path}")
         found = model.config.vocab_size
         if found != vocab_size:
             raise UserError(

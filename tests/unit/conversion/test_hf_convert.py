@@ -487,3 +487,44 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
     to, back = (int(n) for n in result.stdout.split())
     assert max(to, back) < 2 * largest + 96e6 < size / 2
     assert hashes(SafetensorsFolder(tmp_path / "back")) == hashes(SafetensorsFolder(source))
+
+
+@pytest.mark.parametrize("name", ["llama_untied_gqa", "qwen3_moe_gqa", "deepseek_v3_groups"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named_by_every_reader(
+    name: str, value: float, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders[name], folder)
+    tensors = load_file(folder / "model.safetensors")
+    broken = next(n for n in tensors if "layers.1" in n and n.endswith("o_proj.weight"))
+    tensors[broken][-1, -1] = value
+    save_file(tensors, folder / "model.safetensors")
+    message = rf"{broken} in .*model: 1 of .* numbers are NaN or infinite"
+    with pytest.raises(UserError, match=message):
+        to_megatron(folder, tmp_path / "out", Sizes())
+    with pytest.raises(UserError, match=message):
+        to_megatron(folder, tmp_path / "out", Sizes(), dtype=torch.bfloat16)
+    assert not (tmp_path / "out").exists()
+    hf_config = load_hf_config(folder)
+    with (
+        tiny_hf.megatron_model(folder) as chunks,
+        pytest.raises(UserError, match=message),
+    ):
+        load_hf_weights(chunks, folder, family_for(hf_config), hf_config)
+
+
+def test_a_checkpoint_with_a_weight_that_is_no_number_is_not_exported(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_megatron(tiny_folders["llama_tied_mqa"], tmp_path / "checkpoint", Sizes())
+    slice_ = MegatronWeights.slice
+
+    def broken(self: MegatronWeights, name: str, *rest: Any) -> torch.Tensor:
+        value = slice_(self, name, *rest)
+        return value.fill_(float("nan")) if name == "model.norm.weight" else value
+
+    monkeypatch.setattr(MegatronWeights, "slice", broken)
+    with pytest.raises(UserError, match=r"model\.norm\.weight in .*checkpoint: 48 of 48 numbers"):
+        to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

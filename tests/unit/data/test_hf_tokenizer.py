@@ -307,8 +307,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("special_tokens_map.json", {"pad_token": []}, r"pad_token must be a token's text"),
     ("tokenizer.json", {"model": 1}, "is no tokenizer"),
     ("tokenizer.json", "[" * 100_000, "is no tokenizer"),
-    ("config.json", '{"a":' * 100_000, "nested too deeply"),
-    ("tokenizer_config.json", "\xff\xfe", "is not valid JSON"),
+    ("config.json", '{"a":' * 100_000, "nested too deep"),
+    ("tokenizer_config.json", "\xff\xfe", "is not UTF-8|is not valid JSON"),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rlsd.hf_bridge import SafetensorsFolder, load_hf_config
+from megatron_rlsd.hf_bridge.finite import check_finite
 from megatron_rlsd.runtime.errors import UserError
 
 TENSORS = {
@@ -234,3 +235,30 @@ def test_dtype_that_torch_does_not_have_is_listed_but_not_read(tmp_path: Path) -
     assert folder.tensors["a"].dtype == "F6_E2M3"
     with pytest.raises(UserError, match=r"a in .* has dtype F6_E2M3, which is not read"):
         folder.slice("a")
+
+
+@pytest.mark.parametrize("stale", ["model.safetensors"])
+def test_all_weights_beside_shards_of_all_weights_are_two_checkpoints(
+    sharded: Path, stale: str
+) -> None:
+    save_file({name: tensor + 1 for name, tensor in TENSORS.items()}, sharded / stale)
+    with pytest.raises(UserError, match=r"two checkpoints: model\.safetensors, and .*two\.safet"):
+        SafetensorsFolder(sharded)
+    write_index(sharded, dict.fromkeys(TENSORS, stale))
+    assert torch.equal(SafetensorsFolder(sharded).slice("a"), TENSORS["a"] + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_is_found_wherever_it_stands(
+    dtype: torch.dtype, value: float
+) -> None:
+    for size in (1, 7, 1000, 70_001):
+        check_finite(torch.full((size,), torch.finfo(dtype).max, dtype=dtype), "w")
+        for place in {0, size // 2, size - 1}:
+            tensor = torch.zeros(size, dtype=dtype)
+            tensor[place] = value
+            with pytest.raises(UserError, match=rf"^w: 1 of {size:,} numbers are NaN or infinite"):
+                check_finite(tensor, "w")
+    check_finite(torch.zeros(0, dtype=dtype), "w")
+    check_finite(torch.zeros(3, dtype=torch.float8_e4m3fn), "w")
