@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+_BRACES = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]")
+_BETWEEN_BOXES = re.compile(
+    r"[\s$]*(?:,|;|,?\s*(?:and|or)|\\text\{\s*,?\s*(?:and|or)\s*\}|\\quad)[\s$]*(?:[a-z]\s*=\s*)?"
+    r"(?:\\f?box(?:ed)?\s*\{)"
+)
 _NUMBER = re.compile(r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6})?")
 
 
@@ -24,21 +28,43 @@ def extract_answer(response: str, pattern: str | None = None) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}`` whose braces balance; of nested ones the inner.
+    """Content of the last ``\\boxed{...}`` whose braces balance; of nested ones the inner."""
+    boxes = _boxes(text)
+    return text[slice(*boxes[-1])].strip() if boxes else None
+
+
+def boxed_answer(text: str) -> str | None:
+    """Content of the last box, or of several side by side: ``\\boxed{1}`` and ``\\boxed{2}``: 1,2.
+
+    Only "and", "or", a comma and marks of formulas may stand between boxes that belong together.
+    """
+    boxes = _boxes(text)
+    if not boxes:
+        return None
+    contents = [text[slice(*boxes[-1])].strip()]
+    for (_, stop), (start, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        if not _BETWEEN_BOXES.fullmatch(text[stop + 1 : start]):
+            break
+        contents.append(text[boxes[-1 - len(contents)][0] : stop].strip())
+    return ",".join(dict.fromkeys(reversed(contents)))
+
+
+def _boxes(text: str) -> list[tuple[int, int]]:
+    """Start and stop of the content of every box, in order; of nested ones the innermost.
 
     One pass over the text: a response may repeat an unclosed ``\\boxed{`` thousands of times.
     """
     open_braces: list[tuple[bool, int]] = []
-    last: tuple[int, int] | None = None
+    found: list[tuple[int, int]] = []
     for match in _BRACES.finditer(text):
         token = match[0]
         if token.endswith("{") and token != r"\{":
             open_braces.append((token != "{", match.end()))
         elif token == "}" and open_braces:
             is_box, start = open_braces.pop()
-            if is_box and (last is None or start > last[0]):
-                last = start, match.start()
-    return None if last is None else text[last[0] : last[1]].strip()
+            if is_box and (not found or start > found[-1][0]):
+                found.append((start, match.start()))
+    return found
 
 
 def check_answer_pattern(pattern: str | None) -> None:

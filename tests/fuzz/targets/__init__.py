@@ -1,12 +1,13 @@
-"""The fuzz targets by name."""
+"""The fuzz targets by name: every module in this folder is one."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from tests.fuzz.driver import Target
-from tests.fuzz.targets import checkpoint_bytes, config_files, jsonl_lines
 
 TARGETS: dict[str, Target] = {
-    "checkpoint_bytes": checkpoint_bytes,
-    "config_files": config_files,
-    "jsonl_lines": jsonl_lines,
+    found.name: importlib.import_module(f"{__name__}.{found.name}")  # type: ignore[misc]
+    for found in pkgutil.iter_modules(__path__)
 }

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from megatron_rlsd.config import JsonlSource
+from megatron_rlsd.data.jsonl import JsonlProblems
 from megatron_rlsd.rewards.errors import TimeLimitExceeded
 from megatron_rlsd.rewards.exact_match import exact_match
 from megatron_rlsd.rewards.math_answers import math_verify
@@ -34,6 +37,13 @@ def test_exact_match(sample: Sample) -> None:
         ("$x^2+1$", r"\boxed{1+x^2}", 1.0),
         (r"\{1,2\}", r"\boxed{\{2,1\}}", 1.0),
         ("1,000", r"\boxed{1000}", 1.0),
+        ("1,2", r"$x=\boxed{1}$ or $x=\boxed{2}$", 1.0),
+        ("2", r"First \boxed{1}, and then \boxed{2}", 1.0),
+        (r"\$18.90", "She pays $18.90", 1.0),
+        ("east", r"It flies $\text{east}$", 1.0),
+        ("east", r"\boxed{seat}", 0.0),
+        ("5", r"\boxed{6=5}", 0.0),
+        (r"\boxed{7}", r"\boxed{7}", 1.0),
         ("7", r"\boxed{\frac{1}{}", 0.0),
         ("7", "", 0.0),
     ],
@@ -52,7 +62,34 @@ def test_math_verify_with_a_pattern_reads_only_the_match(sample: Sample) -> None
 
 def test_math_verify_tells_an_expensive_answer_from_a_wrong_one(sample: Sample) -> None:
     with pytest.raises(TimeLimitExceeded, match="longer than 1 s"):
-        math_verify(sample(r"\boxed{9^{9^{9^{9}}}}"), timeout_seconds=1)
+        math_verify(sample(r"\boxed{\int_0^1 x^{x^x} dx}"), timeout_seconds=1)
+
+
+def test_math_verify_never_works_out_a_number_without_bound(sample: Sample) -> None:
+    for tower in (r"9^{9^{9^{9}}}", r"(10^9)!", "1.0000001^{10000000}", r"(2^{30})^{2^{30}}"):
+        assert math_verify(sample(rf"\boxed{{{tower}}}"), timeout_seconds=1) == 0.0
+        assert math_verify(sample(rf"\boxed{{{tower}}}", answer=tower), timeout_seconds=1) == 1.0
+
+
+def test_both_verifiers_read_the_numbers_of_a_data_file(sample: Sample, tmp_path: Path) -> None:
+    literals = {
+        "0.00001": ("0.00001", "1e-5"),
+        "1e400": ("1e400", "1" + "0" * 400),
+        "-0.0": ("0", "-0.0"),
+        "12345678901234567890123": ("12345678901234567890123", "12,345,678,901,234,567,890,123"),
+        "2.50": ("2.5", "2.50"),
+    }
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f'{{"prompt": "?", "answer": {literal}}}\n' for literal in literals))
+    table = JsonlProblems(JsonlSource(kind="jsonl", path=str(path)))
+    for index, given in enumerate(literals.values()):
+        answer = table[index].answer
+        for each in given:
+            assert math_verify(sample(rf"\boxed{{{each}}}", answer)) == 1.0
+            assert exact_match(sample(rf"\boxed{{{each}}}", answer), numeric=True) == 1.0
+        for wrong in ("e-5", "3", f"{given[0]}7"):
+            assert math_verify(sample(rf"\boxed{{{wrong}}}", answer)) == 0.0
+            assert exact_match(sample(rf"\boxed{{{wrong}}}", answer), numeric=True) == 0.0
 
 
 def test_math_verify_reports_an_unreadable_reference(sample: Sample) -> None:
