@@ -8,6 +8,6 @@ import pkgutil
 from tests.fuzz.driver import Target
 
 TARGETS: dict[str, Target] = {
-    found.name: importlib.import_module(f"{__name__}.{found.name}")  # type: ignore[misc]
+    found.name: importlib.import_module(f"{__name__}.{found.name}")
     for found in pkgutil.iter_modules(__path__)
 }

@@ -10,10 +10,9 @@ import yaml
 
 from megatron_rlsd.config import Config, dump_config, load_config
 from megatron_rlsd.runtime.errors import UserError
-from tests.conftest import ROOT
 from tests.fuzz.text import mutated, text
 
-SHIPPED = sorted((ROOT / "examples").rglob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "examples").rglob("*.yaml"))
 TEXT_KEYS = ("run_dir", "prompts.system", "prompts.format_instruction", "data.train.0.path")
 """Keys that take any text: what is typed must arrive."""
 KEYS = (
