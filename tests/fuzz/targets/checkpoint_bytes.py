@@ -186,7 +186,7 @@ def _trained(folder: Path) -> Iterator[Saved]:
         checkpoints = Checkpointer(config, actor.groups)
         digests = {}
         for step in (1, 2):
-            supervised_update(actor, [Sequence([1, 2, 3], [4, 5 + step])])
+            supervised_update(actor, [Sequence.of([1, 2, 3], [4, 5 + step])])
             checkpoints.save(state, step)
             digests[step] = _digest(state)
         kept = (folder / "run" / "checkpoints").rename(folder / "kept")
