@@ -20,6 +20,7 @@ def rollout_only(config: Config) -> None:
     steps = config.train.steps
     with assemble(config, total_updates=None, total_steps=steps, program="rollout_only") as run:
         run.continuity.load_weights(run.actor)
+        run.colocation.servers_take_over()
         run.publish_weights(version=0)
         if config.eval.at_start:
             run.evaluate(step=0)

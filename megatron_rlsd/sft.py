@@ -43,6 +43,7 @@ def train(config: Config) -> None:
         source = build_sources(config.data.train, config.train.seed)
         conversations = Conversations(config, run.tokenizer)
         start = run.continuity.resume(run.actor, {}, source)
+        run.colocation.servers_take_over()
         run.publish_weights(version=start)
         if config.eval.at_start and start == 0:
             run.evaluate(step=0)
@@ -51,16 +52,19 @@ def train(config: Config) -> None:
             with run.phase("data", done):
                 batch, counts = draw_examples(config, source, run.prompts, conversations, done)
             with run.phase("update", done):
+                run.colocation.trainer_takes_over()
                 result = supervised_update(run.actor, batch)
             run.log.step(done, sft_metrics(result) | counts)
             done += 1
             if config.eval.interval and done % config.eval.interval == 0:
+                run.colocation.servers_take_over()
                 run.publish_weights(version=done)
                 results, evaluated = run.evaluate(done), done
                 if reached(results, config.sft.stop_at_accuracy):
                     break
             run.continuity.end_of_step(done, last=done == steps)
         if evaluated != done:
+            run.colocation.servers_take_over()
             run.publish_weights(version=done)
             run.evaluate(done)
         run.export_hf("final")

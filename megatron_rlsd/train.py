@@ -22,6 +22,7 @@ def train(config: Config) -> None:
     with assemble(config, total_updates=config.total_updates, total_steps=steps) as run:
         learner = Learner(config, run.actor)
         start = run.continuity.resume(run.actor, learner.snapshots(), run.collector)
+        run.colocation.servers_take_over()
         run.publish_weights(version=start)
         if config.eval.at_start and start == 0:
             run.evaluate(step=0)
@@ -31,6 +32,7 @@ def train(config: Config) -> None:
 
             with run.phase("rollout", step):
                 groups, batch, metrics = run.rollout(step)
+                run.colocation.trainer_takes_over()  # servers on the same GPUs sleep
 
             with run.phase("score", step):
                 plan = learner.plan(batch, step, rlsd_lambda)
@@ -44,6 +46,7 @@ def train(config: Config) -> None:
                 learner.teacher.after_step(step)
 
             with run.phase("weight_sync", step):
+                run.colocation.servers_take_over()  # the optimizer's state leaves the GPUs
                 metrics |= run.publish_weights(version=step + 1)
 
             metrics["algorithm/lambda"] = rlsd_lambda

@@ -20,7 +20,7 @@ MOVED = {
     "continuity": "recovery.continuity",
     "credit": "learner.credit",
     "durable": "runtime.durable",
-    "engines": "run.engines",
+    "engines": "weight_sync.build",
     "episodes": "experience.episodes",
     "evaluation": "experience.evaluation",
     "hf_bridge.checkpoint_keys": "conversion.checkpoint_keys",

@@ -8,13 +8,13 @@ the process group's time limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import TypeVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from megatron_rlsd.parallel.exchange import (
@@ -25,14 +25,14 @@ from megatron_rlsd.parallel.exchange import (
     unpack_message,
     unragged,
 )
-from megatron_rlsd.rollout.engine import EngineError, RolloutEngine
+from megatron_rlsd.rollout.engine import EngineError, Part, RolloutEngine
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 
 Result = TypeVar("Result")
 
 
 class CollectiveEngine:
-    """Implements RolloutEngine on rank 0; see the module's docstring for the other ranks."""
+    """A TrainerEngine; see the module's docstring for what the ranks other than 0 do."""
 
     def __init__(self, engine: RolloutEngine, control: dist.ProcessGroup) -> None:
         self._engine, self._control = engine, control
@@ -45,13 +45,6 @@ class CollectiveEngine:
     def longest_prompt(self) -> int | None:
         """None: the model's positions are the only bound."""
         return None
-
-    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Called on every rank, each with the full stream."""
-        self._engine.update_weights(tensors, version)
-
-    def close(self) -> None:
-        self._engine.close()
 
     def run_on_rank_zero(self, work: Callable[[], Result]) -> Result | None:
         """Run ``work`` on rank 0 while the other ranks generate for it; they return None."""
@@ -75,6 +68,15 @@ class CollectiveEngine:
             "the embedded engine samples only while training waits for it; "
             "rollout.asynchronous needs rollout.engine=sglang"
         )
+
+    def counted(self) -> Counter[str]:
+        return Counter()
+
+    def sleep(self) -> None:
+        """Nothing to do: the replica stays on the device (rollout.colocated is for servers)."""
+
+    def wake(self, part: Part) -> None:
+        """Nothing to do, see ``sleep``."""
 
     def _assist(self) -> None:
         while True:

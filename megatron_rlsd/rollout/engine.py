@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
-
-import torch
+from typing import Literal, Protocol, TypeVar
 
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest
 
 Result = TypeVar("Result")
+Part = Literal["weights", "kv_cache"]
+"""What a server holds of a device's memory."""
 
 
 class EngineError(UserError):
@@ -19,7 +20,7 @@ class EngineError(UserError):
 
 
 class RolloutEngine(Protocol):
-    """Samples responses with the weights that it was last given."""
+    """Samples responses with the weights that were last published to it (weight_sync)."""
 
     @property
     def weight_version(self) -> int:
@@ -31,34 +32,29 @@ class RolloutEngine(Protocol):
         Raises EngineError for a request that cannot be served; nothing is generated then.
         """
 
-    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace every weight from a stream of (Hugging Face name, full unsharded tensor).
 
-        A tensor of the stream may be freed or overwritten once the next one is asked for.
-        Raises EngineError for unknown, repeated or missing names and for shapes that do not fit;
-        the weights and the version from before then stay in use.
-        """
+class TrainerEngine(RolloutEngine, Protocol):
+    """A RolloutEngine as every trainer rank holds it: rank 0 generates, the others wait or help.
 
-    def close(self) -> None:
-        """Release the weights and whatever else the engine holds; it serves no request after."""
-
-
-class TrainerEngine(Protocol):
-    """A RolloutEngine whose rank 0 generates while the others wait or help.
-
-    ``submit`` is ``generate`` in the background; EngineError from an engine that cannot do that.
+    Only rank 0 calls what a RolloutEngine has, and ``submit``.
     """
-
-    @property
-    def weight_version(self) -> int: ...
 
     @property
     def longest_prompt(self) -> int | None:
         """Tokens of the longest prompt that it answers. None: the model's positions alone bound it;
         on ranks that do not know."""
 
-    def generate(self, requests: list[GenerationRequest]) -> list[Generation]: ...
-    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]: ...
-    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
-    def run_on_rank_zero(self, work: Callable[[], Result]) -> Result | None: ...
-    def close(self) -> None: ...
+    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]:
+        """``generate`` in the background; EngineError from an engine that cannot do that."""
+
+    def counted(self) -> Counter[str]:
+        """Requests and faults since the start, by name; empty where none leaves this process."""
+
+    def run_on_rank_zero(self, work: Callable[[], Result]) -> Result | None:
+        """Run ``work``, which may generate, on rank 0; None on the others. Collective."""
+
+    def sleep(self) -> None:
+        """Give back the memory of devices that are shared with the trainer."""
+
+    def wake(self, part: Part) -> None:
+        """Take memory for ``part``: the weights before new ones come, then the cache."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.config import SGLangConfig
+from megatron_rlsd.hf_bridge import family_for
+from megatron_rlsd.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -96,3 +98,16 @@ def recording(settings: SGLangConfig) -> SGLangConfig:
     """The same servers, started so that they can say which experts tokens took."""
     args = {"enable_return_routed_experts": True, **settings.args}
     return settings.model_copy(update={"args": args})
+
+
+def routes_shape(hf_config: dict[str, Any]) -> RoutesShape:
+    """The shape of what an engine records of the model; UserError without experts."""
+    family = family_for(hf_config)
+    dims = family.dims(hf_config)
+    if not dims.moe_layers:
+        raise UserError(
+            f"algorithm.routing_replay=rollout needs a model with routed experts; {family.name} "
+            "has none"
+        )
+    has_experts = tuple(layer in dims.moe_layers for layer in range(dims.num_layers))
+    return RoutesShape(has_experts, dims.num_experts, dims.experts_per_token)

@@ -26,11 +26,12 @@ from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.recovery.continuity import continuity
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout.sglang import set_nccl_switches
-from megatron_rlsd.run.engines import rollout_engine
+from megatron_rlsd.run.colocation import Colocation
 from megatron_rlsd.run.folders import owned_folders
 from megatron_rlsd.run.model_files import ModelFiles, refuse_to_write_over_the_model
 from megatron_rlsd.run.run import Run
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.weight_sync import rollout_engine
 
 WARN = logging.getLogger(__name__).warning
 
@@ -127,4 +128,5 @@ def assemble(
             continuity=kept,
             publisher=publisher,
             alarms=Alarms(config.alarms),
+            colocation=Colocation(actor, engine, groups.control, shared=config.rollout.colocated),
         )

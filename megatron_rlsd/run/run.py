@@ -27,7 +27,7 @@ from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.parallel.train_batches import pack_train_batch, unpack_train_batch
 from megatron_rlsd.recovery.continuity import Continuity
 from megatron_rlsd.rollout.engine import TrainerEngine
-from megatron_rlsd.rollout.served import ServedEngine
+from megatron_rlsd.run.colocation import Colocation
 from megatron_rlsd.run.model_files import ModelFiles
 from megatron_rlsd.types import Group, Problem, TrainBatch
 from megatron_rlsd.weight_sync import Publisher
@@ -52,6 +52,7 @@ class Run:
     continuity: Continuity
     publisher: Publisher
     alarms: Alarms
+    colocation: Colocation
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
@@ -67,10 +68,6 @@ class Run:
             return self.collector.collect(step)
 
         groups, metrics = self.engine.run_on_rank_zero(work) or ([], {})
-        if self.config.rollout.colocated and self.actor.trains:
-            assert isinstance(self.engine, ServedEngine)
-            self.engine.sleep()
-            self.actor.take_room()
         payload = None
         if self.process_groups.rank == 0:
             mask_truncated = self.config.algorithm.mask_truncated
@@ -85,11 +82,11 @@ class Run:
     def publish_weights(self, version: int) -> dict[str, float]:
         """Hand the actor's current weights to the rollout engine; metrics on rank 0.
 
-        Colocated servers wake for it; they sleep again after the next rollout.
+        It is the servers' turn with the devices (``colocation.servers_take_over``).
         """
-        if self.config.rollout.colocated:
-            self.actor.make_room()
         metrics = self.publisher.publish(self.actor, version)
+        self.colocation.weights_arrived()
+        metrics |= self.publisher.check(self.actor, version)
         if (longest := self.engine.longest_prompt) is not None:
             self.prompts.serve_at_most(longest)
         if self.collector is not None:

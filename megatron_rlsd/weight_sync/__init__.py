@@ -1,7 +1,7 @@
 """Bringing the trainer's weights to the rollout servers, and proving that they arrived."""
 
 from megatron_rlsd.weight_sync.broadcast import BroadcastTransport
-from megatron_rlsd.weight_sync.build import build_transport
+from megatron_rlsd.weight_sync.build import rollout_engine
 from megatron_rlsd.weight_sync.disk import DiskTransport
 from megatron_rlsd.weight_sync.errors import WeightSyncError
 from megatron_rlsd.weight_sync.ipc import IpcTransport
@@ -17,7 +17,7 @@ __all__ = [
     "SyncSettings",
     "WeightSyncError",
     "WeightTransport",
-    "build_transport",
     "check_parity",
+    "rollout_engine",
     "trainer_scores",
 ]

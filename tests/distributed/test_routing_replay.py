@@ -21,7 +21,7 @@ from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.actor.update_inputs import TokenValues
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.rollout import EmbeddedEngine
-from megatron_rlsd.run.engines import routes_shape
+from megatron_rlsd.rollout.routes import routes_shape
 from megatron_rlsd.types import GenerationRequest, SamplingParams
 from tests.actors import actor_of
 from tests.distributed.layouts import Layout, layout_config, per_token, save_models

@@ -19,9 +19,10 @@ from megatron_rlsd.config import parse_config
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.learner import Learner
 from megatron_rlsd.rollout.embedded import EmbeddedEngine
+from megatron_rlsd.rollout.routes import routes_shape
+from megatron_rlsd.rollout.served import ServedEngine
 from megatron_rlsd.rollout.sglang import SGLangClient, SGLangEngine
 from megatron_rlsd.run import Run, assemble
-from megatron_rlsd.run.engines import routes_shape
 from megatron_rlsd.types import GenerationRequest, SamplingParams
 from megatron_rlsd.weight_sync import (
     BroadcastTransport,
@@ -80,8 +81,8 @@ class Colocated:
 
     @property
     def engine(self) -> SGLangEngine:
-        assert self.run.publisher._sglang is not None
-        return self.run.publisher._sglang
+        assert isinstance(self.run.engine, ServedEngine)
+        return self.run.engine._rank_zero_servers
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,7 @@ def colocated(
 def test_a_colocated_server_sleeps_while_the_trainer_trains(colocated: Colocated) -> None:
     run, events = colocated.run, colocated.events
     learner = Learner(run.config, run.actor)
+    run.colocation.servers_take_over()
     run.publish_weights(version=0)
     assert run.actor._offload.offloaded
     for step in range(STEPS):
@@ -138,10 +140,12 @@ def test_a_colocated_server_sleeps_while_the_trainer_trains(colocated: Colocated
         _, batch, _ = run.rollout(step)
         assert all(row.routed_experts is not None for row in rows_of(batch))
         assert {row.advantage for row in rows_of(batch)} == {1.0}
+        run.colocation.trainer_takes_over()
         assert not run.actor._offload.offloaded
         plan = learner.plan(batch, step, 0.5)
         metrics = learner.update(plan, learner.score(plan))
         events.append("update")
+        run.colocation.servers_take_over()
         metrics |= run.publish_weights(version=step + 1)
         ordered = [event for event in events if event != "health"]
         assert list(dict.fromkeys(ordered)) == [
@@ -184,8 +188,8 @@ def test_two_ranks_get_every_tensor_and_record_routes(
     assert transport.metrics["weight_sync/verified_tensors"] == server_parameters(engine)
     assert transport.metrics["weight_sync/unverified_tensors"] == 0
 
-    assert colocated.run.experience is not None
-    params = replace(colocated.run.experience.sampling, temperature=0.9)
+    assert colocated.run.builder is not None
+    params = replace(colocated.run.builder.sampling, temperature=0.9)
     prompts = ([11, 12, 13], [11, 12, 13], [40, 3, 150, 9, 8])
     asked = [GenerationRequest(prompt, params, seed) for seed, prompt in enumerate(prompts)]
     generations = engine.generate(asked)

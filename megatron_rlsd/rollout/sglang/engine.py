@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.checks import check_request
-from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.engine import EngineError, Part
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.fleet import Fleet
-from megatron_rlsd.rollout.sglang.memory import Part, SharedMemory
+from megatron_rlsd.rollout.sglang.memory import SharedMemory
 from megatron_rlsd.rollout.sglang.server import Server, State, connections
 from megatron_rlsd.rollout.sglang.update import PauseMode, Update
 from megatron_rlsd.runtime.open_files import allow_open_files

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.rollout.embedded import EmbeddedEngine
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.run.engines import routes_shape
+from megatron_rlsd.rollout.routes import routes_shape
 from megatron_rlsd.types import GenerationRequest, SamplingParams
 from tests.unit.tiny_hf import save_tiny
 
