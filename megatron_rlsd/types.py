@@ -123,13 +123,14 @@ class RewardInput:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """Weighted sum of the reward functions for one response."""
+    """The verdict on one response: the weighted sum of the reward functions."""
 
-    value: float
-    parts: dict[str, float]
-    """Each function's own value before its weight."""
+    value: float | None
+    """None: there is no verdict, because a function whose weight is not 0 gave no value."""
+    parts: dict[str, float | None]
+    """Each function's own value before its weight; None: it gave none."""
     errors: dict[str, str] = field(default_factory=dict)
-    """Function name -> why it counted 0: an exception, a time-out, a value that is no number."""
+    """Function name -> why it gave no value: an exception, a time-out, no finite number."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,12 @@ class Trajectory:
     """As in RewardInput."""
     environment_reward: float | None = None
     environment_error: str = ""
-    """Why the environment ended the episode, if it failed; the reward is 0 then."""
+    """Why the environment ended the episode, if it failed; there is no verdict then."""
+
+    @property
+    def has_verdict(self) -> bool:
+        """Was the response judged?"""
+        return self.reward is not None and self.reward.value is not None
 
     @property
     def own_text(self) -> str:
@@ -205,8 +211,15 @@ class Group:
     trajectories: list[Trajectory]
 
     @property
+    def judged(self) -> Group:
+        """The responses that have a verdict, whose rewards can be compared."""
+        return Group(self.problem, [t for t in self.trajectories if t.has_verdict])
+
+    @property
     def rewards(self) -> list[float]:
-        return [t.reward.value for t in self.trajectories if t.reward is not None]
+        """Of the responses that have a verdict, in their order."""
+        results = [t.reward for t in self.trajectories]
+        return [r.value for r in results if r is not None and r.value is not None]
 
 
 @dataclass(frozen=True, kw_only=True)

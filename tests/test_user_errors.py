@@ -145,5 +145,7 @@ def test_a_reward_that_sometimes_fails_costs_its_own_samples(make_config, tmp_pa
     for sample in samples:
         failed = sample["response"][-1:] in "aeiou01"
         assert bool(sample["reward_errors"]) == failed
-        if not failed:
+        if failed:
+            assert (sample["reward"], sample["advantage"]) == (None, 0)
+        else:
             assert sample["reward"] == len(sample["response"]) % 2

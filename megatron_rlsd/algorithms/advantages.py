@@ -16,6 +16,11 @@ from torch import Tensor
 AdvantageMode = Literal["group_std", "group_mean", "leave_one_out", "none", "one"]
 
 STD_EPSILON = 1e-6
+EQUAL_WITHIN = 1e-6
+"""Rewards are equal if they differ by no more than this share of the largest: what sums of the same
+parts in another order, or in float32, differ by is no signal."""
+EQUAL_WITHIN_ABSOLUTE = 1e-9
+"""The same near 0, where parts of opposite sign cancel."""
 
 
 def group_advantages(rewards: Sequence[float] | Tensor, mode: AdvantageMode) -> Tensor:
@@ -27,8 +32,7 @@ def group_advantages(rewards: Sequence[float] | Tensor, mode: AdvantageMode) -> 
         none           A_i = 0                                  (distillation alone)
         one            A_i = 1                                  (supervised)
 
-    Except with ``one``, a group whose rewards are all equal gets exactly 0, whatever the mean
-    rounds to.
+    Except with ``one``, a group whose rewards are all equal (``has_signal``) gets exactly 0.
 
     Args:
         rewards: [G] finite numbers, G >= 1.
@@ -57,12 +61,13 @@ def group_advantages(rewards: Sequence[float] | Tensor, mode: AdvantageMode) -> 
 
 
 def has_signal(rewards: Sequence[float] | Tensor) -> bool:
-    """Whether the rewards [G] differ at all; if not, every advantage of the group is 0.
+    """Whether the rewards [G] differ by more than rounding; if not, all advantages are 0.
 
     Raises ValueError where there are no rewards, or one is not finite.
     """
     R = checked_rewards(rewards)
-    return bool(R.max() > R.min())
+    tolerance = max(EQUAL_WITHIN * float(R.abs().max()), EQUAL_WITHIN_ABSOLUTE)
+    return bool(R.max() - R.min() > tolerance)
 
 
 def checked_rewards(rewards: Sequence[float] | Tensor) -> Tensor:

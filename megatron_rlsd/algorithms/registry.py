@@ -21,7 +21,7 @@ from megatron_rlsd.types import Group
 
 Advantages = Callable[[Group], Sequence[float] | Tensor]
 """A scored group -> [G] finite advantages, in the order of its trajectories. 0: a response that
-nothing is learned from. Called on rank 0."""
+nothing is learned from. Called on rank 0, with the responses that have a verdict."""
 
 EvidenceWeight = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(gain, advantages, log_probs), each [N] -> [N] weights in place of exp(sign(A) gain).
@@ -86,8 +86,17 @@ def own_functions(algorithm: AlgorithmConfig) -> OwnFunctions:
 def response_advantages(group: Group, algorithm: AlgorithmConfig) -> list[float]:
     """[G] the advantages of a scored group, as ``algorithm`` forms them.
 
+    A response without a verdict has no part in them: the others are compared with each other, and
+    its own advantage is 0.
+
     Raises UserError where a user's function returns anything but G finite numbers.
     """
+    judged = group.judged
+    found = iter(_judged_advantages(judged, algorithm) if judged.trajectories else [])
+    return [next(found) if each.has_verdict else 0.0 for each in group.trajectories]
+
+
+def _judged_advantages(group: Group, algorithm: AlgorithmConfig) -> list[float]:
     function = own_functions(algorithm).advantages
     if function is None:
         if algorithm.advantage == "own":

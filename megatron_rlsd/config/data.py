@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rlsd.config.section import Section
+from megatron_rlsd.config.section import OnError, Section
 
 
 class JsonlSource(Section):
@@ -89,11 +90,44 @@ class RewardFunctionConfig(Section):
 class RewardConfig(Section):
     functions: list[RewardFunctionConfig] = Field(min_length=1)
     timeout_seconds: float = Field(10.0, gt=0)
-    """Limit of one call; a call that passes it counts 0 and its worker is replaced."""
+    """Limit of one call; a call that passes it gives no value and its worker is replaced."""
     workers: int = Field(2, ge=1)
-    on_error: Literal["zero", "stop"] = "zero"
-    """What an exception or a value that is no finite number does: counts 0, or stops the run."""
+    on_error: OnError = "leave_out"
+    """What an exception or a value that is no finite number does: the response has no verdict and
+    is left out of its group's comparison, or the run stops."""
     max_error_share: float = Field(0.5, ge=0, le=1)
-    """With on_error=zero the run still stops when more than this share of a step's calls fail."""
+    """With on_error=leave_out the run still stops when more than this share of a step's calls
+    fail."""
+    min_verdict_share: float = Field(0.5, ge=0, le=1)
+    """A group of which a smaller share has a verdict, or one response alone, is left out, and
+    another question asked in its place at most ``algorithm.max_refills`` times."""
+    correctness: str | None = None
+    """The function that says whether a response is right: it decides what counts as solved, which
+    groups the group filter leaves out, and which responses may be hints. A name among
+    ``functions``, with ``#2`` on from the second use; None: the first."""
     solved_threshold: float = 0.999
-    """A response whose first function returns at least this counts as solved in metrics."""
+    """A response counts as solved if that function returns at least this."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The functions' names, with ``#2`` on from the second use."""
+        uses: Counter[str] = Counter()
+        labels = []
+        for function in self.functions:
+            uses[function.name] += 1
+            again = f"#{uses[function.name]}" if uses[function.name] > 1 else ""
+            labels.append(function.name + again)
+        return labels
+
+    @property
+    def correctness_label(self) -> str:
+        return self.labels[0] if self.correctness is None else self.correctness
+
+    @model_validator(mode="after")
+    def _correctness_is_a_function(self) -> RewardConfig:
+        if self.correctness_label not in self.labels:
+            raise ValueError(
+                f"correctness={self.correctness!r} is none of the functions: "
+                f"{', '.join(self.labels)}"
+            )
+        return self

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_rlsd.config.section import Section
+from megatron_rlsd.config.section import OnError, Section
 
 
 class EnvironmentConfig(Section):
@@ -25,11 +25,12 @@ class EnvironmentConfig(Section):
     """Of one turn of the model; a turn cut here is given to the environment as it is. None: what
     ``rollout.max_response_tokens`` leaves, which bounds all turns and answers together."""
     timeout_seconds: float = Field(10.0, gt=0)
-    """Limit of one call; an episode whose call passes it ends, counts 0, and its worker is
+    """Limit of one call; an episode whose call passes it ends without a verdict, and its worker is
     replaced."""
     workers: int = Field(2, ge=1)
-    on_error: Literal["zero", "stop"] = "zero"
-    """What an exception or a reply that is none does: the episode counts 0, or the run stops."""
+    on_error: OnError = "leave_out"
+    """What an exception or a reply that is none does: the episode ends without a verdict, or the
+    run stops."""
     max_error_share: float = Field(0.5, ge=0, le=1)
-    """With on_error=zero the run still stops when more than this share of a batch of episodes
+    """With on_error=leave_out the run still stops when more than this share of a batch of episodes
     fail."""

@@ -62,9 +62,11 @@ class AlgorithmConfig(Section):
     """(R - mean) / (std + 1e-6) | R - mean (Dr. GRPO) | R - mean of the others (RLOO) | 0 | 1 | the
     function that an algorithm of your own came with (docs/extending.md)."""
     group_filter: bool = False
-    """DAPO: leave out groups whose rewards are all equal and sample more in their place."""
+    """DAPO: leave out groups whose responses are all equally right (``reward.correctness``) and
+    sample more in their place."""
     max_refills: int = Field(4, ge=0)
-    """Sampling rounds after the first that the group filter may ask for."""
+    """Sampling rounds after the first that groups left out may ask for, whether by the group filter
+    or for want of verdicts (``reward.min_verdict_share``)."""
     rlsd_lambda: float = Field(0.5, ge=0, le=1)
     lambda_warmup_steps: int = Field(0, ge=0)
     lambda_hold_steps: int = Field(0, ge=0)

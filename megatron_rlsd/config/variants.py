@@ -99,12 +99,12 @@ DAPO = Variant(
     | {
         "advantage": ("group_std", "its advantage is GRPO's"),
         "loss_aggregation": ("token_mean", "its loss is the mean over all tokens"),
-        "group_filter": (True, "it samples on until groups differ in their rewards"),
+        "group_filter": (True, "it samples on until groups hold right and wrong responses"),
     },
     defaults={"eps_clip_low": 0.2, "eps_clip_high": 0.28, "dual_clip": None},
 )
 """DAPO (arXiv:2503.14476): GRPO with the upper clip raised, the token mean, and no group whose
-rewards are all equal. Its overlong penalty is the reward function ``length``.
+responses are all equally right. Its overlong penalty is the reward function ``length``.
 """
 
 GSPO = Variant(

@@ -77,7 +77,9 @@ def check_environment(config: Config, tokenizer: Tokenizer, problem: Problem | N
     name = config.environment.name
     ChatTurns(tokenizer, config.environment.role)
     # One episode: no share of failures is too many.
-    settings = config.environment.model_copy(update={"max_error_share": 1.0, "on_error": "zero"})
+    settings = config.environment.model_copy(
+        update={"max_error_share": 1.0, "on_error": "leave_out"}
+    )
     with EnvironmentPool(settings) as pool:
         pool.wait_until_ready()
         if problem is None:

@@ -51,7 +51,8 @@ class Episode:
     """The model's, decoded."""
     answers: list[str] = field(default_factory=list)
     """The opening, and what was answered to each turn."""
-    reward: float = 0.0
+    reward: float | None = 0.0
+    """The sum of the environment's; None once it has failed."""
     error: str = ""
     turn_reason: FinishReason = "stop"
     """How the last turn ended."""
@@ -75,7 +76,7 @@ class Episode:
         self.versions += self.versions[-1:] * len(ids)
 
     def fail(self, reason: str) -> None:
-        self.error, self.reward, self.finish_reason = reason, 0.0, "abort"
+        self.error, self.reward, self.finish_reason = reason, None, "abort"
 
     def generation(self, weight_version: int) -> Generation:
         """What became of it; ``weight_version`` where the model never spoke."""
@@ -192,6 +193,7 @@ class Episodes:
         if isinstance(reply, Failure):
             episode.fail(reply.reason)
             return
+        assert episode.reward is not None
         episode.reward += reply.reward
         episode.answers.append(reply.text)
         if reply.done:

@@ -116,11 +116,18 @@ class GroupBuilder:
         # An environment may have added to the question.
         return [Group(group[0].problem, group) for group in groups]
 
-    def solved(self, trajectory: Trajectory) -> bool:
-        """Did the first reward function accept the response?"""
+    def correctness(self, trajectory: Trajectory) -> float | None:
+        """What ``reward.correctness`` says of the response; None: nothing.
+
+        Never the shaped total: a bonus for length or format says nothing about being right.
+        """
         assert trajectory.reward is not None
-        first = self._config.reward.functions[0].name
-        return trajectory.reward.parts[first] >= self._config.reward.solved_threshold
+        return trajectory.reward.parts[self._config.reward.correctness_label]
+
+    def solved(self, trajectory: Trajectory) -> bool | None:
+        """Is the response right? None: nobody knows."""
+        value = self.correctness(trajectory)
+        return None if value is None else value >= self._config.reward.solved_threshold
 
     def _requests(
         self, problem: Problem, n: int, params: SamplingParams, label: str
@@ -161,8 +168,8 @@ class GroupBuilder:
         for trajectory in trajectories:
             if trajectory.environment_error:
                 trajectory.reward = RewardResult(
-                    value=0.0,
-                    parts=dict.fromkeys(self._rewards.labels, 0.0),
+                    value=None,
+                    parts=dict.fromkeys(self._rewards.labels),
                     errors={"environment": trajectory.environment_error},
                 )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 
 from megatron_rlsd.algorithms import has_signal, response_advantages
 from megatron_rlsd.config import Config
@@ -18,14 +20,27 @@ class BatchRules:
     """Says which groups a batch takes, gives its responses their advantages, and reports on it."""
 
     def __init__(self, config: Config, builder: GroupBuilder) -> None:
-        self._config, self._solved = config, builder.solved
+        self._config, self._builder = config, builder
 
     def takes(self, group: Group) -> bool:
-        """Is there something to learn from the group, as far as ``algorithm.group_filter`` asks?"""
-        return not self._config.algorithm.group_filter or has_signal(group.rewards)
+        """Can something be learned from the rewards of the group?
+
+        Its verdicts must be enough to compare (``reward.min_verdict_share``) and, with
+        ``algorithm.group_filter``, not all the same: those of the correctness function, since a
+        bonus for length would make every group differ.
+        """
+        if not self._has_enough_verdicts(group):
+            return False
+        if not self._config.algorithm.group_filter:
+            return True
+        values = [self._builder.correctness(t) for t in group.judged.trajectories]
+        known = [value for value in values if value is not None]
+        return bool(known) and has_signal(known)
 
     def finish(self, groups: list[Group], counts: Counter[str], step: int) -> dict[str, float]:
         """Give the trajectories of the batch their advantages; metrics of the batch.
+
+        A group whose verdicts are too few, for which no other could be found, teaches nothing.
 
         ``counts``: ``groups`` that were sampled for it, and ``filtered_groups`` among them that it
         did not take; questions that were ``prompts_too_long``.
@@ -33,9 +48,11 @@ class BatchRules:
         """
         trajectories = [t for group in groups for t in group.trajectories]
         if not any(t.generation.token_ids for t in trajectories):
-            raise UserError(f"none of the responses of step {step} has a token")
+            raise UserError(_nothing_to_learn_from(trajectories, step))
         for group in groups:
-            advantages = response_advantages(group, self._config.algorithm)
+            advantages = [0.0] * len(group.trajectories)
+            if self._has_enough_verdicts(group):
+                advantages = response_advantages(group, self._config.algorithm)
             for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
                 trajectory.advantage = advantage
         return self._metrics(groups, trajectories) | {
@@ -43,14 +60,21 @@ class BatchRules:
             "rollout/prompts_too_long": counts["prompts_too_long"],
         }
 
+    def _has_enough_verdicts(self, group: Group) -> bool:
+        if self._config.algorithm.advantage in ("none", "one"):
+            return True  # no reward is looked at
+        size, judged = len(group.trajectories), len(group.judged.trajectories)
+        return judged >= min(2, size) and judged >= self._config.reward.min_verdict_share * size
+
     def _metrics(self, groups: list[Group], trajectories: list[Trajectory]) -> dict[str, float]:
         rewards = [r for group in groups for r in group.rewards]
         lengths = [t.generation.num_own_tokens for t in trajectories]
         reasons = Counter(t.generation.finish_reason for t in trajectories)
+        results = [t.reward for t in trajectories if t.reward is not None]
         metrics = {
-            "rollout/reward_mean": statistics.fmean(rewards),
-            "rollout/reward_std": statistics.pstdev(rewards),
-            "rollout/solved_share": statistics.fmean(map(self._solved, trajectories)),
+            "rollout/reward_mean": mean_of_known(rewards),
+            "rollout/reward_std": statistics.pstdev(rewards) if rewards else math.nan,
+            "rollout/solved_share": mean_of_known(map(self._builder.solved, trajectories)),
             "rollout/response_tokens_mean": statistics.fmean(lengths),
             "rollout/response_tokens_max": max(lengths),
             "rollout/prompt_tokens_mean": statistics.fmean(len(t.prompt_ids) for t in trajectories),
@@ -58,9 +82,7 @@ class BatchRules:
             "rollout/zero_advantage_share": statistics.fmean(
                 t.advantage == 0 for t in trajectories
             ),
-            "rollout/reward_error_share": statistics.fmean(
-                bool(t.reward and t.reward.errors) for t in trajectories
-            ),
+            "rollout/reward_error_share": statistics.fmean(bool(r.errors) for r in results),
             "rollout/response_tokens": sum(lengths),
             "teacher/without_hint_share": statistics.fmean(map(self._without_hint, trajectories)),
             "teacher/hint_cut_share": statistics.fmean(t.hint_cut for t in trajectories),
@@ -68,9 +90,8 @@ class BatchRules:
         if self._config.environment.name is not None:
             metrics |= episode_metrics(trajectories)
         metrics |= leakage_metrics(trajectories)
-        parts = [t.reward.parts for t in trajectories if t.reward]
-        for name in parts[0]:
-            metrics[f"reward/{name}"] = statistics.fmean(part[name] for part in parts)
+        for name in results[0].parts:
+            metrics[f"reward/{name}"] = mean_of_known(result.parts[name] for result in results)
         return metrics
 
     def _without_hint(self, trajectory: Trajectory) -> bool:
@@ -78,3 +99,17 @@ class BatchRules:
         if self._config.algorithm.contrasts_hints:
             missing = missing or not trajectory.contrast_prompt_ids
         return missing
+
+
+def mean_of_known(values: Iterable[float | None]) -> float:
+    """The mean of the values that are there; NaN, which metrics show as null, where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _nothing_to_learn_from(trajectories: list[Trajectory], step: int) -> str:
+    message = f"none of the {len(trajectories)} responses of step {step} has a token"
+    if failures := Counter(t.environment_error for t in trajectories if t.environment_error):
+        (reason, count), *_ = failures.most_common(1)
+        message += f"; {failures.total()} episodes failed, most often ({count} times): {reason}"
+    return message

@@ -67,7 +67,7 @@ def sample_row(
         "question": question,
         "answer": problem.answer,
         "response": trajectory.response_text,
-        "reward": None if reward is None else finite_or_none(reward.value),
+        "reward": None if reward is None or reward.value is None else finite_or_none(reward.value),
         "reward_parts": {} if reward is None else reward.parts,
         "reward_errors": {} if reward is None else reward.errors,
         "advantage": finite_or_none(trajectory.advantage),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # a worker imports this package too, and has no use for pydan
 
 
 class RewardPool(WorkerPool):
-    """Scores responses with the functions of a RewardConfig; a call that fails counts 0.
+    """Scores responses with the functions of a RewardConfig; a call that fails gives no value.
 
     ``with RewardPool(config) as pool: results = pool.score(samples)``. Building it checks names,
     files and params (UserError) without running user code.
@@ -75,11 +75,7 @@ class RewardPool(WorkerPool):
 
 
 def _located(config: RewardConfig) -> list[PoolFunction]:
-    uses: Counter[str] = Counter()
-    functions = []
-    for entry in config.functions:
-        reference = REWARDS.locate(entry.name, entry.params)
-        uses[entry.name] += 1
-        label = entry.name if uses[entry.name] == 1 else f"{entry.name}#{uses[entry.name]}"
-        functions.append(PoolFunction(label, reference, entry.params, entry.weight))
-    return functions
+    return [
+        PoolFunction(label, REWARDS.locate(entry.name, entry.params), entry.params, entry.weight)
+        for label, entry in zip(config.labels, config.functions, strict=True)
+    ]

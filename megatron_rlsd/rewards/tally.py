@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Tally:
         self._functions = functions
         self._stop_on_error = stop_on_error
         self._max_error_share = max_error_share
-        self._values = [[0.0] * len(functions) for _ in samples]
+        self._values: list[list[float | None]] = [[None] * len(functions) for _ in samples]
         self._errors: list[dict[str, str]] = [{} for _ in samples]
         self._reasons: Counter[tuple[str, str]] = Counter()
         self._examples: dict[tuple[str, str], str] = {}
@@ -48,7 +49,7 @@ class Tally:
     def failure(
         self, sample: int, function: int, reason: str, detail: str = "", timed_out: bool = False
     ) -> None:
-        """Count the call 0; raises UserError where the configuration says to stop."""
+        """Leave the call without a value; raises UserError where the configuration says to stop."""
         entry = self._functions[function]
         problem = self._samples[sample].problem.id
         if self._stop_on_error and not timed_out:
@@ -72,18 +73,22 @@ class Tally:
     def results(self) -> list[RewardResult]:
         """In the order of the samples; errors in the order of the functions."""
         return [
-            RewardResult(
-                value=sum(
-                    entry.weight * value
-                    for entry, value in zip(self._functions, values, strict=True)
-                ),
-                parts={
-                    entry.label: value for entry, value in zip(self._functions, values, strict=True)
-                },
-                errors=errors,
-            )
+            self._result(values, errors)
             for values, errors in zip(self._values, self._errors, strict=True)
         ]
+
+    def _result(self, values: list[float | None], errors: dict[str, str]) -> RewardResult:
+        parts = {e.label: value for e, value in zip(self._functions, values, strict=True)}
+        total = 0.0
+        for entry, value in zip(self._functions, values, strict=True):
+            if value is not None:
+                total += entry.weight * value
+            elif entry.weight:
+                return RewardResult(None, parts, errors)
+        if not math.isfinite(total):
+            reason = f"is {total}, which is no finite number"
+            return RewardResult(None, parts, {**errors, "the weighted sum": reason})
+        return RewardResult(total, parts, errors)
 
 
 def _indented(detail: str) -> str:

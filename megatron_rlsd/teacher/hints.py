@@ -9,7 +9,7 @@ from megatron_rlsd.types import Group
 
 
 def response_hints(
-    group: Group, solved: Sequence[bool], teacher: TeacherConfig
+    group: Group, solved: Sequence[bool | None], teacher: TeacherConfig
 ) -> list[str | None] | None:
     """The hint for each response of the group as ``teacher.hint`` asks; None where there is none.
 
@@ -18,10 +18,10 @@ def response_hints(
 
     Args:
         group: G responses to one question.
-        solved: [G], which of them the verifier accepted.
+        solved: [G], which of them the verifier accepted; None: it gave no verdict.
     """
     if teacher.hint == "own_correct_response":
-        return another_response(group, solved)
+        return another_response(group, [each is True for each in solved])
     if teacher.hint == "critique":
         critique = group.problem.metadata.get(teacher.critique_key)
         text = critique.strip() if isinstance(critique, str) else ""
@@ -29,9 +29,9 @@ def response_hints(
     return None
 
 
-def wrong_hints(group: Group, solved: Sequence[bool]) -> list[str | None]:
+def wrong_hints(group: Group, solved: Sequence[bool | None]) -> list[str | None]:
     """A wrong response of the group for each of its responses; None where there is no other."""
-    return another_response(group, [not each for each in solved])
+    return another_response(group, [each is False for each in solved])
 
 
 def another_response(group: Group, eligible: Sequence[bool]) -> list[str | None]:

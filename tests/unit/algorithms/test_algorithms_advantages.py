@@ -5,10 +5,21 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_rlsd.algorithms import group_advantages, has_signal, token_loss_weights
+from megatron_rlsd.algorithms import (
+    Variant,
+    group_advantages,
+    has_signal,
+    register_algorithm,
+    response_advantages,
+    token_loss_weights,
+)
+from megatron_rlsd.algorithms.registry import _OWN
+from megatron_rlsd.config import AlgorithmConfig
+from megatron_rlsd.config.variants import VARIANTS
+from megatron_rlsd.types import Generation, Group, Problem, RewardResult, Trajectory
 
 REWARDS = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=12)
 MODES = ["group_std", "group_mean", "leave_one_out"]
@@ -26,6 +37,7 @@ def definition(rewards, mode):
 @settings(deadline=None)
 @given(rewards=REWARDS, mode=st.sampled_from(MODES))
 def test_advantages_are_their_definition(rewards, mode):
+    assume(has_signal(rewards) or max(rewards) == min(rewards))
     expected = torch.tensor(definition(rewards, mode), dtype=torch.float64)
     torch.testing.assert_close(group_advantages(rewards, mode), expected, rtol=1e-9, atol=1e-9)
 
@@ -55,10 +67,77 @@ def test_without_a_reward_every_response_counts_alike_or_not_at_all():
     assert group_advantages([1.0, 0.0, 0.3], "none").tolist() == [0.0] * 3
 
 
-def test_any_difference_is_a_signal():
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [0.1 + 0.2, 0.3],
+        # A bonus that another function takes away again.
+        [0.3 - (0.1 + 0.2), 0.0, 0.0],
+        # The same judge in float32, and a model whose rewards lie far from 0.
+        [0.7, float(torch.tensor(0.7))],
+        [float(torch.tensor(1000.1)), 1000.1, 1000.1],
+        [-0.1 * 3, -0.3, -0.3],
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_rewards_that_differ_by_rounding_alone_are_equal(rewards, mode):
+    assert max(rewards) > min(rewards)
+    assert not has_signal(rewards)
+    assert group_advantages(rewards, mode).tolist() == [0.0] * len(rewards)
+
+
+def test_any_real_difference_is_a_signal():
     assert has_signal([0.0, 0.0, 1.0])
-    assert has_signal([0.1, 0.1 + 1e-12])
+    assert has_signal([0.1, 0.1001])
+    assert has_signal([0.0, 1e-6])
+    assert has_signal([1000.0, 1000.01])
     assert not has_signal([0, 0])
+
+
+def scored(*rewards: float | None) -> Group:
+    problem = Problem("p", (), "1")
+    return Group(
+        problem,
+        [
+            Trajectory(
+                *(problem, [1], [1], Generation([5], [0.0], "stop", 0)),
+                reward=RewardResult(reward, {}),
+            )
+            for reward in rewards
+        ],
+    )
+
+
+@pytest.mark.parametrize("advantage", MODES)
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        # Penalties, among which a failed call would be the best of the group if it counted 0.
+        [-1.0, None, -0.2, -1.0, None, -0.2],
+        [None, 1.0, 0.0],
+        [0.5, None, 0.5],
+        [None, 0.7, None],
+        [None, None],
+    ],
+)
+def test_a_response_without_a_verdict_has_no_part_in_the_comparison(rewards, advantage):
+    judged = [reward for reward in rewards if reward is not None]
+    found = response_advantages(scored(*rewards), AlgorithmConfig(advantage=advantage))
+    assert [a for a, r in zip(found, rewards, strict=True) if r is None] == [0.0] * (
+        len(rewards) - len(judged)
+    )
+    expected = group_advantages(judged, advantage).tolist() if judged else []
+    assert [a for a, r in zip(found, rewards, strict=True) if r is not None] == expected
+
+
+def test_a_users_advantages_are_asked_for_what_was_judged():
+    register_algorithm("doubled", Variant(), advantages=lambda g: [2 * r for r in g.rewards])
+    try:
+        algorithm = AlgorithmConfig(name="doubled")
+        assert response_advantages(scored(-1, None, 3), algorithm) == [-2, 0, 6]
+        assert response_advantages(scored(None, None), algorithm) == [0, 0]
+    finally:
+        del VARIANTS["doubled"], _OWN["doubled"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -64,7 +64,11 @@ def test_a_dumped_config_reads_back_equal(name, tmp_path):
             "algorithm.importance_ratio='token' contradicts algorithm.name=gspo: its ratio is that",
         ),
         ({"name": "dr_grpo", "advantage": "group_std"}, {}, "drops the division by the rewards'"),
-        ({"name": "dapo", "group_filter": False}, {}, "it samples on until groups differ"),
+        (
+            {"name": "dapo", "group_filter": False},
+            {},
+            "it samples on until groups hold right and wrong",
+        ),
         ({"name": "cispo", "rlsd_lambda": 0.5}, {}, "it does not reweight tokens by evidence"),
         ({"name": "opsd", "advantage": "group_std"}, {}, "its loss does not use the reward"),
         ({"name": "rlrt", "evidence": "teacher_over_student"}, {}, "it reverses the teacher's"),

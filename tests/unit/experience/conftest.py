@@ -76,6 +76,7 @@ def start(
                     "max_response_tokens": 4,
                     "asynchronous": {"max_staleness": staleness},
                     "sglang": {"generate_timeout_seconds": 50, "start_timeout_seconds": 50},
+                    **sections.pop("rollout", {}),
                 },
                 "train": {"steps": 8},
                 **sections,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_rlsd.algorithms import group_advantages
 from megatron_rlsd.runtime.errors import UserError
 from tests.unit.experience.conftest import BATCH, publish
 
@@ -63,6 +66,108 @@ def test_groups_without_signal_make_room_but_not_for_ever(start, staleness: int)
         filtered = 2 if staleness else 3
         shares = [filtered * BATCH / count for count in sampled]
         assert min(shares) <= metrics["rollout/group_filter_share"] <= max(shares)
+
+
+def rewards(folder: Path, source: str, *names: str, **settings: Any) -> dict[str, Any]:
+    """The section ``reward`` with functions of a user's file."""
+    (folder / "judges.py").write_text(source)
+    functions = [{"name": f"{folder}/judges.py:{name}"} for name in names]
+    return {"functions": functions, "workers": 1, "max_error_share": 1.0, **settings}
+
+
+SHAKY = """
+def judge(sample):
+    size = len(sample.response)
+    if size % 3 == 0: raise TimeoutError("the judge is busy")
+    if size % 3 == 1: return -1.0
+    return -0.2
+"""
+
+
+def test_a_failed_judge_is_no_verdict(start, staleness: int, tmp_path: Path) -> None:
+    """Among penalties a failed call that counted 0 would be the best response of its group."""
+    section = rewards(tmp_path, SHAKY, "judge")
+    rollout = {"n_samples_per_prompt": 8}
+    with start(staleness, reward=section, rollout=rollout) as (collector, engine):
+        publish(collector, engine, 0)
+        groups, metrics = collector.collect(0)
+    seen = Counter[int]()
+    for group in groups:
+        sizes = [len(t.response_text) % 3 for t in group.trajectories]
+        seen.update(sizes)
+        judged = [{1: -1.0, 2: -0.2}[size] for size in sizes if size]
+        advantages = iter(group_advantages(judged, "group_std").tolist() if judged else [])
+        for size, trajectory in zip(sizes, group.trajectories, strict=True):
+            assert trajectory.advantage == (next(advantages) if size else 0)
+    assert min(seen[size] for size in range(3)) > 0
+    total = seen.total()
+    assert metrics["rollout/reward_error_share"] == seen[0] / total
+    assert metrics["rollout/reward_mean"] == pytest.approx(
+        (-seen[1] - 0.2 * seen[2]) / (seen[1] + seen[2])
+    )
+    assert metrics["rollout/solved_share"] == 0
+
+
+def test_a_group_with_too_few_verdicts_makes_room_but_not_for_ever(
+    start, staleness: int, tmp_path: Path
+) -> None:
+    for failure in ("raise ValueError", "return None", "return float('nan')"):
+        judge = f"def judge(sample):\n    {failure}\n    return 1.0\n"
+        section = rewards(tmp_path, judge, "judge")
+        algorithm = {"max_refills": 2}
+        with start(staleness, reward=section, algorithm=algorithm) as (collector, engine):
+            publish(collector, engine, 0)
+            groups, metrics = collector.collect(0)
+        assert len(groups) == BATCH
+        assert metrics["rollout/group_filter_share"] >= 0.5
+        assert {t.advantage for g in groups for t in g.trajectories} == {0.0}
+        assert math.isnan(metrics["rollout/reward_mean"])
+        assert math.isnan(metrics["rollout/solved_share"])
+
+
+def test_one_verdict_is_nothing_to_compare_with(start, staleness: int, tmp_path: Path) -> None:
+    judge = (
+        "count = 0\n"
+        "def judge(sample):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count % 4 != 1 and count <= 8: raise ValueError('busy')\n"
+        "    return float(count % 2)\n"
+    )
+    section = rewards(tmp_path, judge, "judge", min_verdict_share=0)
+    rollout = {"n_samples_per_prompt": 4}
+    with start(staleness, reward=section, rollout=rollout) as (collector, engine):
+        publish(collector, engine, 0)
+        groups, metrics = collector.collect(0)
+    assert metrics["rollout/group_filter_share"] > 0
+    assert all(t.has_verdict for g in groups for t in g.trajectories)
+
+
+SHAPED = """
+def right(sample): return 0.0
+def shape(sample): return 1 + sum(map(ord, sample.response))
+"""
+
+
+def test_the_group_filter_reads_correctness_and_no_shaped_total(
+    start, staleness: int, tmp_path: Path
+) -> None:
+    """Every total of a group differs, and no response is right."""
+    algorithm = {"name": "dapo", "rlsd_lambda": 0.0, "max_refills": 1}
+    shaped = rewards(tmp_path, SHAPED, "right", "shape")
+    shaped["functions"].append({"name": "length", "params": {"buffer_tokens": 3}})
+    for correctness, learns in ((None, False), (f"{tmp_path}/judges.py:shape", True)):
+        section = {**shaped, "correctness": correctness}
+        rollout = {"n_samples_per_prompt": 4}
+        with start(staleness, reward=section, algorithm=algorithm, rollout=rollout) as (
+            collector,
+            engine,
+        ):
+            publish(collector, engine, 0)
+            groups, metrics = collector.collect(0)
+        assert any(len(set(group.rewards)) > 1 for group in groups)
+        assert (metrics["rollout/group_filter_share"] == 0) == learns
+        assert metrics["rollout/solved_share"] == learns
 
 
 def test_without_the_filter_no_group_is_left_out(start, staleness: int) -> None:

@@ -21,6 +21,7 @@ from megatron_rlsd.observability.samples import sample_row
 from megatron_rlsd.parallel.train_batches import pack_train_batch, unpack_train_batch
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout.embedded import EmbeddedEngine
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest, Trajectory
 from tests.batches import plain_rows
 from tests.environment_runs import DIGITS, ENDING
@@ -35,6 +36,10 @@ class Fails:
         if self.left == 0: raise RuntimeError("had enough")
         self.left -= 1
         return "go on"
+
+class NeverBegins:
+    def reset(self, problem): raise RuntimeError("no board")
+    def step(self, response): pass
 
 class Ends:
     def reset(self, problem): pass
@@ -223,6 +228,23 @@ def test_an_environment_that_ends_at_once_leaves_a_single_turn_as_it_was(play):
 
 
 @pytest.mark.process
+def test_a_step_whose_episodes_all_fail_to_begin_ends_the_run_with_their_reason(play):
+    with (
+        play({"name": "failing.py:NeverBegins"}, algorithm={"max_refills": 1}) as (
+            collector,
+            engine,
+        ),
+        pytest.raises(UserError) as caught,
+    ):
+        collector.collect(5)
+    assert str(caught.value) == (
+        "none of the 12 responses of step 5 has a token; 12 episodes failed, most often (12 "
+        "times): reset: RuntimeError: no board"
+    )
+    assert engine.batches == []
+
+
+@pytest.mark.process
 def test_a_failing_environment_gives_no_reward_and_is_counted(play):
     with play({"name": "failing.py:Fails"}) as (collector, _):
         groups, metrics = collector.collect(0)
@@ -234,8 +256,9 @@ def test_a_failing_environment_gives_no_reward_and_is_counted(play):
         turn = "reset" if trajectory in unbegun else "turn 2"
         expected = f"{turn}: RuntimeError: {reason}"
         assert trajectory.environment_error == expected
-        assert trajectory.reward.value == 0
-        assert trajectory.reward.parts == {"environment": 0.0, "format": 0.0}
+        assert trajectory.reward.value is trajectory.environment_reward is None
+        assert trajectory.reward.parts == {"environment": None, "format": None}
+        assert trajectory.advantage == 0
         assert trajectory.reward.errors == {"environment": expected}
         assert bool(trajectory.generation.token_ids) == (trajectory not in unbegun)
     assert metrics["rollout/environment_error_share"] == 1

@@ -11,4 +11,4 @@ def test_pass_at_k_counts_the_subsets_that_hold_a_correct_response(n):
         solved = [True] * correct + [False] * (n - correct)
         for k in range(1, n + 1):
             subsets = [any(subset) for subset in combinations(solved, k)]
-            assert pass_at_k(n, correct, k) == pytest.approx(sum(subsets) / len(subsets))
+            assert pass_at_k(solved, k) == pytest.approx(sum(subsets) / len(subsets))

@@ -89,15 +89,34 @@ def test_each_failure_costs_its_own_call_only(pool: Pool, sample: Sample) -> Non
     fine = {"fine": 1.0, "true": 1.0, "int": 2.0}
     for response, result in zip(responses, results, strict=True):
         assert result.parts[USER + "length"] == len(response)
-        assert result.parts[USER + "reward"] == fine.get(response, 0.0)
-        assert result.value == sum(result.parts.values())
+        assert result.parts[USER + "reward"] == fine.get(response)
         if response in fine:
             assert result.errors == {}
+            assert result.value == fine[response] + len(response)
         else:
+            # What the other function said of it is no verdict.
+            assert result.value is None
             assert list(result.errors) == [USER + "reward"]
             assert result.errors[USER + "reward"].startswith(FAILURES[response])
     # The pool is as good as new.
     assert [r.value for r in scorer.score([sample("fine")] * 3)] == [5.0] * 3
+
+
+def test_a_function_without_a_weight_is_no_part_of_the_verdict(pool: Pool, sample: Sample) -> None:
+    watched = {"name": "reward", "weight": 0}
+    scorer = pool(watched, "length", source=MISBEHAVING, max_error_share=1)
+    failed, fine = scorer.score([sample("raise"), sample("fine")])
+    assert (failed.value, failed.parts[USER + "reward"]) == (5.0, None)
+    assert list(failed.errors) == [USER + "reward"]
+    assert (fine.value, fine.parts[USER + "reward"]) == (4.0, 1.0)
+
+
+def test_a_sum_that_is_no_finite_number_is_no_verdict(pool: Pool, sample: Sample) -> None:
+    source = "def huge(sample): return 1e308"
+    scorer = pool({"name": "huge", "weight": 10}, source=source)
+    (result,) = scorer.score([sample("")])
+    assert (result.value, result.parts) == (None, {USER + "huge": 1e308})
+    assert list(result.errors) == ["the weighted sum"]
 
 
 def test_time_out_takes_the_limit_and_not_much_longer(pool: Pool, sample: Sample) -> None:
@@ -106,7 +125,7 @@ def test_time_out_takes_the_limit_and_not_much_longer(pool: Pool, sample: Sample
     start = time.monotonic()
     results = scorer.score([sample("sleep"), sample("spin"), *[sample("fine")] * 50])
     assert 1 <= time.monotonic() - start < 6
-    assert [r.value for r in results] == [0.0, 0.0] + [1.0] * 50
+    assert [r.value for r in results] == [None, None] + [1.0] * 50
 
 
 def test_waiting_behind_a_slow_call_is_not_counted(pool: Pool, sample: Sample) -> None:
@@ -137,6 +156,7 @@ def test_catastrophic_answer_is_stopped(pool: Pool, sample: Sample) -> None:
     ]
     bad, right, wrong = scorer.score(samples)
     assert bad.errors == {"math_verify": "took longer than 1.5 s"}
+    assert bad.value is None
     assert (right.value, wrong.value) == (1.0, 0.0)
 
 
@@ -146,7 +166,7 @@ def test_time_limit_of_the_function_itself_counts_like_the_pools(
     limits = {"name": "math_verify", "params": {"timeout_seconds": 1}}
     scorer = pool(limits, timeout_seconds=30, on_error="stop", max_error_share=1)
     [result] = scorer.score([sample(r"\boxed{\int_0^1 x^{x^x} dx}")])
-    assert result.value == 0
+    assert result.value is None
     assert "math-verify took longer than 1 s" in result.errors["math_verify"]
 
 
@@ -206,13 +226,13 @@ def test_on_error_stop_names_function_problem_and_reason(pool: Pool, sample: Sam
 def test_on_error_stop_goes_on_after_a_time_limit(pool: Pool, sample: Sample) -> None:
     scorer = pool("reward", source=MISBEHAVING, on_error="stop", timeout_seconds=0.5)
     results = scorer.score([sample("sleep"), sample("fine"), sample("fine")])
-    assert [r.value for r in results] == [0.0, 1.0, 1.0]
+    assert [r.value for r in results] == [None, 1.0, 1.0]
 
 
 def test_too_many_failures_stop_with_the_most_frequent_reason(pool: Pool, sample: Sample) -> None:
     scorer = pool("reward", source=MISBEHAVING, max_error_share=0.5)
     half = [sample("raise", id="r"), sample("nan", id="n"), sample("fine"), sample("fine")]
-    assert [r.value for r in scorer.score(half)] == [0, 0, 1, 1]
+    assert [r.value for r in scorer.score(half)] == [None, None, 1, 1]
     with pytest.raises(UserError) as caught:
         scorer.score([sample("nan", id="n"), *half[:2], sample("fine")])
     message = str(caught.value)

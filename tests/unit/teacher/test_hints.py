@@ -15,7 +15,7 @@ def group(*texts: str, **metadata: object) -> Group:
     return Group(problem, [Trajectory(problem, [1], [], generation, text) for text in texts])
 
 
-def hints(group: Group, solved: list[bool], hint: str, **teacher: object):
+def hints(group: Group, solved: list[bool | None], hint: str, **teacher: object):
     return response_hints(group, solved, TeacherConfig.model_validate({"hint": hint, **teacher}))
 
 
@@ -41,6 +41,13 @@ def test_wrong_hints_are_wrong_and_of_others():
     assert wrong_hints(group("a", "b", "c", "d"), solved) == ["b", "d", "d", "b"]
     assert wrong_hints(group("a", "b"), [True, False]) == ["b", None]
     assert wrong_hints(group("a", "b"), [True, True]) == [None, None]
+
+
+def test_a_response_without_a_verdict_is_neither_a_right_nor_a_wrong_hint():
+    solved = [None, True, False, None]
+    four = group("a", "b", "c", "d")
+    assert hints(four, solved, "own_correct_response") == ["b", None, "b", "b"]
+    assert wrong_hints(four, solved) == ["c", "c", None, "c"]
 
 
 def test_a_response_without_text_is_no_hint():
