@@ -108,7 +108,8 @@ def mean_of_known(values: Iterable[float | None]) -> float:
 
 
 def _nothing_to_learn_from(trajectories: list[Trajectory], step: int) -> str:
-    message = f"none of the {len(trajectories)} responses of step {step} has a token"
+    message = f"step {step} has nothing to learn from: none of its {len(trajectories)} responses "
+    message += "has a token"
     if failures := Counter(t.environment_error for t in trajectories if t.environment_error):
         (reason, count), *_ = failures.most_common(1)
         message += f"; {failures.total()} episodes failed, most often ({count} times): {reason}"

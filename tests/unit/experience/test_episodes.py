@@ -238,8 +238,8 @@ def test_a_step_whose_episodes_all_fail_to_begin_ends_the_run_with_their_reason(
     ):
         collector.collect(5)
     assert str(caught.value) == (
-        "none of the 12 responses of step 5 has a token; 12 episodes failed, most often (12 "
-        "times): reset: RuntimeError: no board"
+        "step 5 has nothing to learn from: none of its 12 responses has a token; 12 episodes "
+        "failed, most often (12 times): reset: RuntimeError: no board"
     )
     assert engine.batches == []
 
