@@ -118,7 +118,8 @@ class EmbeddedEngine:
         ]
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take every parameter once from a stream of (Hugging Face name, full tensor).
+        """Take every weight once from a stream of (Hugging Face name, full tensor): parameters, and
+        buffers that checkpoints have, as DeepSeek's expert bias.
 
         Tensors of any dtype and device are copied to the engine's. For a model with tied
         embeddings one name of the pair is enough; both are taken when they are equal.
@@ -130,8 +131,8 @@ class EmbeddedEngine:
         tensors; weights and version then stay as they were. The stream is read to its end even
         so, because the ranks that feed it may be meeting in collectives.
         """
-        expected = dict(self._open_model().named_parameters(remove_duplicate=False))
-        staged: dict[torch.nn.Parameter, torch.Tensor] = {}
+        expected: dict[str, torch.Tensor] = self._open_model().state_dict(keep_vars=True)
+        staged: dict[torch.Tensor, torch.Tensor] = {}
         seen: set[str] = set()
         problems: list[str] = []
         filled: Counter[str] = Counter()
@@ -169,7 +170,7 @@ class EmbeddedEngine:
         ]
         problems += [
             f"{name}: missing"
-            for name, parameter in self._open_model().named_parameters()
+            for name, parameter in expected.items()
             if parameter not in staged and name not in seen
         ]
         if problems:
@@ -217,6 +218,11 @@ def _build(config: Any, dtype: torch.dtype) -> Any:
             config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
         )
     model.tie_weights()  # no_init_weights skips that too
+    # As from_pretrained does: a bias that chooses experts is compared in full precision.
+    precise = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, buffer in model.named_buffers():
+        if precise.intersection(name.split(".")):
+            buffer.data = buffer.to(torch.promote_types(dtype, torch.float32))
     return model
 
 

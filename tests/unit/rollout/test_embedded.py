@@ -268,6 +268,28 @@ def test_updated_weights_are_those_that_generate(family: str, hf_folder: HFFolde
     assert tokens_of(empty.generate(requests)) == tokens_of(expected)
 
 
+def test_buffers_that_checkpoints_have_are_weights(hf_folder: HFFolder):
+    weights = weights_of(hf_folder("deepseek_v3"))
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert weights[bias].abs().max() > 0.1
+    engine = EmbeddedEngine(hf_folder("deepseek_v3"), torch.bfloat16, 8, load_weights=False)
+    without = {name: tensor for name, tensor in weights.items() if name != bias}
+    with pytest.raises(EngineError, match=rf"{bias}: missing"):
+        engine.update_weights(without.items(), version=1)
+    with pytest.raises(EngineError, match=r"inv_freq: unknown"):
+        engine.update_weights({**weights, "model.rotary_emb.inv_freq": weights[bias]}.items(), 1)
+    engine.update_weights(weights.items(), version=1)
+    held = dict(engine._model.named_buffers())[bias]
+    # Experts are compared by it: rounded, it would choose others than the trainer does.
+    assert held.dtype == torch.float32
+    assert torch.equal(held, weights[bias])
+    moved = EmbeddedEngine(hf_folder("deepseek_v3", seed=1), torch.float32, 8)
+    moved.update_weights(weights.items(), version=1)
+    expected = EmbeddedEngine(hf_folder("deepseek_v3"), torch.float32, 8)
+    requests = mixed_requests(6)
+    assert tokens_of(moved.generate(requests)) == tokens_of(expected.generate(requests))
+
+
 def test_the_stream_may_reuse_its_buffers(hf_folder: HFFolder):
     new_weights = weights_of(hf_folder("qwen3", seed=1))
 
