@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.diagnosis.before_run import refuse
 from megatron_rlsd.run import assemble, main
 
 
@@ -33,4 +34,4 @@ def rollout_only(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(rollout_only, sys.argv[1:], __doc__ or ""))
+    sys.exit(main(rollout_only, sys.argv[1:], __doc__ or "", refuse))

@@ -30,6 +30,7 @@ from megatron_rlsd.data import (
     PromptTooLong,
     build_sources,
 )
+from megatron_rlsd.diagnosis.before_run import refuse
 from megatron_rlsd.ops import PolicyLossConfig
 from megatron_rlsd.run import assemble, main
 from megatron_rlsd.runtime.errors import UserError
@@ -149,4 +150,4 @@ def sft_metrics(result: UpdateResult) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(train, sys.argv[1:], __doc__ or ""))
+    sys.exit(main(train, sys.argv[1:], __doc__ or "", refuse))

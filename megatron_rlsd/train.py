@@ -12,6 +12,7 @@ import sys
 
 from megatron_rlsd.algorithms import lambda_at
 from megatron_rlsd.config import Config
+from megatron_rlsd.diagnosis.before_run import refuse
 from megatron_rlsd.learner import Learner
 from megatron_rlsd.run import assemble, main
 
@@ -72,4 +73,4 @@ def train(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(train, sys.argv[1:], __doc__ or ""))
+    sys.exit(main(train, sys.argv[1:], __doc__ or "", refuse))

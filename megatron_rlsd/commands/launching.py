@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.config import config_parser, load_config
+from megatron_rlsd.runtime import one_voice
 from megatron_rlsd.runtime.errors import EXIT_USER_ERROR, UserError, tell
 from megatron_rlsd.runtime.lifecycle import EXIT_FAILED, EXIT_LOST_RANK, EXIT_PREEMPTED
 
@@ -47,15 +48,21 @@ def start(name: str, argv: list[str] | None, description: str | None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         processes = 1 if is_rank else _count(arguments.nproc)
+        # Slow to import: --help and a mistake in the configuration do without.
+        from megatron_rlsd.diagnosis.before_run import refuse
+
+        if not is_rank:
+            refuse(config, processes)
     except UserError as error:
         return tell(error)
     if processes > 1:
         words = [name, str(arguments.config), *arguments.overrides]
         return start_ranks(words, processes, config.distributed.timeout_seconds, config.run_dir)
     module, function = PROGRAMS[name]
+    command = getattr(importlib.import_module(module), function)
     from megatron_rlsd.run import execute
 
-    return execute(getattr(importlib.import_module(module), function), config)
+    return execute(command, config, refuse if is_rank else None)
 
 
 def start_ranks(words: list[str], processes: int, patience: float, run_dir: str | Path) -> int:
@@ -73,6 +80,7 @@ def start_ranks(words: list[str], processes: int, patience: float, run_dir: str 
     logging.disable(logging.ERROR)
     # As torchrun: ranks share the cores, and results do not depend on how they were started.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[one_voice.LAUNCHED] = "1"
     newer: dict[str, Any] = {
         "signals_to_handle": ",".join(number.name for number in SIGNALS),
         "shutdown_timeout": int(patience),

@@ -10,10 +10,12 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_rlsd.config.root import Config
+from megatron_rlsd.config.unused import drop_unused, ignored
 from megatron_rlsd.config.yaml_text import override_value, parse_yaml
 from megatron_rlsd.plugins import load_plugins
 from megatron_rlsd.runtime.durable import write_whole
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.one_voice import notice
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -32,19 +34,25 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of config sections, got {type(raw).__name__}")
+    algorithm = raw.get("algorithm")
+    files_name = algorithm.get("name") if isinstance(algorithm, dict) else None
     for override in overrides or []:
         _apply_override(raw, override)
+    _load_plugins(raw, str(path))
+    typed = {override.partition("=")[0] for override in overrides or []}
+    if dropped := drop_unused(raw, typed, files_name):
+        notice(
+            f"{path} is for algorithm.name={files_name or 'rlsd'}; for {raw['algorithm']['name']}, "
+            f"chosen on the command line, these of its keys are left out: {', '.join(dropped)}"
+        )
+    if idle := ignored(raw):
+        notice(f"algorithm.name=grpo has no use for {idle}: it is RLSD at lambda 0")
     return parse_config(raw, origin=str(path))
 
 
 def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
     """Import ``plugins``, then validate; errors name the dotted key and what was expected."""
-    plugins = raw.get("plugins")
-    if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
-        try:
-            load_plugins(plugins)
-        except UserError as error:
-            raise UserError(f"{origin}: {error}") from error
+    _load_plugins(raw, origin)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -74,6 +82,15 @@ def flattened(settings: Mapping[str, Any], separator: str = ".") -> dict[str, An
         else:
             flat[key] = value
     return flat
+
+
+def _load_plugins(raw: dict[str, Any], origin: str) -> None:
+    plugins = raw.get("plugins")
+    if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
+        try:
+            load_plugins(plugins)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

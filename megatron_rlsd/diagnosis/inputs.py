@@ -68,8 +68,8 @@ def _fits(problem: Problem, prompts: PromptBuilder) -> bool:
     return True
 
 
-def first_problem(config: Config) -> Problem:
-    return build_sources(config.data.train, config.train.seed).next(1)[0]
+def first_problems(config: Config) -> list[Problem]:
+    return build_sources(config.data.train, config.train.seed).next(PROBLEMS)
 
 
 def check_environment(config: Config, tokenizer: Tokenizer, problem: Problem | None) -> str:
@@ -91,18 +91,68 @@ def check_environment(config: Config, tokenizer: Tokenizer, problem: Problem | N
     return f"{name}: begins the first problem" + (f" with {opening.text!r}" * bool(opening.text))
 
 
-def check_rewards(config: Config, problem: Problem | None) -> str:
-    """Starts the workers, which load the functions, and scores an answer."""
+def check_rewards(config: Config, problems: list[Problem]) -> str:
+    """Starts a worker, which loads the functions, and scores an answer, a wrong and an empty one.
+
+    The answer comes alone, in ``prompts.sft_response`` and as the reference solution: which form
+    the functions want is theirs to say. Doubt where none of these is told from a wrong answer.
+    """
     names = ", ".join(function.name for function in config.reward.functions)
-    with RewardPool(config.reward) as pool:
+    # Three answers are too few for a share of failures; each is judged here.
+    settings = config.reward.model_copy(
+        update={"workers": 1, "on_error": "zero", "max_error_share": 1.0}
+    )
+    with RewardPool(settings) as pool:
         pool.wait_until_ready()
-        if problem is None:
+        if not problems:
             return f"{names}: loaded"
-        limit = config.rollout.max_response_tokens
-        played = None if config.environment.name is None else 0.0
-        sample = RewardInput(problem, problem.answer, 1, limit, "stop", environment_reward=played)
-        (result,) = pool.score([sample])
-    if result.errors:
-        texts = "; ".join(f"{name}: {reason}" for name, reason in result.errors.items())
+        problem = problems[0]
+        right, wrong = responses(config, problem, problem.answer), []
+        for other in problems[1:]:
+            if other.answer != problem.answer:
+                wrong = responses(config, other, other.answer)
+                break
+        samples = [_sample(config, problem, text) for text in (*right, *wrong, "")]
+        results = pool.score(samples)
+    if errors := results[0].errors:
+        texts = "; ".join(f"{name}: {reason}" for name, reason in errors.items())
         raise UserError(f"a reward function fails on the first problem: {texts}")
-    return f"{names}: the first problem's answer alone scores {result.value:g}"
+    first = config.reward.functions[0].name
+    values = [None if first in result.errors else result.parts[first] for result in results]
+    best, others = _best(values[: len(right)]), _best(values[len(right) :])
+    failed = [name for result in results[len(right) :] for name in result.errors]
+    if failed:
+        raise Doubt(f"{failed[0]} fails on a wrong or an empty answer to the first problem")
+    told = f"answer {_shown(best)}, wrong {_shown(_best(values[len(right) : -1]))}, empty "
+    told = f"{names}: {told}{_shown(values[-1])}"
+    if best is not None and others is not None and best <= others:
+        raise Doubt(
+            f"{told}: {first} tells no answer to the first problem from a wrong or an empty one; "
+            f"where that holds for all problems, nothing is learned. Tried: {right[0]!r}"
+            + (f" and {right[1]!r}" if len(right) > 1 else "")
+        )
+    return told
+
+
+def responses(config: Config, problem: Problem, answer: str) -> list[str]:
+    """Forms in which a model may give this answer."""
+    solution = problem.reference_solution
+    target = config.prompts.sft_response.format(
+        reference_solution=solution or "", answer=answer
+    ).strip()
+    forms = [answer, target, *([solution] if solution else [])]
+    return list(dict.fromkeys(form for form in forms if form))
+
+
+def _sample(config: Config, problem: Problem, response: str) -> RewardInput:
+    limit = config.rollout.max_response_tokens
+    played = None if config.environment.name is None else 0.0
+    return RewardInput(problem, response, 1, limit, "stop", environment_reward=played)
+
+
+def _best(values: list[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"

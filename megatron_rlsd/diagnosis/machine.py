@@ -63,6 +63,27 @@ def check_fast_kernels(config: Config | None = None) -> str:
     return f"the head runs on Triton, the layers are Transformer Engine's; {fused}"
 
 
+def check_processes(config: Config, processes: int | None) -> str:
+    """A GPU for each process of this machine, and layers that this device can have.
+
+    processes: of the trainer on this machine; None: not known.
+    """
+    precision = config.model.precision
+    if precision.layers == "transformer_engine" or precision.fp8 != "none":
+        # Imported late: it pulls in Megatron.
+        from megatron_rlsd.actor.precision import layer_kind
+
+        layer_kind(precision, device())
+    if device().type != "cuda":
+        return "on the CPU any number of processes goes"
+    if processes and processes > (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"{processes} processes on this machine need a GPU each, but torch finds {gpus} GPUs; "
+            f"start {gpus} processes, or look at CUDA_VISIBLE_DEVICES"
+        )
+    return f"{torch.cuda.device_count()} GPUs"
+
+
 def check_space(config: Config, model: ModelDims | None) -> str:
     """run_dir can be written, and holds the checkpoints and the export that the run will keep."""
     run_dir = Path(config.run_dir).absolute()

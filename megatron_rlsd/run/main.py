@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from megatron_rlsd.config import Config, config_parser, load_config
+from megatron_rlsd.runtime import one_voice
 from megatron_rlsd.runtime.errors import UserError, mendable, tell
 from megatron_rlsd.runtime.lifecycle import (
     EXIT_FAILED,
@@ -20,19 +21,29 @@ from megatron_rlsd.runtime.lifecycle import (
     write_status,
 )
 
+Check = Callable[[Config], object]
 
-def main(command: Callable[[Config], None], argv: list[str], usage: str) -> int:
-    """Parse ``CONFIG.yaml [key=value ...]`` and run; a user's mistake is told in one message."""
+
+def main(
+    command: Callable[[Config], None], argv: list[str], usage: str, check: Check | None = None
+) -> int:
+    """Parse ``CONFIG.yaml [key=value ...]`` and run; a user's mistake is told in one message.
+
+    check: as for ``execute``.
+    """
     arguments = config_parser(usage).parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
     except UserError as error:
         return tell(error)
-    return execute(command, config)
+    return execute(command, config, check)
 
 
-def execute(command: Callable[[Config], None], config: Config) -> int:
-    """Run a program to its end, which status.json tells; the exit code."""
+def execute(command: Callable[[Config], None], config: Config, check: Check | None = None) -> int:
+    """Run a program to its end, which status.json tells; the exit code.
+
+    check: what rank 0 asks before the ranks meet; UserError where the program cannot run.
+    """
     stop_with_launcher()
     write_status(config.run_dir, None)
 
@@ -43,6 +54,12 @@ def execute(command: Callable[[Config], None], config: Config) -> int:
     status, code, message = "finished", 0, ""
     with StopSignals(preempted):
         try:
+            if one_voice.rank():
+                one_voice.after_rank_zero(config.distributed.timeout_seconds)
+            else:
+                if check is not None:
+                    check(config)
+                one_voice.rank_zero_agrees()
             command(config)
         except Preempted as stop:
             status, code, message = "preempted", EXIT_PREEMPTED, str(stop)
@@ -58,7 +75,8 @@ def execute(command: Callable[[Config], None], config: Config) -> int:
                 lost = isinstance(error, LostRankError)
                 code = EXIT_LOST_RANK if lost else EXIT_FAILED
                 message = f"{type(error).__name__}: {error}"
-                traceback.print_exc()
+                if one_voice.is_first_to_say(message):
+                    traceback.print_exc()
             if isinstance(error, LostRankError) and error.rank_zero:
                 write_status(config.run_dir, status, code, message, for_rank_zero=True)
         write_status(config.run_dir, status, code, message)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_rlsd.runtime.one_voice import is_first_to_say
+
 EXIT_USER_ERROR = 2
 
 
@@ -70,6 +72,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def tell(error: UserError) -> int:
-    """Print the error as every program and tool does; its exit code."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Print the error as every program and tool does, once for all ranks; its exit code."""
+    if is_first_to_say(str(error)):
+        print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR

@@ -7,6 +7,7 @@ that checks the version and does nothing else.
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
@@ -15,6 +16,14 @@ from megatron_rlsd.runtime.megatron_versions import check_megatron_version
 
 __all__ = ["collectives_backend", "device", "enable_megatron"]
 
+KNOWN_WARNINGS = (
+    # Which kernels are missing is said once, in our words (actor.slow_paths, rlsd doctor).
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",  # of CUDA graphs, a default of Megatron's that no run uses
+)
+"""How warnings begin that Megatron gives on import, several times on each rank."""
+
 
 def enable_megatron() -> None:
     """Make ``import megatron.core`` work on this machine; call before the first such import.
@@ -22,6 +31,8 @@ def enable_megatron() -> None:
     Raises UserError when Megatron-Core is missing or outside the supported range.
     """
     check_megatron_version()
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     if not torch.cuda.is_available():
         cpu.install()
 
