@@ -99,6 +99,7 @@ class Doctor:
         Doubts are told as notices; a fault of a check is raised as it is.
         """
         problems: dict[str, None] = {}
+        doubts = []
         for name, work in self._configured(config):
             if name in LEFT_TO_THE_RUN:
                 continue
@@ -107,9 +108,11 @@ class Doctor:
             except Skip:
                 continue
             except Doubt as doubt:
-                one_voice.notice(f"{name}: {doubt}")
+                doubts.append(f"{name}: {doubt}")
             except UserError as error:
                 problems[str(error)] = None
+        for text in doubts if not problems else ():
+            one_voice.notice(text)
         if len(problems) == 1:
             raise UserError(*problems)
         if problems:

@@ -2,7 +2,7 @@
 
 pool -> worker:  setup {memory_limit_bytes, ...}, then jobs {job, call, problem, ...}: make the
                  job's calls from number ``call`` on, in order.
-worker -> pool:  {"ready": true} or {"fatal": traceback}; then for each call any number of
+worker -> pool:  {"ready": true} or {"fatal": what happened}; then for each call any number of
                  {job, call, progress} and {job, call, value} or
                  {job, call, error, detail, timed_out, retire}.
 """

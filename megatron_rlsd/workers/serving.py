@@ -13,6 +13,7 @@ import resource
 import signal
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_rlsd.types import Problem
@@ -20,6 +21,8 @@ from megatron_rlsd.workers.jobs import encode
 
 MAX_REASON_CHARS = 500
 MAX_DETAIL_CHARS = 4000
+MAX_FRAMES = 8
+PACKAGE = Path(__file__).parents[1]
 
 Progress = Callable[[], None]
 """Called inside a call: its time begins anew."""
@@ -49,8 +52,8 @@ def serve(
     limit_resources(setup["memory_limit_bytes"])
     try:
         calls = load(setup)
-    except BaseException:
-        send({"fatal": traceback.format_exc()[-MAX_DETAIL_CHARS:]})
+    except BaseException as error:
+        send({"fatal": with_places(error)[:MAX_DETAIL_CHARS]})
         return 1
     send({"ready": True})
     for line in requests:
@@ -90,6 +93,16 @@ def outcome_of(
             # What filled the memory may still be referenced: later calls would fail in its place.
             "retire": isinstance(error, MemoryError),
         }
+
+
+def with_places(error: BaseException) -> str:
+    """The error, and the lines of the user's own code on the way to it."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    for frame in traceback.extract_tb(error.__traceback__)[-MAX_FRAMES:]:
+        ours = Path(frame.filename).is_relative_to(PACKAGE)
+        if not ours and not frame.filename.startswith("<frozen"):
+            text += f"\n  {frame.filename}, line {frame.lineno}: {frame.line}"
+    return text
 
 
 def problem_of(request: dict[str, Any]) -> Problem:

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_rlsd.config import parse_config
 from megatron_rlsd.diagnosis import collective, versions
-from megatron_rlsd.diagnosis.check import Check
+from megatron_rlsd.diagnosis.check import Check, run_check
 from megatron_rlsd.diagnosis.collective import check_collectives
 from megatron_rlsd.diagnosis.doctor import Doctor
+from megatron_rlsd.diagnosis.inputs import check_rewards, first_problems
 from megatron_rlsd.runtime.errors import UserError
 from tests.conftest import ROOT, raw_config
 
@@ -186,7 +188,9 @@ def change(file: Path, **values: Any) -> None:
 def healthy(tiny_model: Path, tmp_path: Path) -> tuple[Path, Raw]:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    return model, raw_config(model, tmp_path)
+    raw = raw_config(model, tmp_path)
+    raw["reward"]["functions"] = [{"name": "exact_match", "params": {"pattern": "#### (-?[0-9]+)"}}]
+    return model, raw
 
 
 def examine(raw: Raw, folder: Path) -> dict[str, Check]:
@@ -199,16 +203,43 @@ def failed(checks: dict[str, Check]) -> dict[str, str]:
     return {name: check.message for name, check in checks.items() if check.status == "failed"}
 
 
+REWARDS = {
+    "return 1.0": ("warning", "answer 1, wrong 1, empty 1"),
+    "return float(sample.response == 'nobody says this')": ("warning", "answer 0, wrong 0, empty"),
+    "return -float(sample.response == sample.problem.answer)": ("warning", "tells no answer"),
+    "return 1.0 / len(sample.response)": ("warning", "fails on a wrong or an empty answer"),
+    "raise KeyError('gold')": ("failed", "KeyError: 'gold'"),
+    "return float(sample.problem.answer in sample.response)": ("ok", "answer 1, wrong 0, empty 0"),
+}
+"""Body of a reward -> what the check makes of it."""
+
+
+@pytest.mark.process
+def test_rewards_are_tried_on_an_answer_a_wrong_and_an_empty_one(
+    healthy: tuple[Path, Raw], tmp_path: Path
+) -> None:
+    for number, (body, (status, words)) in enumerate(REWARDS.items()):
+        reward = tmp_path / f"reward_{number}.py"
+        reward.write_text(f"def judge(sample):\n    {body}\n")
+        raw = healthy[1] | {"reward": {"functions": [{"name": f"{reward}:judge"}]}}
+        config = parse_config(raw)
+        check = run_check("rewards", lambda c=config: check_rewards(c, first_problems(c)))
+        assert check.status == status, check
+        assert words in check.message
+
+
 @pytest.mark.process
 def test_a_healthy_configuration_passes(healthy: tuple[Path, Raw], tmp_path: Path) -> None:
     checks = examine(healthy[1], tmp_path)
     assert failed(checks) == {}
     assert {name for name, check in checks.items() if check.status == "ok"} == {
         "config",
+        "megatron-core",
         "model config",
         "weights",
         "tokenizer",
         "layout",
+        "processes",
         "run_dir",
         "data",
         "rewards",
