@@ -73,21 +73,18 @@ def drop_unused(raw: dict[str, Any], typed: Collection[str], files_name: Any) ->
 
 
 def _is_another_algorithms(key: str, name: str, before: str, section: dict[str, Any]) -> bool:
-    chosen = VARIANTS[name]
+    chosen, value = VARIANTS[name], section[key]
+    if key not in AlgorithmConfig.model_fields or key == "name":
+        return False  # told by their own checks
+    if key in chosen.fixed and value != chosen.fixed[key][0]:
+        return True
     if key in OF_EVIDENCE and (name == "grpo" or "rlsd_lambda" in chosen.fixed):
         return True
-    if key == "advantage" and section[key] == "none":
+    if key == "advantage" and value == "none":
         # For an algorithm that learns from its teacher alone.
         return not any(_default(chosen, each) for each in DISTILLS)
     # Where the two differ by default, the file's value was chosen for its own.
-    return (
-        key in AlgorithmConfig.model_fields
-        and key != "name"
-        and (
-            _default(chosen, key) != _default(VARIANTS[before], key)
-            or (key in chosen.fixed and section[key] != chosen.fixed[key][0])
-        )
-    )
+    return bool(_default(chosen, key) != _default(VARIANTS[before], key))
 
 
 def _is_another_teachers(key: str, name: str, value: Any) -> bool:
