@@ -30,6 +30,7 @@ def rollout_only(config: Config) -> None:
                 groups, _, metrics = run.rollout(step)
             run.log.samples(step, groups)
             run.log.step(step, metrics)
+            run.alarm(step, metrics, groups)  # which only warns here: the number of steps is known
         run.log.summary()
 
 

@@ -55,7 +55,9 @@ def train(config: Config) -> None:
             with run.phase("update", done):
                 run.colocation.trainer_takes_over()
                 result = supervised_update(run.actor, batch)
-            run.log.step(done, sft_metrics(result) | counts)
+            metrics = sft_metrics(result) | counts
+            run.log.step(done, metrics)
+            alarm = run.alarm(done, metrics)
             done += 1
             if config.eval.interval and done % config.eval.interval == 0:
                 run.colocation.servers_take_over()
@@ -63,7 +65,7 @@ def train(config: Config) -> None:
                 results, evaluated = run.evaluate(done), done
                 if reached(results, config.sft.stop_at_accuracy):
                     break
-            run.continuity.end_of_step(done, last=done == steps)
+            run.continuity.end_of_step(done, last=done == steps, alarm=alarm)
         if evaluated != done:
             run.colocation.servers_take_over()
             run.publish_weights(version=done)

@@ -53,7 +53,7 @@ def train(config: Config) -> None:
             metrics["algorithm/lambda"] = rlsd_lambda
             run.log_samples(step, groups, learner.credit)
             run.log.step(step, metrics)
-            alarm = run.alarm(step, metrics)
+            alarm = run.alarm(step, metrics, groups)
 
             done = step + 1
             if config.eval.interval and done % config.eval.interval == 0:

@@ -149,3 +149,20 @@ def test_a_reward_that_sometimes_fails_costs_its_own_samples(make_config, tmp_pa
             assert (sample["reward"], sample["advantage"]) == (None, 0)
         else:
             assert sample["reward"] == len(sample["response"]) % 2
+
+
+def test_a_run_that_learns_nothing_says_so(make_config, tmp_path, capsys):
+    config = make_config(
+        reward={"functions": [{"name": "exact_match", "params": {"pattern": "#### (-?[0-9]+)"}}]},
+        train={"steps": 2},
+        data={"eval": []},
+        observability={"progress": "plain"},
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert main(train.train, [str(path)], "usage") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("nothing is learned: every response has advantage 0") == 2
+    assert "one of them:" in shown
+    (told,) = json.loads((Path(config.run_dir) / "status.json").read_text())["warnings"]
+    assert "cut at rollout.max_response_tokens=12" in told

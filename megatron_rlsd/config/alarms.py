@@ -24,12 +24,18 @@ class AlarmsConfig(Section):
     unjudged_share_stop: float | None = Field(None, ge=0, le=1)
     """``rollout/reward_error_share``: responses that got no verdict, because a reward failed.
     ``reward.max_error_share`` also stops a run, at the first batch beyond it."""
+    no_signal_warn: int | None = Field(5, ge=1)
+    no_signal_stop: int | None = Field(None, ge=1)
+    """Steps in a row from which nothing can be learned: all advantages or the gradient are 0, every
+    response is cut at its limit, no response has the hint that the teacher needs. The warning says
+    what is likely behind it and shows one response; it also comes where a shorter run has no other
+    steps."""
     in_a_row: int = Field(3, ge=1)
     """Measurements beyond ``_stop``, one after another, that stop the run."""
 
     @model_validator(mode="after")
     def _warns_before_it_stops(self) -> AlarmsConfig:
-        for name in ("log_prob_diff", "noise_share", "unjudged_share"):
+        for name in ("log_prob_diff", "noise_share", "unjudged_share", "no_signal"):
             warn, stop = getattr(self, f"{name}_warn"), getattr(self, f"{name}_stop")
             if warn is not None and stop is not None and stop < warn:
                 raise ValueError(

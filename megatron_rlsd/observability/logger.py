@@ -245,6 +245,7 @@ class MetricsLogger:
                 lines.append(f"{name} in all: {total:,.0f}")
         if self._warnings.count:
             lines.append(f"warnings     {self._warnings.count}, see {self._warnings.path}")
+            lines += [f"  {text}" for text in self._warnings.latest]
         lines.append(f"metrics      {self.metrics_path}")
         for name in ("samples", "tensorboard", "wandb", "mlflow", "trace", "profile"):
             if (self._run_dir / name).exists():

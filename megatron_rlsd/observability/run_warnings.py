@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 WARNINGS_NAME = "warnings.jsonl"
+LATEST = 5
+"""Warnings that a summary shows."""
 
 
 class RunWarnings(logging.Handler):
@@ -25,6 +28,8 @@ class RunWarnings(logging.Handler):
         self.path = path
         self.count = 0
         """Warnings since the program started."""
+        self.latest: deque[str] = deque(maxlen=LATEST)
+        """The first line of each of the last ones."""
         self._show, self._step = show, step
         self._logger = logging.getLogger("megatron_rlsd")
 
@@ -40,6 +45,7 @@ class RunWarnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         self.count += 1
+        self.latest.append(text.partition("\n")[0])
         self._show(f"WARNING: {text}")
         line = {"time": round(time.time(), 3), "step": self._step(), "text": text}
         try:
@@ -47,6 +53,16 @@ class RunWarnings(logging.Handler):
                 file.write(json.dumps(line) + "\n")
         except OSError as error:  # the warning itself was shown
             self._show(f"WARNING: {self.path} cannot be written: {error}")
+
+
+def latest_warnings(run_dir: Path, since: float) -> list[str]:
+    """The first lines of the last warnings since then (seconds since 1970), oldest first."""
+    found = [
+        each["text"].splitlines()[0]
+        for each in read_warnings(run_dir / WARNINGS_NAME)
+        if each["text"] and isinstance(each.get("time"), int | float) and each["time"] >= since
+    ]
+    return found[-LATEST:]
 
 
 def read_warnings(path: Path) -> list[dict[str, Any]]:

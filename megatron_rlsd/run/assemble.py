@@ -21,6 +21,7 @@ from megatron_rlsd.experience.questions import fitting
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.observability import MetricsLogger
 from megatron_rlsd.observability.alarms import Alarms
+from megatron_rlsd.observability.no_signal import SignalWatch
 from megatron_rlsd.parallel.exchange import from_rank_zero, gather_bytes
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.recovery.continuity import continuity
@@ -128,5 +129,6 @@ def assemble(
             continuity=kept,
             publisher=publisher,
             alarms=Alarms(config.alarms),
+            signal=SignalWatch(config, total_steps),
             colocation=Colocation(actor, engine, groups.control, shared=config.rollout.colocated),
         )

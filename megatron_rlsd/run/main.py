@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_rlsd.config import Config, config_parser, load_config
+from megatron_rlsd.observability.run_warnings import latest_warnings
 from megatron_rlsd.runtime import one_voice
 from megatron_rlsd.runtime.errors import UserError, mendable, tell
 from megatron_rlsd.runtime.lifecycle import (
@@ -45,6 +48,7 @@ def execute(command: Callable[[Config], None], config: Config, check: Check | No
     check: what rank 0 asks before the ranks meet; UserError where the program cannot run.
     """
     stop_with_launcher()
+    started = time.time()
     write_status(config.run_dir, None)
 
     def preempted(number: int) -> None:
@@ -79,5 +83,6 @@ def execute(command: Callable[[Config], None], config: Config, check: Check | No
                     traceback.print_exc()
             if isinstance(error, LostRankError) and error.rank_zero:
                 write_status(config.run_dir, status, code, message, for_rank_zero=True)
-        write_status(config.run_dir, status, code, message)
+        warnings = latest_warnings(Path(config.run_dir), since=started)
+        write_status(config.run_dir, status, code, message, warnings=warnings)
     return code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from megatron_rlsd.hf_bridge import save_hf_folder
 from megatron_rlsd.learner.credit import CreditCollector, attach_credit
 from megatron_rlsd.observability import MetricsLogger
 from megatron_rlsd.observability.alarms import Alarms
+from megatron_rlsd.observability.no_signal import SignalWatch
 from megatron_rlsd.observability.trace import named
 from megatron_rlsd.parallel.exchange import (
     broadcast_bytes,
@@ -52,6 +53,7 @@ class Run:
     continuity: Continuity
     publisher: Publisher
     alarms: Alarms
+    signal: SignalWatch
     colocation: Colocation
 
     @contextmanager
@@ -75,9 +77,15 @@ class Run:
         batch = unpack_train_batch(broadcast_bytes(payload, self.process_groups.control))
         return groups, batch, metrics
 
-    def alarm(self, step: int, metrics: dict[str, float]) -> str | None:
-        """Warn where metrics say that the run drifts; why it should stop, if so, on rank 0."""
-        return self.alarms.check(step, metrics) if self.process_groups.rank == 0 else None
+    def alarm(
+        self, step: int, metrics: dict[str, float], groups: Sequence[Group] = ()
+    ) -> str | None:
+        """Warn where a step says that the run drifts or learns nothing; why it should stop, if so,
+        on rank 0."""
+        if self.process_groups.rank:
+            return None
+        reasons = (self.alarms.check(step, metrics), self.signal.check(step, metrics, groups))
+        return "; ".join(filter(None, reasons)) or None
 
     def publish_weights(self, version: int) -> dict[str, float]:
         """Hand the actor's current weights to the rollout engine; metrics on rank 0.

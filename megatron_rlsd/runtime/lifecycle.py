@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -36,6 +36,7 @@ STUCK_SECONDS = 10.0
 """A start that has not heeded a signal for so long waits in a call that no signal interrupts."""
 STATUS_NAME = "status.json"
 STATUS_BYTES = 4096
+STATUS_WARNING_CHARACTERS = 300
 
 
 class Preempted(BaseException):
@@ -176,13 +177,15 @@ def write_status(
     exit_code: int = 0,
     message: str = "",
     *,
+    warnings: Sequence[str] = (),
     for_rank_zero: bool = False,
 ) -> None:
     """run_dir/status.json on rank 0: ``finished``, ``preempted`` or ``failed``; None removes it.
 
     Launchers that hide exit codes (torchrun makes every failure 1) leave this to look at. Where
     another process owns the folder it is that one's, and left alone. ``for_rank_zero``: rank 0 is
-    gone, and any rank that knows may say so. A disk on which not even this can be written is told.
+    gone, and any rank that knows may say so. ``warnings``: the run's last ones, under that key. A
+    disk on which not even this can be written is told.
     """
     path = Path(run_dir) / STATUS_NAME
     if not (is_rank_zero() or for_rank_zero) or not path.parent.is_dir():
@@ -193,11 +196,13 @@ def write_status(
         if status is None:
             path.unlink(missing_ok=True)
             return
-        content = {
+        content: dict[str, Any] = {
             "status": status,
             "exit_code": exit_code,
             "message": message[: STATUS_BYTES // 2],
         }
+        if warnings:
+            content["warnings"] = [text[:STATUS_WARNING_CHARACTERS] for text in warnings]
         _write_into_room(path, json.dumps(content).encode(), for_rank_zero)
     except OSError as error:
         print(f"{path} could not be written: {error}", file=sys.stderr, flush=True)

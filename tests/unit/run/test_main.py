@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,15 @@ def test_usage(arguments: list[str], code: int) -> None:
     with pytest.raises(SystemExit) as exit_with:
         main(lambda config: None, arguments, "usage")
     assert exit_with.value.code == code
+
+
+def test_the_status_has_the_warnings_of_this_run(tmp_path: Path) -> None:
+    lines = [
+        {"time": 1.0, "step": 3, "text": "of an earlier run"},
+        {"time": time.time() + 60, "step": 4, "text": "nothing is learned\n  one of them:"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "warnings.jsonl").write_text(text)
+    assert ended(None, tmp_path) == 0
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["warnings"] == ["nothing is learned"]
