@@ -20,6 +20,7 @@ from megatron_rlsd.runtime.lifecycle import (
     LostRankError,
     Preempted,
     StopSignals,
+    raise_limit_on_files,
     stop_with_launcher,
     write_status,
 )
@@ -58,6 +59,7 @@ def execute(command: Callable[[Config], None], config: Config, check: Check | No
     status, code, message = "finished", 0, ""
     with StopSignals(preempted):
         try:
+            raise_limit_on_files()
             if one_voice.rank():
                 one_voice.after_rank_zero(config.distributed.timeout_seconds)
             else:

@@ -36,8 +36,6 @@ WAYS_OUT = {
 """What a user can mend, whatever it was that could not be written or read -> how."""
 OF_A_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 """What a user can mend where the system names a path."""
-_IN_OTHERS_WORDS = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust (safetensors) give the system's answer."""
 
 
 def mendable(error: BaseException) -> UserError | None:
@@ -46,8 +44,8 @@ def mendable(error: BaseException) -> UserError | None:
     each, passed = error, [error]
     while not isinstance(each, UserError):
         number, path = getattr(each, "errno", None), getattr(each, "filename", None)
-        if found := _IN_OTHERS_WORDS.search(str(each)):
-            number = int(found[1])
+        if not isinstance(each, OSError):
+            number = _in_others_words(str(each))
         if number in WAYS_OUT or (number in OF_A_PATH and path is not None):
             where = f"{path}: " if path is not None else ""
             way_out = f"; {WAYS_OUT[number]}" if number in WAYS_OUT else ""
@@ -58,6 +56,13 @@ def mendable(error: BaseException) -> UserError | None:
         each = cause
         passed.append(cause)
     return each
+
+
+def _in_others_words(text: str) -> int | None:
+    """The system's answer in an error of a library that is no Python."""
+    if found := re.search(r"\(os error (\d+)\)", text):  # Rust: safetensors
+        return int(found[1])
+    return next((number for number in WAYS_OUT if os.strerror(number) in text), None)  # C++: gloo
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_rlsd.runtime.durable import partial_of
-from megatron_rlsd.runtime.errors import naming
+from megatron_rlsd.runtime.errors import UserError, naming
 from megatron_rlsd.runtime.ownership import foreign_owner
 
 EXIT_FAILED = 1
@@ -34,6 +35,7 @@ IMPATIENT_SECONDS = 2.0
 terminal sends them to all processes: those come sooner."""
 STUCK_SECONDS = 10.0
 """A start that has not heeded a signal for so long waits in a call that no signal interrupts."""
+LEAST_FILES, MOST_FILES = 256, 2**16
 STATUS_NAME = "status.json"
 STATUS_BYTES = 4096
 STATUS_WARNING_CHARACTERS = 300
@@ -165,6 +167,22 @@ def stop_with_launcher() -> None:
     """Under torchrun: should the agent be killed, its workers get SIGTERM and do not live on."""
     if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def raise_limit_on_files() -> None:
+    """As many open files as this process may have: connections to servers and ranks are files.
+
+    Raises UserError where that is too few for any run.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < LEAST_FILES:
+        raise UserError(
+            f"this process may open no more than {wanted} files (ulimit -Hn); a run needs "
+            f"{LEAST_FILES} at least"
+        )
 
 
 def is_rank_zero() -> bool:
