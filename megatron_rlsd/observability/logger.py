@@ -112,15 +112,19 @@ class MetricsLogger:
             moved = self._move_earlier_run_aside()
         else:
             self._take_up_earlier_run(self._resume_step)
-        self._trackers = build_trackers(
-            self._config, self._run_dir, self._settings, self._resume_step
-        )
         self._file = MetricsFile(self.metrics_path)
         self._run_start = time.monotonic()
         self._display = make_display(
             self._config.progress, self._total_steps, done=self._resume_step or 0
         )
         self._warnings.__enter__()
+        try:
+            self._trackers = build_trackers(
+                self._config, self._run_dir, self._settings, self._resume_step
+            )
+        except BaseException:
+            self._warnings.__exit__()
+            raise
         if moved:
             names = ", ".join(path.name for path in moved)
             self._display.show(f"{self._run_dir} holds an earlier run, now moved to {names}")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rlsd.config import MlflowConfig, ObservabilityConfig, WandbConfig, flattened
+from megatron_rlsd.runtime.errors import UserError
+
+WARN = logging.getLogger(__name__).warning
 
 
 class Tracker(Protocol):
@@ -28,15 +33,24 @@ def build_trackers(
     """The trackers that are switched on.
 
     ``settings`` is the run's configuration, shown beside its curves. A resumed run goes on under
-    the ids kept in ``run_dir``. Raises RuntimeError that names the key where a package is missing.
+    the ids kept in ``run_dir``. One that cannot be
+    reached is told and left out. Raises UserError that names the key where a package is missing.
     """
-    trackers: list[Tracker] = []
+    wanted: dict[str, Callable[[], Tracker]] = {}
     if config.tensorboard:
-        trackers.append(TensorBoardTracker(run_dir / "tensorboard", resume_step))
+        wanted["TensorBoard"] = lambda: TensorBoardTracker(run_dir / "tensorboard", resume_step)
     if config.wandb.enabled:
-        trackers.append(WandbTracker(config.wandb, run_dir, settings, resume_step))
+        wanted["W&B"] = lambda: WandbTracker(config.wandb, run_dir, settings, resume_step)
     if config.mlflow.enabled:
-        trackers.append(MlflowTracker(config.mlflow, run_dir, settings, resume_step))
+        wanted["MLflow"] = lambda: MlflowTracker(config.mlflow, run_dir, settings, resume_step)
+    trackers: list[Tracker] = []
+    for name, build in wanted.items():
+        try:
+            trackers.append(build())
+        except UserError:
+            raise
+        except Exception as error:  # metrics.jsonl has it all: no reason not to train
+            WARN("%s cannot be used, and the run goes on without it: %s", name, error)
     return trackers
 
 
@@ -69,11 +83,20 @@ class WandbTracker:
         except ImportError as error:
             raise _missing("wandb", "observability.wandb.enabled", error) from error
         run_dir.mkdir(parents=True, exist_ok=True)
+        mode = config.mode
+        # Without a login, init() would ask for one on a terminal, and fail elsewhere.
+        if mode == "online" and not _has_login(wandb):
+            mode = "offline"
+            WARN(
+                "W&B has no login on this machine (wandb login): the run is written to %s, for "
+                "`wandb sync`",
+                run_dir / "wandb",
+            )
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
             name=config.name or run_dir.name,
-            mode=config.mode,
+            mode=mode,
             dir=str(run_dir),
             config=settings,
             id=_kept_id(run_dir / "wandb_run_id", resume_step),
@@ -134,13 +157,19 @@ class MlflowTracker:
         self._client.set_terminated(self._run_id, status="FAILED" if failed else "FINISHED")
 
 
+def _has_login(wandb: Any) -> bool:
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False))
+    return wandb.api.api_key is not None  # before 0.23
+
+
 def _kept_id(path: Path, resume_step: int | None) -> str | None:
     if resume_step is None or not path.exists():
         return None
     return path.read_text(encoding="utf-8").strip()
 
 
-def _missing(package: str, key: str, error: ImportError) -> RuntimeError:
-    return RuntimeError(
+def _missing(package: str, key: str, error: ImportError) -> UserError:
+    return UserError(
         f"{key}=true needs the package {package} ({error}); install it or set {key}=false"
     )

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_rlsd.config import ObservabilityConfig
 from megatron_rlsd.observability import MetricsLogger, read_metrics
+from megatron_rlsd.runtime.errors import UserError
 
 LOG_BLOCK, FULL, LAST = 32768, 1, 4
 QUIET = {"tensorboard": False, "progress": "plain"}
@@ -96,6 +97,26 @@ def test_wandb_offline_keeps_every_value(tmp_path: Path) -> None:
     assert not any("rollout/x" in row for row in rows)
 
 
+@pytest.mark.process
+def test_without_a_login_or_a_server_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    log = run_steps(tmp_path / "run", range(2), wandb={"enabled": True, "project": "tests"})
+    assert len(read_metrics(log.metrics_path)) == 3
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    assert capsys.readouterr().out.count("W&B has no login on this machine") == 1
+    log = run_steps(
+        tmp_path / "other", range(2), mlflow={"enabled": True, "tracking_uri": "nowhere://x"}
+    )
+    assert len(read_metrics(log.metrics_path)) == 3
+    told = capsys.readouterr().out
+    assert told.count("MLflow cannot be used, and the run goes on without it") == 1
+
+
 def wandb_rows(path: Path) -> list[dict[str, Any]]:
     """The logged rows of an offline run's file: protobuf records in the blocks of a LevelDB log."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -153,7 +174,7 @@ def test_a_missing_package_is_named_with_its_key(
         monkeypatch.setitem(sys.modules, name, None)
         config = ObservabilityConfig(**QUIET, **{name: {"enabled": True}})
         with (
-            pytest.raises(RuntimeError, match=rf"observability\.{name}\.enabled=true needs"),
+            pytest.raises(UserError, match=rf"observability\.{name}\.enabled=true needs"),
             MetricsLogger(tmp_path / name, config, 1),
         ):
             pass
