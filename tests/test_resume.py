@@ -27,11 +27,17 @@ from megatron_rlsd.recovery.replay import replay
 from megatron_rlsd.run import assemble
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import Preempted
+from megatron_rlsd.runtime.ownership import OWNER_NAME
 
 STEPS = 8
 INTERRUPTING = '''
+import json
 import os
 from pathlib import Path
+
+def trainer():
+    """The process that owns the run's folder."""
+    return json.loads(Path({owner!r}).read_text())["pid"]
 
 def interrupting(sample):
     """Even digits; once, when step {step} is scored, {what}."""
@@ -53,6 +59,7 @@ def interrupting_reward(folder: Path, run_dir: str, step: int, action: str) -> P
             step=step,
             what=action,
             metrics=f"{run_dir}/metrics.jsonl",
+            owner=f"{run_dir}/{OWNER_NAME}",
             flag=str(folder / "interrupted"),
             action=action,
         )
@@ -153,7 +160,7 @@ def killed(*args, **kwargs):
 
 def test_kill_9_in_a_step_and_in_saves(pair, tmp_path):
     """Killed in a step, while shards are written, before the manifest, and before the rename."""
-    plain, interrupted = pair("os.kill(os.getppid(), 9)", checkpoint={"async_save": False})
+    plain, interrupted = pair("os.kill(trainer(), 9)", checkpoint={"async_save": False})
     ended = start_program(interrupted, tmp_path)
     assert ended.returncode == -signal.SIGKILL
     for module, name, call, last in [
@@ -178,7 +185,7 @@ def test_kill_9_in_a_step_and_in_saves(pair, tmp_path):
 
 
 def test_a_signal_saves_and_ends_with_its_own_exit_code(pair, tmp_path):
-    plain, interrupted = pair("os.kill(os.getppid(), 15)", checkpoint={"interval": 0})
+    plain, interrupted = pair("os.kill(trainer(), 15)", checkpoint={"interval": 0})
     ended = start_program(interrupted, tmp_path)
     assert ended.returncode == 75, ended.stderr
     assert "SIGTERM: stopped after step 5, all saved" in ended.stderr
@@ -193,7 +200,7 @@ def test_a_signal_saves_and_ends_with_its_own_exit_code(pair, tmp_path):
 
 
 def test_a_signal_in_this_process_is_handled_only_while_it_trains(pair, tmp_path):
-    _, interrupted = pair("import signal; os.kill(os.getppid(), signal.SIGUSR1)")
+    _, interrupted = pair("import signal; os.kill(trainer(), signal.SIGUSR1)")
     before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(Preempted, match="SIGUSR1"):
         train.train(interrupted)
