@@ -69,7 +69,8 @@ def ended(
         for number in ALL:
             signal.signal(number, signal.SIG_DFL)
         lifecycle.STUCK_SECONDS = 0.5
-        lifecycle.IMPATIENT_SECONDS = 0.2
+        if pause:
+            lifecycle.IMPATIENT_SECONDS = pause / 2
         os._exit(execute(program, config))
 
     process = multiprocessing.get_context("fork").Process(target=run)
