@@ -1,3 +1,4 @@
+# make help   these lines; so does make alone
 # make demo   set up .venv and run the main job: warm start, RLSD, evaluation before and after
 # make check  set up .venv and run lint, types and the tests that start no process (3 minutes)
 # make test   set up .venv and run everything that CI runs
@@ -35,8 +36,12 @@ BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
 SLURM_PROGRAMS := munged slurmctld slurmd sbatch
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 
-.PHONY: demo check test test-sglang test-vllm vllm-cpu test-te te-cpu test-slurm sglang-cpu \
+.DEFAULT_GOAL := help
+.PHONY: help demo check test test-sglang test-vllm vllm-cpu test-te te-cpu test-slurm sglang-cpu \
 	try-sglang-cpu slurm try-slurm lint bench gpu-wheels clean
+
+help:
+	@sed -n "/^#/!q; s/^# \{0,1\}//p" Makefile
 
 demo: $(READY)
 	PYTHON=$(BIN)/python bash examples/run_rlsd_tiny.sh
