@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from pydantic import model_validator
@@ -62,6 +63,15 @@ class Config(Section):
         trajectories = self.rollout.prompts_per_step * self.rollout.n_samples_per_prompt
         updates = trajectories // (self.train.global_batch_size or trajectories)
         return updates * self.train.epochs_per_rollout
+
+    @property
+    def weight_folder(self) -> Path | None:
+        """The folder through which servers get their weights; None: they get them in another way,
+        or there are none."""
+        sync = self.weight_sync
+        if self.rollout.engine != "sglang" or sync.transport != "disk":
+            return None
+        return Path(sync.path or Path(self.run_dir) / "weight_sync")
 
     @property
     def pack_multiple(self) -> int:

@@ -30,8 +30,6 @@ def owned_folders(config: Config, control: dist.ProcessGroup) -> Iterator[None]:
 
 
 def _folders(config: Config) -> list[Path]:
-    folders = [Path(config.run_dir)]
-    sync = config.weight_sync
-    if config.rollout.engine == "sglang" and sync.transport == "disk" and sync.path:
-        folders.append(Path(sync.path))
-    return folders
+    run_dir, weights = Path(config.run_dir), config.weight_folder
+    outside = weights is not None and not weights.is_relative_to(run_dir)
+    return [run_dir, weights] if weights is not None and outside else [run_dir]

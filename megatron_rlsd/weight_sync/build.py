@@ -97,4 +97,6 @@ def build_transport(
         return BroadcastTransport(servers, settings)
     if sync.transport == "ipc":
         return IpcTransport(servers, settings)
-    return DiskTransport(servers, settings, Path(sync.path or Path(config.run_dir) / "weight_sync"))
+    folder = config.weight_folder
+    assert folder is not None
+    return DiskTransport(servers, settings, folder)

@@ -6,7 +6,9 @@ the trainer trains. Then every transport brings it weights.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import pytest
 import torch
 import transformers
 
+from megatron_rlsd import sft
+from megatron_rlsd.actor.actor import UpdateResult
 from megatron_rlsd.config import parse_config
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.learner import Learner
@@ -165,6 +169,32 @@ def test_a_colocated_server_sleeps_while_the_trainer_trains(colocated: Colocated
         assert metrics["weight_sync/parity_max"] < 1e-4
         assert metrics["weight_sync/unverified_tensors"] == 0
         assert metrics["train/grad_norm"] > 0
+
+
+def test_a_colocated_server_sleeps_while_the_warm_start_trains(
+    colocated: Colocated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, events = colocated.run, colocated.events
+    events.clear()
+    update = sft.supervised_update
+
+    def noted(*arguments: Any) -> UpdateResult:
+        assert not run.actor._offload.offloaded
+        events.append("update")
+        return update(*arguments)
+
+    monkeypatch.setattr(sft, "supervised_update", noted)
+    monkeypatch.setattr(sft, "assemble", lambda *_, **__: nullcontext(run))
+    raw = run.config.model_dump(mode="json")
+    raw["sft"] |= {"steps": 2, "batch_size": 2}
+    raw["eval"] |= {"interval": 1, "at_start": False, "num_problems": 2}
+    sft.train(parse_config(raw))
+    ordered = [event for event in events if event not in ("health", "generate")]
+    published = ["weights", "compare", "resume kv_cache"]
+    turns = [each for each, _ in itertools.groupby(ordered)]
+    trained = ["release weights kv_cache", "update", "resume weights", *published]
+    # Its first weights find the server awake.
+    assert turns == ["weights", "compare", *2 * trained]
 
 
 @pytest.mark.parametrize("kind", ["disk", "broadcast", "ipc"])
