@@ -21,8 +21,8 @@ def evaluate(
 
     greedy_pass@1; sampled_pass@k for each configured k (unbiased over n_samples responses);
     response tokens; format_rate: mean of the ``format`` reward if configured, else the share of
-    responses that end by themselves; the shares of ``leakage_metrics``. A response without a
-    verdict belongs to none of the means of verdicts; NaN: none was judged.
+    responses that end by themselves; reward_error_share; the shares of ``leakage_metrics``. A
+    response without a verdict belongs to none of the means of verdicts; NaN: none was judged.
     """
     metrics: dict[str, float] = {}
     for name, chosen in problems.items():
@@ -63,6 +63,9 @@ def _shape_metrics(prefix: str, groups: list[Group]) -> dict[str, float]:
             t.generation.num_own_tokens for t in trajectories
         ),
         f"{prefix}format_rate": mean_of_known(map(_formatted, trajectories)),
+        f"{prefix}reward_error_share": statistics.fmean(
+            bool(t.reward is None or t.reward.errors) for t in trajectories
+        ),
         **{f"{prefix}{name.replace('/', '_')}": share for name, share in leaks.items()},
     }
 
