@@ -250,8 +250,8 @@ def test_smollm2_there_and_back_on_real_text(
     bent = SimpleNamespace(
         path=weights.path,
         tensors=weights.tensors,
-        slice=lambda name, ranges=(): (
-            weights.slice(name, ranges) * (1.01 if name == "model.norm.weight" else 1)
+        slice=lambda name, ranges=(), out=None: (
+            weights.slice(name, ranges, out) * (1.01 if name == "model.norm.weight" else 1)
         ),
     )
     difference, tokens = log_prob_difference(back, bent, text.read_text(), 64)
