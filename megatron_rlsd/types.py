@@ -1,8 +1,8 @@
 """The data that moves through a training step: problem -> generation -> trajectory -> group.
 
-Token ids are plain Python ints here; tensors appear only where a pass over the model is packed
-(``megatron_rlsd.actor.packing``). Log-probabilities are natural logarithms taken at the sampling
-temperature, log_softmax(logits / temperature).
+Token ids, masks and log-probabilities that are kept are numpy arrays; tensors appear only where a
+pass over the model is packed (``megatron_rlsd.actor.packing``). Log-probabilities are natural
+logarithms taken at the sampling temperature, log_softmax(logits / temperature).
 """
 
 from __future__ import annotations
@@ -73,34 +73,60 @@ class GenerationRequest:
     """Fixes the sampled tokens given the weights, whatever else is in the batch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
     """What an engine returns for one request."""
 
-    token_ids: list[int]
-    """[T] sampled tokens, the stop token included when finish_reason is ``stop``. Of an episode of
-    several turns: the turns with the environment's tokens between them."""
-    log_probs: list[float]
-    """[T] log_softmax(logits / temperature) of each sampled token over the *whole* vocabulary
-    (top-p and top-k do not renormalise it; greedy decoding reports it at temperature 1)."""
+    token_ids: IntArray
+    """[T] int32 sampled tokens, the stop token included when finish_reason is ``stop``. Of an
+    episode of several turns: the turns with the environment's tokens between them."""
+    log_probs: FloatArray
+    """[T] float32 log_softmax(logits / temperature) of each sampled token over the *whole*
+    vocabulary (top-p and top-k do not renormalise it; greedy decoding reports it at temperature
+    1)."""
     finish_reason: FinishReason
     weight_version: int
     """Version of the weights that sampled the first token (0: the initial weights)."""
-    token_versions: list[int] = field(default_factory=list)
-    """[T] version for each token, never falling, where weights were updated while the response was
-    under way; empty: ``weight_version`` for all."""
-    routed_experts: Tensor | None = field(default=None, compare=False)
+    token_versions: IntArray | None = None
+    """[T] int32 version for each token, never falling, where weights were updated while the
+    response was under way. None: ``weight_version`` for all."""
+    routed_experts: Tensor | None = None
     """[P + T - 1, layers, experts per token] int16: the experts that each token took in each layer,
     prompt included, the last token not (nothing was computed from it). Anything in layers without
     experts; -1 where it is not known. None: not asked for."""
-    loss_mask: list[int] = field(default_factory=list)
-    """[T] 1: the policy sampled the token, 0: an environment wrote it (its log_prob is 0.0); empty:
-    the policy sampled all."""
+    loss_mask: BoolArray | None = None
+    """[T] True: the policy sampled the token, False: an environment wrote it, and its log_prob
+    means nothing. None: the policy sampled all."""
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: Sequence[int],
+        log_probs: Sequence[float],
+        finish_reason: FinishReason,
+        weight_version: int,
+        *,
+        token_versions: Sequence[int] | None = None,
+        loss_mask: Sequence[int] | None = None,
+        routed_experts: Tensor | None = None,
+    ) -> Generation:
+        """A generation from any numbers."""
+        import numpy as np  # this module is also read where no array is ever made
+
+        return cls(
+            token_ids=np.asarray(token_ids, np.int32),
+            log_probs=np.asarray(log_probs, np.float32),
+            finish_reason=finish_reason,
+            weight_version=weight_version,
+            token_versions=None if token_versions is None else np.asarray(token_versions, np.int32),
+            routed_experts=routed_experts,
+            loss_mask=None if loss_mask is None else np.asarray(loss_mask, np.bool_),
+        )
 
     @property
     def num_own_tokens(self) -> int:
         """Tokens that the policy sampled."""
-        return sum(self.loss_mask) if self.loss_mask else len(self.token_ids)
+        return len(self.token_ids) if self.loss_mask is None else int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True)
@@ -133,44 +159,45 @@ class RewardResult:
     """Function name -> why it gave no value: an exception, a time-out, no finite number."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TokenCredit:
     """What the update made of each response token, kept for the sample dump.
 
-    All [T] floats; NaN where the update did not score the token (a trajectory without advantage, an
-    environment's token) or, for the teacher's two, where the teacher did not.
+    All [T] float32; NaN where the update did not score the token (a trajectory without advantage,
+    an environment's token) or, for the teacher's two, where the teacher did not.
     """
 
-    log_probs: list[float]
+    log_probs: FloatArray
     """Of the policy at the first update that used the token."""
-    teacher_log_probs: list[float]
-    gain: list[float]
+    teacher_log_probs: FloatArray
+    gain: FloatArray
     """Privileged information gain: teacher_log_probs - log_probs."""
-    evidence_weight: list[float]
+    evidence_weight: FloatArray
     """exp(sign(A) gain) before its clip; 1 where the teacher did not score the token."""
-    advantages: list[float]
+    advantages: FloatArray
     """A^, the advantage that the loss gave the token."""
-    entropy: list[float]
+    entropy: FloatArray
     """Of the policy at the token, in nats."""
 
 
-@dataclass
+@dataclass(kw_only=True, eq=False)
 class Trajectory:
     """One sampled response on its way through reward, advantage and update."""
 
     problem: Problem
-    prompt_ids: list[int]
-    """[P] the student's prompt."""
-    teacher_prompt_ids: list[int]
-    """[P'] the privileged prompt; P' differs from P. Empty: there is no hint for this response."""
+    prompt_ids: IntArray
+    """[P] int32, the student's prompt."""
     generation: Generation
     """The response and the engine's log-probabilities."""
+    teacher_prompt_ids: IntArray | None = None
+    """[P'] int32, the privileged prompt; P' differs from P. None: there is no hint for this
+    response."""
     response_text: str = ""
     """All response tokens decoded."""
     reward: RewardResult | None = None
     advantage: float = 0.0
-    contrast_prompt_ids: list[int] = field(default_factory=list)
-    """[P''] the prompt with a wrong hint; empty where there is none, or none is asked for."""
+    contrast_prompt_ids: IntArray | None = None
+    """[P''] int32, the prompt with a wrong hint. None: there is none, or none is asked for."""
     hint_cut: bool = False
     """The teacher's prompt, or the one with a wrong hint, holds only the beginning of the hint."""
     evidence_span: tuple[int, int] | None = None

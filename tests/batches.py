@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megatron_rlsd.types import TrainBatch, TrainRow
+from megatron_rlsd.types import Generation, Problem, TrainBatch, TrainRow, Trajectory
 
 
 def train_row(
@@ -47,14 +47,38 @@ def rows_of(batch: TrainBatch) -> list[TrainRow]:
     return [batch.rows[number] for number in range(len(batch))]
 
 
+def trajectory(
+    problem: Problem,
+    generation: Generation,
+    response_text: str = "",
+    *,
+    prompt_ids: ArrayLike = (1,),
+    **others: Any,
+) -> Trajectory:
+    """A trajectory; prompts may be lists."""
+    others = {
+        name: np.array(value, np.int32) if name.endswith("prompt_ids") else value
+        for name, value in others.items()
+    }
+    return Trajectory(
+        problem=problem,
+        prompt_ids=np.array(prompt_ids, np.int32),
+        generation=generation,
+        response_text=response_text,
+        **others,
+    )
+
+
+def plain(item: Any) -> SimpleNamespace:
+    """An object's fields, arrays as lists, which compare with == and join with +."""
+    return SimpleNamespace(
+        **{
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in vars(item).items()
+        }
+    )
+
+
 def plain_rows(batch: TrainBatch) -> list[SimpleNamespace]:
-    """All rows as lists and numbers, which compare with == and join with +."""
-    return [
-        SimpleNamespace(
-            **{
-                name: value.tolist() if isinstance(value, np.ndarray) else value
-                for name, value in vars(row).items()
-            }
-        )
-        for row in rows_of(batch)
-    ]
+    """All rows as lists and numbers."""
+    return [plain(row) for row in rows_of(batch)]

@@ -25,8 +25,8 @@ from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rewards.registry import REWARDS
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.types import Generation, Group, Problem, RewardInput, RewardResult, Trajectory
-from tests.batches import plain_rows
+from megatron_rlsd.types import Generation, Group, Problem, RewardInput, RewardResult
+from tests.batches import plain_rows, trajectory
 from tests.distributed.ranks import run_on_ranks
 from tests.test_algorithms import Scorer, sampled
 
@@ -142,8 +142,9 @@ def group(rewards: list[float], lengths: list[int]) -> Group:
     return Group(
         problem,
         [
-            Trajectory(
-                *(problem, [1], [1], Generation([5] * length, [0.0] * length, "stop", 0)),
+            trajectory(
+                problem,
+                Generation.of([5] * length, [0.0] * length, "stop", 0),
                 reward=RewardResult(reward, {}),
             )
             for reward, length in zip(rewards, lengths, strict=True)

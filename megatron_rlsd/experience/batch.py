@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from megatron_rlsd.types import Group, TrainBatch, TrainRow, Trajectory
-
-if TYPE_CHECKING:
-    from megatron_rlsd.types import IntArray
 
 
 def trained(groups: list[Group]) -> list[Trajectory]:
@@ -27,21 +22,19 @@ def train_batch(groups: list[Group], *, mask_truncated: bool = False) -> TrainBa
 
 def _row(trajectory: Trajectory, mask_truncated: bool) -> TrainRow:
     generation = trajectory.generation
-    mask = generation.loss_mask or [1] * len(generation.token_ids)
+    mask = generation.loss_mask
     if mask_truncated and generation.finish_reason == "length":
-        mask = [0] * len(generation.token_ids)
+        mask = np.zeros(len(generation.token_ids), np.bool_)
+    elif mask is None:
+        mask = np.ones(len(generation.token_ids), np.bool_)
     return TrainRow(
-        prompt_ids=np.asarray(trajectory.prompt_ids, np.int32),
-        response_ids=np.asarray(generation.token_ids, np.int32),
-        loss_mask=np.asarray(mask, np.bool_),
-        rollout_log_probs=np.asarray(generation.log_probs, np.float32),
+        prompt_ids=trajectory.prompt_ids,
+        response_ids=generation.token_ids,
+        loss_mask=mask,
+        rollout_log_probs=generation.log_probs,
         advantage=trajectory.advantage,
-        teacher_prompt_ids=_ids(trajectory.teacher_prompt_ids),
-        contrast_prompt_ids=_ids(trajectory.contrast_prompt_ids),
+        teacher_prompt_ids=trajectory.teacher_prompt_ids,
+        contrast_prompt_ids=trajectory.contrast_prompt_ids,
         evidence_span=trajectory.evidence_span,
         routed_experts=generation.routed_experts,
     )
-
-
-def _ids(prompt: list[int]) -> IntArray | None:
-    return np.asarray(prompt, np.int32) if prompt else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from torch import Tensor
 
 from megatron_rlsd.config import Config
@@ -61,10 +62,13 @@ class Episode:
 
     def add_turn(self, generation: Generation, text: str) -> None:
         count = len(generation.token_ids)
-        self.token_ids += generation.token_ids
-        self.log_probs += generation.log_probs
+        self.token_ids += generation.token_ids.tolist()
+        self.log_probs += generation.log_probs.tolist()
         self.mask += [1] * count
-        self.versions += generation.token_versions or [generation.weight_version] * count
+        versions = generation.token_versions
+        self.versions += (
+            [generation.weight_version] * count if versions is None else versions.tolist()
+        )
         self.turns.append(text)
         self.turn_reason = generation.finish_reason
         self.routed_experts = generation.routed_experts
@@ -82,14 +86,14 @@ class Episode:
         """What became of it; ``weight_version`` where the model never spoke."""
         assert self.finish_reason is not None
         first = self.versions[0] if self.versions else weight_version
-        return Generation(
+        return Generation.of(
             token_ids=self.token_ids,
             log_probs=self.log_probs,
             finish_reason=self.finish_reason,
             weight_version=first,
-            token_versions=self.versions if set(self.versions) - {first} else [],
+            token_versions=self.versions if set(self.versions) - {first} else None,
             routed_experts=self.routed_experts,
-            loss_mask=self.mask if 0 in self.mask else [],
+            loss_mask=self.mask if 0 in self.mask else None,
         )
 
     def transcript(self, role: str) -> tuple[dict[str, str], ...]:
@@ -140,7 +144,7 @@ class Episodes:
         while going := [e for e in episodes if e.finish_reason is None]:
             requests = [self._request(each, params) for each in going]
             for each, generation in zip(going, self._engine.generate(requests), strict=True):
-                each.add_turn(generation, self._tokenizer.decode(generation.token_ids))
+                each.add_turn(generation, self._tokenizer.decode(generation.token_ids.tolist()))
                 if generation.finish_reason == "abort" or (
                     generation.finish_reason == "length"
                     and len(each.token_ids) >= self._most(each, params)
@@ -209,9 +213,8 @@ class Episodes:
 
     def _trajectory(self, episode: Episode) -> Trajectory:
         return Trajectory(
-            episode.problem,
-            episode.prompt_ids,
-            teacher_prompt_ids=[],
+            problem=episode.problem,
+            prompt_ids=np.asarray(episode.prompt_ids, np.int32),
             generation=episode.generation(self._engine.weight_version),
             response_text=self._tokenizer.decode(episode.token_ids),
             transcript=episode.transcript(self._config.role),

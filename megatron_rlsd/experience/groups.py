@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from megatron_rlsd.algorithms import evidence_span
 from megatron_rlsd.config import Config
-from megatron_rlsd.data import Privileged, PromptBuilder, Tokenizer
+from megatron_rlsd.data import PromptBuilder, Tokenizer
 from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.experience.seeds import sample_seed
 from megatron_rlsd.rollout.engine import RolloutEngine
@@ -22,6 +24,9 @@ from megatron_rlsd.types import (
     SamplingParams,
     Trajectory,
 )
+
+if TYPE_CHECKING:
+    from megatron_rlsd.types import IntArray
 
 
 class Rewards(Protocol):
@@ -83,10 +88,8 @@ class GroupBuilder:
         Raises UserError with ``teacher.hint`` critique, where the first ``prompts_per_step``
         questions have none under ``teacher.critique_key``; and as Rewards.score does.
         """
-        prompts = (request.prompt_ids for request in requests)
-        trajectories = [
-            self._trajectory(problem, ids, g) for ids, g in zip(prompts, generations, strict=True)
-        ]
+        prompt_ids = np.asarray(requests[0].prompt_ids, np.int32)  # one array for all of them
+        trajectories = [self._trajectory(problem, prompt_ids, g) for g in generations]
         self._reward(trajectories, self.sampling.max_new_tokens)
         group = Group(problem, trajectories)
         self._add_hints(group)
@@ -105,11 +108,10 @@ class GroupBuilder:
                 for index, problem in enumerate(problems)
                 for request in self._requests(problem, n, params, f"{label}/{index}")
             ]
+            prompts = [np.asarray(each.prompt_ids, np.int32) for each in requests[::n]]
             trajectories = [
-                self._trajectory(problems[number // n], request.prompt_ids, generation)
-                for number, (request, generation) in enumerate(
-                    zip(requests, self._engine.generate(requests), strict=True)
-                )
+                self._trajectory(problems[number // n], prompts[number // n], generation)
+                for number, generation in enumerate(self._engine.generate(requests))
             ]
         self._reward(trajectories, params.max_new_tokens)
         groups = [trajectories[i * n : (i + 1) * n] for i in range(len(problems))]
@@ -137,14 +139,13 @@ class GroupBuilder:
         return [GenerationRequest(prompt_ids, params, seed) for seed in seeds]
 
     def _trajectory(
-        self, problem: Problem, prompt_ids: list[int], generation: Generation
+        self, problem: Problem, prompt_ids: IntArray, generation: Generation
     ) -> Trajectory:
         return Trajectory(
-            problem,
-            prompt_ids,
-            teacher_prompt_ids=[],
+            problem=problem,
+            prompt_ids=prompt_ids,
             generation=generation,
-            response_text=self._tokenizer.decode(generation.token_ids),
+            response_text=self._tokenizer.decode(generation.token_ids.tolist()),
         )
 
     def _reward(self, trajectories: list[Trajectory], max_tokens: int) -> None:
@@ -179,35 +180,41 @@ class GroupBuilder:
         solved = [self.solved(t) for t in group.trajectories]
         hints = response_hints(group, solved, self._config.teacher)
         if hints is None:
-            prompts = [self._prompts.privileged(problem)] * len(group.trajectories)
+            # One array for all of them.
+            prompts = [self._teacher_prompt(problem)] * len(group.trajectories)
         else:
             prompts = [
-                Privileged([], hint_cut=False)
-                if h is None
-                else self._prompts.privileged(problem, h)
-                for h in hints
+                (None, False) if h is None else self._teacher_prompt(problem, h) for h in hints
             ]
         for trajectory, prompt in zip(group.trajectories, prompts, strict=True):
-            trajectory.teacher_prompt_ids, trajectory.hint_cut = prompt.ids, prompt.hint_cut
+            trajectory.teacher_prompt_ids, trajectory.hint_cut = prompt
         if algorithm.contrasts_hints:
             for trajectory, hint in zip(
                 group.trajectories, wrong_hints(group, solved), strict=True
             ):
                 if hint is not None:
-                    contrast = self._prompts.privileged(problem, hint)
-                    trajectory.contrast_prompt_ids = contrast.ids
-                    trajectory.hint_cut |= contrast.hint_cut
+                    ids, hint_cut = self._teacher_prompt(problem, hint)
+                    trajectory.contrast_prompt_ids = ids
+                    trajectory.hint_cut |= hint_cut
         if algorithm.span_start is not None or algorithm.span_end is not None:
             for t in group.trajectories:
+                ids = t.generation.token_ids.tolist()
                 t.evidence_span = evidence_span(
-                    t.response_text, t.generation.token_ids, self._tokenizer.decode, algorithm
+                    t.response_text, ids, self._tokenizer.decode, algorithm
                 )
         if self._config.teacher.hint == "critique" and not self._critique_seen:
             self._look_for_critiques(group)
 
+    def _teacher_prompt(
+        self, problem: Problem, hint: str | None = None
+    ) -> tuple[IntArray | None, bool]:
+        """The ids [P'], None where no word of the hint fits; and whether the hint was cut."""
+        prompt = self._prompts.privileged(problem, hint)
+        return np.asarray(prompt.ids, np.int32) if prompt.ids else None, prompt.hint_cut
+
     def _look_for_critiques(self, group: Group) -> None:
         """A wrong key would train without a teacher, in silence."""
-        self._critique_seen = any(t.teacher_prompt_ids for t in group.trajectories)
+        self._critique_seen = any(t.teacher_prompt_ids is not None for t in group.trajectories)
         self._without_critique += not self._critique_seen
         if self._without_critique == self._config.rollout.prompts_per_step:
             raise UserError(

@@ -47,7 +47,7 @@ class BatchRules:
         Raises UserError if there is no token to learn from.
         """
         trajectories = [t for group in groups for t in group.trajectories]
-        if not any(t.generation.token_ids for t in trajectories):
+        if not any(len(t.generation.token_ids) for t in trajectories):
             raise UserError(_nothing_to_learn_from(trajectories, step))
         for group in groups:
             advantages = [0.0] * len(group.trajectories)
@@ -95,9 +95,9 @@ class BatchRules:
         return metrics
 
     def _without_hint(self, trajectory: Trajectory) -> bool:
-        missing = not trajectory.teacher_prompt_ids
+        missing = trajectory.teacher_prompt_ids is None
         if self._config.algorithm.contrasts_hints:
-            missing = missing or not trajectory.contrast_prompt_ids
+            missing = missing or trajectory.contrast_prompt_ids is None
         return missing
 
 

@@ -18,6 +18,8 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from megatron_rlsd.config import Config
 from megatron_rlsd.experience.groups import GroupBuilder
 from megatron_rlsd.experience.questions import Questions
@@ -225,15 +227,19 @@ class StreamCollector:
 
 def _staleness(trajectories: list[Trajectory], step: int) -> dict[str, float]:
     """How many versions before the one that learns from it each token was sampled."""
-    lags = []
-    for each in trajectories:
-        generation = each.generation
-        whole = [generation.weight_version] * len(generation.token_ids)
-        lags += [step - version for version in generation.token_versions or whole]
+    generations = [trajectory.generation for trajectory in trajectories]
+    versions = np.concatenate(
+        [
+            np.full(len(each.token_ids), each.weight_version)
+            if each.token_versions is None
+            else each.token_versions
+            for each in generations
+        ]
+    )
     return {
-        "rollout/staleness_mean": statistics.fmean(lags),
-        "rollout/staleness_max": float(max(lags)),
+        "rollout/staleness_mean": step - float(versions.mean()),
+        "rollout/staleness_max": float(step - versions.min()),
         "rollout/interrupted_share": statistics.fmean(
-            bool(t.generation.token_versions) for t in trajectories
+            each.token_versions is not None for each in generations
         ),
     }

@@ -121,9 +121,10 @@ def attach_credit(trajectories: list[Trajectory], payloads: list[bytes]) -> None
             known = found.get(index)
             found[index] = values if known is None else torch.where(known.isnan(), values, known)
     for index, values in found.items():
-        if mask := trajectories[index].generation.loss_mask:
+        mask = trajectories[index].generation.loss_mask
+        if mask is not None:
             whole = torch.full((len(FIELDS), len(mask)), math.nan)
-            whole[:, torch.tensor(mask, dtype=torch.bool)] = values
+            whole[:, torch.from_numpy(mask)] = values
             values = whole
-        columns = dict(zip(FIELDS, values.tolist(), strict=True))
+        columns = dict(zip(FIELDS, values.numpy(), strict=True))
         trajectories[index].credit = TokenCredit(**columns)

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_rlsd.observability.leakage import leakage
 from megatron_rlsd.observability.metrics_file import finite_or_none
 from megatron_rlsd.runtime.errors import UserError, naming
-from megatron_rlsd.types import Group, TokenCredit, Trajectory
+from megatron_rlsd.types import Group, Trajectory
 
 SIGNIFICANT_DIGITS = 5
 
@@ -93,20 +93,21 @@ def token_columns(
     1 for the model's, 0 for the environment's.
     """
     generation = trajectory.generation
-    own = generation.loss_mask
+    ids, mask = generation.token_ids.tolist(), generation.loss_mask
+    own = [True] * len(ids) if mask is None else mask.tolist()
     columns: dict[str, list[Any]] = {
-        "id": generation.token_ids,
-        "text": token_texts(decode, generation.token_ids),
+        "id": ids,
+        "text": token_texts(decode, ids),
         "rollout_log_probs": [
-            _rounded(value) if not own or own[at] else None
-            for at, value in enumerate(generation.log_probs)
+            _rounded(value) if sampled else None
+            for value, sampled in zip(generation.log_probs.tolist(), own, strict=True)
         ],
     }
-    if own:
-        columns["own"] = own
+    if mask is not None:
+        columns["own"] = [int(sampled) for sampled in own]
     if trajectory.credit is not None:
-        for name in TokenCredit.__dataclass_fields__:
-            columns[name] = [_rounded(value) for value in getattr(trajectory.credit, name)]
+        for name, values in vars(trajectory.credit).items():
+            columns[name] = [_rounded(value) for value in values.tolist()]
     return columns
 
 

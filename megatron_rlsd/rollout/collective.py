@@ -118,8 +118,8 @@ def _pack_generations(generations: list[Generation]) -> bytes:
     header = [[g.finish_reason, g.weight_version] for g in generations]
     return pack_message(
         header,
-        ragged("token_ids", [np.asarray(g.token_ids, np.int32) for g in generations])
-        | ragged("log_probs", [np.asarray(g.log_probs) for g in generations], np.float32)
+        ragged("token_ids", [g.token_ids for g in generations])
+        | ragged("log_probs", [g.log_probs for g in generations], np.float32)
         | {
             f"routed_experts.{number}": generation.routed_experts
             for number, generation in enumerate(generations)
@@ -132,8 +132,8 @@ def _unpack_generations(message: bytes) -> list[Generation]:
     header, tensors = unpack_message(message)
     return [
         Generation(
-            token_ids=token_ids.tolist(),
-            log_probs=log_probs.tolist(),
+            token_ids=token_ids,
+            log_probs=log_probs,
             finish_reason=reason,
             weight_version=version,
             routed_experts=tensors.get(f"routed_experts.{number}"),

@@ -106,7 +106,7 @@ class EmbeddedEngine:
             if recorder is not None:
                 recorder.close()
         return [
-            Generation(
+            Generation.of(
                 row.token_ids,
                 row.log_probs,
                 row.finish_reason,

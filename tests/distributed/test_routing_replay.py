@@ -125,7 +125,7 @@ def run_case(case: Case, model: str, out: Path, number: int) -> None:
         generations = engine.generate(
             [GenerationRequest(prompt, params, seed) for seed, prompt in enumerate(PROMPTS)]
         )
-        responses = [g.token_ids for g in generations]
+        responses = [g.token_ids.tolist() for g in generations]
         routes = [g.routed_experts for g in generations]
         total = sum(map(len, responses))
         parts = balanced_partition([len(p) for p in PROMPTS], groups.dp.size())
@@ -142,7 +142,7 @@ def run_case(case: Case, model: str, out: Path, number: int) -> None:
 
         others = [other_routes(r, i) for i, r in enumerate(routes)]
         found: dict[str, Any] = {
-            "engine": [value for g in generations for value in g.log_probs],
+            "engine": [value for g in generations for value in g.log_probs.tolist()],
             "alone": scored([None] * len(PROMPTS)),
             "replayed": scored(routes),
             "forced": scored(others),

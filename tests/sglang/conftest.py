@@ -182,10 +182,10 @@ class Reference:
         assert len(requests) == len(generations)
         for request, generation in zip(requests, generations, strict=True):
             expected = self.log_probs(
-                request.prompt_ids, generation.token_ids, request.params.temperature or 1.0
+                request.prompt_ids, generation.token_ids.tolist(), request.params.temperature or 1.0
             )
             torch.testing.assert_close(
-                torch.tensor(generation.log_probs), expected, atol=1e-4, rtol=0
+                torch.tensor(generation.log_probs.tolist()), expected, atol=1e-4, rtol=0
             )
 
 

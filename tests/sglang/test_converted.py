@@ -47,5 +47,5 @@ def test_a_server_loads_a_converted_folder_and_computes_the_same(
     ]
     generations = engine.generate(requests)
     Reference(SMOLLM2).check(requests, generations)
-    assert "Paris" in tokenizer.decode(generations[0].token_ids)
+    assert "Paris" in tokenizer.decode(generations[0].token_ids.tolist())
     engine.close()

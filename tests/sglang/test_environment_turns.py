@@ -46,10 +46,15 @@ def test_the_models_tokens_have_the_probabilities_of_the_whole_trajectory(
         generation = trajectory.generation
         assert not trajectory.environment_error
         own = torch.tensor(
-            generation.loss_mask or [1] * len(generation.token_ids), dtype=torch.bool
+            generation.loss_mask.tolist()
+            if generation.loss_mask is not None
+            else [True] * len(generation.token_ids),
+            dtype=torch.bool,
         )
-        expected = published.reference.log_probs(trajectory.prompt_ids, generation.token_ids, 1.0)
-        measured = torch.tensor(generation.log_probs)
+        expected = published.reference.log_probs(
+            trajectory.prompt_ids.tolist(), generation.token_ids.tolist(), 1.0
+        )
+        measured = torch.tensor(generation.log_probs.tolist())
         torch.testing.assert_close(measured[own], expected[own], atol=1e-4, rtol=0)
         assert not measured[~own].any()
         assert generation.weight_version == published.version

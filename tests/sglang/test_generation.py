@@ -38,8 +38,8 @@ def test_greedy_responses_are_the_embedded_engines(
     requests = requests_of(10, 1, temperature=0.0, tokens=24)
     first, second = engine.generate(requests), engine.generate(requests)
     expected = embedded.generate(requests)
-    assert [g.token_ids for g in first] == [g.token_ids for g in expected]
-    assert [g.token_ids for g in second] == [g.token_ids for g in expected]
+    assert [g.token_ids.tolist() for g in first] == [g.token_ids.tolist() for g in expected]
+    assert [g.token_ids.tolist() for g in second] == [g.token_ids.tolist() for g in expected]
     assert [g.finish_reason for g in first] == [g.finish_reason for g in expected]
     published.reference.check(requests, first)
 
@@ -49,7 +49,7 @@ def test_sampled_frequencies_are_the_models(
 ) -> None:
     """One prompt, 300 first tokens: the mean log-probability estimates the negative entropy."""
     requests = requests_of(1, 300, tokens=1)
-    drawn = torch.tensor([g.log_probs[0] for g in engine.generate(requests)])
+    drawn = torch.tensor([float(g.log_probs[0]) for g in engine.generate(requests)])
     ids = torch.tensor([requests[0].prompt_ids])
     with torch.no_grad():
         log_probs = published.reference.model(ids).logits[0, -1].log_softmax(-1)

@@ -226,7 +226,7 @@ def test_two_ranks_get_every_tensor_and_record_routes(
     publisher.reference.check(asked, generations)
     # The same tokens as one prompt: what transformers' routers choose for each of them.
     whole = [
-        GenerationRequest(r.prompt_ids + g.token_ids, SamplingParams(1, 0.0), 0)
+        GenerationRequest(r.prompt_ids + g.token_ids.tolist(), SamplingParams(1, 0.0), 0)
         for r, g in zip(asked, generations, strict=True)
     ]
     for generation, expected in zip(generations, trainer.generate(whole), strict=True):

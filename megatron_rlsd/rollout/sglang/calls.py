@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.server import Server
 from megatron_rlsd.types import Generation, GenerationRequest
+
+if TYPE_CHECKING:
+    from megatron_rlsd.types import IntArray
 
 
 @dataclass(eq=False)
@@ -84,7 +89,7 @@ def continued(request: GenerationRequest, parts: list[Generation]) -> Generation
     """The request for what is left once ``parts`` have been sampled."""
     if not parts:
         return request
-    done = [token for part in parts for token in part.token_ids]
+    done = [token for part in parts for token in part.token_ids.tolist()]
     left = request.params.max_new_tokens - len(done)
     return replace(
         request,
@@ -93,17 +98,24 @@ def continued(request: GenerationRequest, parts: list[Generation]) -> Generation
     )
 
 
+def versions_of(part: Generation) -> IntArray:
+    """[T] int32, the version that sampled each token."""
+    if part.token_versions is not None:
+        return part.token_versions
+    return np.full(len(part.token_ids), part.weight_version, np.int32)
+
+
 def joined(parts: list[Generation]) -> Generation:
     """The parts as one generation, which ends as the last one does."""
     if len(parts) == 1:
         return parts[0]
-    versions = [v for p in parts for v in p.token_versions or [p.weight_version] * len(p.token_ids)]
+    versions = np.concatenate([versions_of(part) for part in parts])
     return Generation(
-        token_ids=[token for part in parts for token in part.token_ids],
-        log_probs=[value for part in parts for value in part.log_probs],
+        token_ids=np.concatenate([part.token_ids for part in parts]),
+        log_probs=np.concatenate([part.log_probs for part in parts]),
         finish_reason=parts[-1].finish_reason,
-        weight_version=versions[0],
-        token_versions=versions if versions[0] != versions[-1] else [],
+        weight_version=int(versions[0]),
+        token_versions=versions if versions[0] != versions[-1] else None,
         routed_experts=joined_routes([part.routed_experts for part in parts]),
     )
 

@@ -274,7 +274,7 @@ class Fleet:
         elif self.weights.publications == stay.publications:
             self._retry(work, f"{stay.server} aborted it, and no weight update asked for that")
         else:
-            work.parts += [generation] if generation.token_ids else []
+            work.parts += [generation] if len(generation.token_ids) else []
             self.counters["interrupted_requests"] += 1
             if not work.call.done.done():
                 self._pending.appendleft(work)
@@ -287,7 +287,7 @@ class Fleet:
         if room < 1 and work.parts:
             # Another server had more room for it.
             self.counters["shortened_responses"] += 1
-            return Generation([], [], "length", stay.version)
+            return Generation.of([], [], "length", stay.version)
         if room < 1:
             raise EngineError(
                 f"the prompt has {len(request.prompt_ids)} tokens, and {server} takes at most "

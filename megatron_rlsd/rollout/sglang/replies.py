@@ -192,8 +192,10 @@ def parse_generation(
             # The next stay brings the routes, and has to sample something to bring them.
             ids, log_probs, tokens = ids[:-1], log_probs[:-1], tokens[:-1]
     first = tokens[0] if tokens else next(iter(versions.values()))
-    mixed = tokens if tokens and tokens[-1] != first else []
-    return Generation(ids, log_probs, finish, first, mixed, routed_experts=chosen)
+    mixed = tokens if tokens and tokens[-1] != first else None
+    return Generation.of(
+        *(ids, log_probs, finish, first), token_versions=mixed, routed_experts=chosen
+    )
 
 
 def _routed_experts(

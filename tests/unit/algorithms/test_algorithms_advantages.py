@@ -19,7 +19,8 @@ from megatron_rlsd.algorithms import (
 from megatron_rlsd.algorithms.registry import _OWN
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.config.variants import VARIANTS
-from megatron_rlsd.types import Generation, Group, Problem, RewardResult, Trajectory
+from megatron_rlsd.types import Generation, Group, Problem, RewardResult
+from tests.batches import trajectory
 
 REWARDS = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=12)
 MODES = ["group_std", "group_mean", "leave_one_out"]
@@ -99,8 +100,9 @@ def scored(*rewards: float | None) -> Group:
     return Group(
         problem,
         [
-            Trajectory(
-                *(problem, [1], [1], Generation([5], [0.0], "stop", 0)),
+            trajectory(
+                problem,
+                Generation.of([5], [0.0], "stop", 0),
                 reward=RewardResult(reward, {}),
             )
             for reward in rewards

@@ -47,7 +47,7 @@ class Speaker:
         (request,) = requests
         self.asked.append(request.prompt_ids)
         ids = [*self._tokenizer.encode(next(self._turns)), self._tokenizer.end_of_turn_id]
-        return [Generation(ids, [-1.0] * len(ids), "stop", 0)]
+        return [Generation.of(ids, [-1.0] * len(ids), "stop", 0)]
 
 
 @pytest.fixture(params=["sentencepiece", "hf", "thinking"])
@@ -82,17 +82,19 @@ def test_tokens_and_mask_are_those_of_the_environments_trajectory(name, tokenize
             (trajectory,) = episodes.play([problem], 1, SamplingParams(512), "test")
             ids, mask = conversations.target(conversation)
             generation = trajectory.generation
-            assert ids == generation.token_ids
-            assert mask == (generation.loss_mask or [1] * len(ids))
+            assert ids == generation.token_ids.tolist()
+            own = generation.loss_mask
+            assert mask == ([1] * len(ids) if own is None else own.tolist())
             assert sum(mask) == sum(len(tokenizer.encode(turn)) + 1 for turn in turns)
-            assert prompts.student(conversation) == trajectory.prompt_ids
+            assert prompts.student(conversation) == trajectory.prompt_ids.tolist()
             # The hint is the environment's problem's too.
             assert prompts.teacher(conversation) == prompts.teacher(trajectory.problem)
             assert trajectory.transcript == conversation.demonstration
             assert trajectory.environment_reward == reward
             # Each turn is learned behind the very ids that the engine was asked with.
             starts = [i for i, own in enumerate(mask) if own and (i == 0 or not mask[i - 1])]
-            assert [trajectory.prompt_ids + ids[:start] for start in starts] == engine.asked
+            prompt = trajectory.prompt_ids.tolist()
+            assert [prompt + ids[:start] for start in starts] == engine.asked
     assert max(len(p.demonstration) for p in told) >= 5
 
 

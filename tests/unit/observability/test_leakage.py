@@ -4,6 +4,7 @@ import pytest
 
 from megatron_rlsd.observability.leakage import leakage, leakage_metrics
 from megatron_rlsd.types import Generation, Problem, Trajectory
+from tests.batches import trajectory as a_trajectory
 
 QUESTION = "Tom has 3 boxes of 14 pens. How many pens are there?"
 
@@ -69,7 +70,7 @@ def test_an_answer_that_the_question_holds_cannot_leak() -> None:
 def test_shares_count_responses_and_leave_out_what_nobody_could_leak() -> None:
     def trajectory(response: str, answer: str) -> Trajectory:
         problem = Problem("p", ({"role": "user", "content": QUESTION},), answer)
-        return Trajectory(problem, [1], [1], Generation([2], [0.0], "stop", 0), response)
+        return a_trajectory(problem, Generation.of([2], [0.0], "stop", 0), response)
 
     early, phrase = "42 is what 3 times 14 makes, I think", "By the reference solution, 42"
     responses = [trajectory(early, "42"), trajectory(phrase, "42"), trajectory(early, "3")]

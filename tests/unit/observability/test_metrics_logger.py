@@ -16,7 +16,8 @@ from megatron_rlsd.config import ObservabilityConfig
 from megatron_rlsd.observability import MetricsLogger, read_metrics
 from megatron_rlsd.observability.run_warnings import read_warnings
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.types import Generation, Group, Problem, RewardResult, Trajectory
+from megatron_rlsd.types import Generation, Group, Problem, RewardResult
+from tests.batches import trajectory
 
 MakeLogger = Callable[..., MetricsLogger]
 
@@ -46,16 +47,14 @@ def rollout_metrics(**changes: float) -> dict[str, float]:
 def group(problem_id: str = "p0", advantage: float = 1.5) -> Group:
     messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"})
     problem = Problem(problem_id, messages, "2", source="sums")
-    scored = Trajectory(
+    scored = trajectory(
         problem,
-        prompt_ids=[1],
-        teacher_prompt_ids=[1, 2],
-        generation=Generation([5, 6, 7], [-0.1, -0.2, -0.3], "stop", weight_version=4),
-        response_text="\\boxed{2}\n\u2028ö",
+        Generation.of([5, 6, 7], [-0.1, -0.2, -0.3], "stop", weight_version=4),
+        "\\boxed{2}\n\u2028ö",
         reward=RewardResult(0.5, {"exact_match": 1.0, "mine": 0.0}, {"mine": "KeyError: 'x'"}),
         advantage=advantage,
     )
-    unscored = Trajectory(problem, [1], [1, 2], Generation([], [], "abort", weight_version=3))
+    unscored = trajectory(problem, Generation.of([], [], "abort", weight_version=3))
     return Group(problem, [scored, unscored])
 
 

@@ -40,14 +40,16 @@ def test_a_checkpoints_tensors_make_the_model_that_transformers_loads(folder: Pa
     given = EmbeddedEngine(folder, torch.float32, 2, load_weights=False, routes=shape)
     given.update_weights(tensors(folder).items(), 1)
     found, expected = given.generate(REQUESTS), loaded.generate(REQUESTS)
-    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    assert [g.token_ids.tolist() for g in found] == [g.token_ids.tolist() for g in expected]
     for request, one, other in zip(REQUESTS, found, expected, strict=True):
         assert one.routed_experts is not None
         assert other.routed_experts is not None
         assert torch.equal(one.routed_experts, other.routed_experts)
         assert len(one.routed_experts) == len(request.prompt_ids) + len(one.token_ids) - 1
         # As one sequence, without any cache: the same tokens take the same experts.
-        whole = GenerationRequest(request.prompt_ids + one.token_ids, SamplingParams(1, 0.0), 0)
+        whole = GenerationRequest(
+            request.prompt_ids + one.token_ids.tolist(), SamplingParams(1, 0.0), 0
+        )
         (again,) = loaded.generate([whole])
         assert again.routed_experts is not None
         assert torch.equal(

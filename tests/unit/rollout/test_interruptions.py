@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_rlsd.rollout.sglang.calls import versions_of
 from megatron_rlsd.rollout.sglang.fleet import Fleet
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 from tests.unit.rollout.stand_in import VOCAB_SIZE, StandIn, play, ready_fleet, sampled
@@ -96,12 +97,12 @@ def check(
     owner = fleet.servers[0].client.owner
     assert owner is not None
     for request, generation in zip(requests, generations, strict=True):
-        ids, limit = generation.token_ids, request.params.max_new_tokens
+        ids, limit = generation.token_ids.tolist(), request.params.max_new_tokens
         assert not stops.intersection(ids[:-1]), "it went on after its end"
         ended = ids[-1] in stops
         assert generation.finish_reason == ("stop" if ended else "length")
         assert ended or len(ids) == limit
-        versions = generation.token_versions or [generation.weight_version] * len(ids)
+        versions = versions_of(generation).tolist()
         for place, (token, version) in enumerate(zip(ids, versions, strict=True)):
             said = {
                 sampled(request.seed, len(request.prompt_ids) + place, s.client.label(version))

@@ -29,6 +29,7 @@ from megatron_rlsd.rollout.sglang.replies import (
     read_response,
 )
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
+from tests.batches import plain
 
 REQUEST = GenerationRequest([5, 6, 7], SamplingParams(4, 0.7, stop_token_ids=(2, 9)), seed=3)
 ANSWER = {
@@ -73,7 +74,7 @@ def changed(path, value):
 
 
 def test_a_consistent_answer_is_taken_as_it_is():
-    generation = parse(ANSWER)
+    generation = plain(parse(ANSWER))
     assert generation.token_ids == [30, 31, 2]
     assert generation.log_probs == [-0.5, -1.25, 0.0]
     assert (generation.finish_reason, generation.weight_version) == ("stop", 8)
@@ -81,7 +82,7 @@ def test_a_consistent_answer_is_taken_as_it_is():
 
 def test_an_answer_across_weight_updates_says_which_weights_sampled_each_token():
     answer = changed(("meta_info", "weight_versions"), [span(6, 0, 1), span(8, 1, 3)])
-    mixed = parse(answer, range(6, 9))
+    mixed = plain(parse(answer, range(6, 9)))
     assert (mixed.weight_version, mixed.token_versions) == (6, [6, 8, 8])
     for spans in (
         [span(8, 0, 1), span(6, 1, 3)],  # falls
@@ -102,12 +103,13 @@ def test_a_response_in_parts_is_asked_for_and_put_together_again():
     rest = continued(REQUEST, [first])
     assert (rest.prompt_ids, rest.params.max_new_tokens) == ([5, 6, 7, 30, 31], 2)
     assert rest.seed == REQUEST.seed
-    whole = joined([first, Generation([33, 2], [-0.1, -0.2], "stop", 11)])
-    assert whole == Generation(
+    whole = joined([first, Generation.of([33, 2], [-0.1, -0.2], "stop", 11)])
+    expected = Generation.of(
         [30, 31, 33, 2], [-0.5, -1.25, -0.1, -0.2], "stop", 8, token_versions=[8, 8, 11, 11]
     )
-    again = joined([first, Generation([33, 2], [-0.1, -0.2], "stop", 8)])
-    assert (again.weight_version, again.token_versions) == (8, [])
+    assert plain(whole) == plain(expected)
+    again = joined([first, Generation.of([33, 2], [-0.1, -0.2], "stop", 8)])
+    assert (again.weight_version, again.token_versions) == (8, None)
 
 
 def aborted(*ids):
@@ -134,7 +136,7 @@ def aborted(*ids):
 )
 def test_an_abort_at_or_after_a_responses_last_token_is_its_end(ids, finish):
     generation = parse(aborted(*ids))
-    assert (generation.token_ids, generation.finish_reason) == (list(ids), finish)
+    assert (generation.token_ids.tolist(), generation.finish_reason) == (list(ids), finish)
 
 
 META = "meta_info"

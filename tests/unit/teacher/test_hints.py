@@ -6,13 +6,14 @@ import pytest
 
 from megatron_rlsd.config import TeacherConfig
 from megatron_rlsd.teacher import response_hints, wrong_hints
-from megatron_rlsd.types import Generation, Group, Problem, Trajectory
+from megatron_rlsd.types import Generation, Group, Problem
+from tests.batches import trajectory
 
 
 def group(*texts: str, **metadata: object) -> Group:
     problem = Problem("p/1", ({"role": "user", "content": "?"},), "3", metadata=metadata)
-    generation = Generation([1], [0.0], "stop", 0)
-    return Group(problem, [Trajectory(problem, [1], [], generation, text) for text in texts])
+    generation = Generation.of([1], [0.0], "stop", 0)
+    return Group(problem, [trajectory(problem, generation, text) for text in texts])
 
 
 def hints(group: Group, solved: list[bool | None], hint: str, **teacher: object):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_rlsd.observability.metrics_file import metrics_line
@@ -25,6 +26,7 @@ from megatron_rlsd.types import (
     TokenCredit,
     Trajectory,
 )
+from tests.batches import trajectory
 from tests.browser.chromium import Page, chromium, find_chromium
 
 # The page is made by the tool and opened in a browser, by whichever test comes first.
@@ -40,25 +42,23 @@ def response(pieces: list[str], reward: float, gains: list[float] | None, text: 
     advantage = 1.0 if reward > 0 else -1.0
     count = len(pieces)
     problem = Problem("sum/1", ({"role": "user", "content": f"1 + 1? {NASTY}"},), "2")
-    generation = Generation(list(range(count)), [math.log(0.4)] * count, "stop", 0)
+    generation = Generation.of(list(range(count)), [math.log(0.4)] * count, "stop", 0)
     credit = None
     if gains is not None:
+        gain = np.array(gains, np.float32)
+        same = np.ones(count, np.float32)
         credit = TokenCredit(
-            log_probs=[math.log(0.5)] * count,
-            teacher_log_probs=[math.log(0.5) + gain for gain in gains],
-            gain=gains,
-            evidence_weight=[math.exp(advantage * gain) for gain in gains],
-            advantages=[advantage * 0.9] * count,
-            entropy=[0.7] * count,
+            log_probs=math.log(0.5) * same,
+            teacher_log_probs=math.log(0.5) + gain,
+            gain=gain,
+            evidence_weight=np.exp(advantage * gain),
+            advantages=advantage * 0.9 * same,
+            entropy=0.7 * same,
         )
-    return Trajectory(
-        problem,
-        [1],
-        [1],
-        generation,
-        text,
-        RewardResult(reward, {}),
-        advantage,
+    return trajectory(
+        *(problem, generation, text),
+        reward=RewardResult(reward, {}),
+        advantage=advantage,
         credit=credit,
     )
 
