@@ -65,4 +65,5 @@ class DistributedConfig(Section):
     timeout_seconds: float = Field(1800.0, gt=0)
     """Bound on every collective and on every wait for another rank."""
     stall_seconds: float = Field(300.0, ge=5)
-    """A rank that has not been heard of for so long (dead, or stopped) ends the run everywhere."""
+    """A rank that has not been heard of for so long (dead, stopped, or not come at the start) ends
+    the run everywhere."""

@@ -108,10 +108,16 @@ class ParallelGroups:
 
 @contextmanager
 def parallel_world(
-    parallel: ParallelConfig, shape: ModelDims, *, timeout_seconds: float, seed: int
+    parallel: ParallelConfig,
+    shape: ModelDims,
+    *,
+    timeout_seconds: float,
+    seed: int,
+    store: dist.Store | None = None,
 ) -> Iterator[ParallelGroups]:
     """Join the other ranks of this run (torchrun's variables; none set: a world of one).
 
+    store: where the ranks have met; None: they meet as torch does it by the launcher's variables.
     Every collective is bounded by ``timeout_seconds``. Raises LayoutError before any process joins
     when the layout cannot be built.
     """
@@ -124,10 +130,12 @@ def parallel_world(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    alone: dict[str, Any] = {}
+    met: dict[str, Any] = {}
     if "RANK" not in os.environ:
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(machine.collectives_backend(), timeout=timeout, **alone)
+        met = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif store is not None:
+        met = {"store": store, "rank": int(os.environ["RANK"]), "world_size": world_size}
+    dist.init_process_group(machine.collectives_backend(), timeout=timeout, **met)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

@@ -23,7 +23,7 @@ from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.recovery.recording import BAD_STEPS, RECORDED_STEPS, StepRecorder
 from megatron_rlsd.recovery.watchdog import Watchdog
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, Preempted, StopSignals, write_status
+from megatron_rlsd.runtime.lifecycle import Preempted, StopSignals
 
 WARN = logging.getLogger(__name__).warning
 
@@ -164,17 +164,13 @@ def continuity(
     hf_config: dict[str, Any],
     groups: ParallelGroups,
     program: Program,
+    watchdog: Watchdog,
     write_model_files: Callable[[Path], None],
 ) -> Iterator[Continuity]:
-    """Agree on where to start, and watch over the ranks until the block ends.
+    """Agree on where to start; when the block ends, the watchdog is left.
 
     ``write_model_files``: see Checkpointer.
     """
-
-    def ends(message: str, rank_zero: bool) -> None:
-        code = EXIT_LOST_RANK
-        write_status(config.run_dir, "failed", code, message, for_rank_zero=rank_zero)
-
     start = agree_on_start(config, hf_config, groups.control, program)
     if groups.rank == 0:
         for note in start.notes:
@@ -183,9 +179,7 @@ def continuity(
             move_aside([Path(config.run_dir) / name for name in (BAD_STEPS, RECORDED_STEPS)])
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals.of_this_process())
-        watchdog = stack.enter_context(
-            Watchdog(groups.control, config.distributed.stall_seconds, ends)
-        )
+        stack.push(watchdog)
         kept = Continuity(config, groups, start, watchdog, signals, program, write_model_files)
         stack.callback(kept.checkpoints.close)
         yield kept

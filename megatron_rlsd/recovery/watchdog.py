@@ -4,6 +4,9 @@ A thread of each rank writes a heartbeat to the processes' store: phase, step, a
 its main thread was last seen in. A rank whose heartbeats end has died or was stopped. Rank 0
 watches all ranks and the others watch rank 0; whoever is found missing ends the run on every rank,
 with a message that names it. A rank whose collective fails asks the same heartbeats who has gone.
+
+It begins before the first collective: the ranks meet in the store, and one that does not come is
+named as well.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, LostRankError, Preempted
 
 BEAT_SECONDS = 1.0
 GONE_BEATS = 3.5
 """Heartbeats missed by a rank that another one, whose collective failed, calls gone."""
+MEET_SECONDS = 0.1
 TEARDOWN_SECONDS = 30.0
 """Bound on closing the process groups after a failure."""
 
@@ -48,18 +53,22 @@ class Beat:
 
 
 class Watchdog:
-    """One rank's part. Building it is collective; a world of one does nothing.
+    """One rank's part, by the launcher's variables. Entering it is collective: it returns once all
+    ranks have come, and LostRankError names those that have not within ``stall_seconds``. A world
+    of one does nothing.
 
-    ``ends`` is told, before the watchdog ends the process, why, and whether rank 0 is gone.
+    Leave it before the process groups close, or they may wait for a rank that is gone; leaving it
+    again does nothing. ``ends`` is told, before the watchdog ends the process, why, and whether
+    rank 0 is gone.
     """
 
     def __init__(
         self,
-        control: dist.ProcessGroup,
         stall_seconds: float,
         ends: Callable[[str, bool], None] = lambda message, rank_zero: None,
     ) -> None:
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._world = int(os.environ.get("WORLD_SIZE", "1"))
         self._stall_seconds, self._ends = stall_seconds, ends
         self._beat = Beat()
         self._lock = threading.Lock()
@@ -68,33 +77,48 @@ class Watchdog:
         self._deadline: float | None = None
         self._main = threading.main_thread().ident or 0
         self._heard: dict[int, tuple[Beat, float]] = {}
-        if self._world == 1:
-            return
-        # A connection of its own: a wait of the main thread would block a shared one.
-        self._store = dist.PrefixStore(
-            f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
-            dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=max(5.0, stall_seconds)),
-                wait_for_workers=False,
-            ),
-        )
-        self._tell()
-        dist.barrier(control)
+        self.store: dist.Store | None = None
+        """Where process groups meet; None: each world of one has its own."""
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._judge_thread = threading.Thread(target=self._judge, name="judge", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self._world > 1:
+            groups, self._store = open_stores(self._rank, self._stall_seconds)
+            self.store = groups
+            self._meet()
             self._answered = time.monotonic()
             self._watcher.start()
             self._judge_thread.start()
         return self
 
+    def _meet(self) -> None:
+        """Until every rank has told its first beat, which the others ask for from then on."""
+        ranks = [str(rank) for rank in range(self._world)]
+        deadline = time.monotonic() + self._stall_seconds
+        try:
+            self._tell()
+            while time.monotonic() < deadline:
+                if self._store.check(["met"] if self._rank else ranks):
+                    self._store.set("met", "all ranks")
+                    return
+                if self._store.check(["verdict"]):
+                    break
+                time.sleep(MEET_SECONDS)
+            else:
+                missing = [rank for rank in ranks if not self._store.check([rank])]
+                # Rank 0 has gone, or the ranks waited for one another until all gave up.
+                self._store.set("verdict", absence(missing or ["0"], self._stall_seconds))
+            message = self._store.get("verdict").decode()
+            # With rank 0 the store may go, which the others still have to read.
+            time.sleep(0 if self._rank else 10 * MEET_SECONDS)
+        except RuntimeError as error:
+            gone = f"rank 0 is gone, and its store with it, before all ranks had come: {error}"
+            raise LostRankError(gone, rank_zero=True) from error
+        raise LostRankError(message, rank_zero=message.startswith("rank 0 "))
+
     def __exit__(self, _: object, error: BaseException | None, *trace: object) -> None:
-        if self._world == 1:
+        if self._world == 1 or self._left.is_set():
             return
         self._left.set()
         if error is None:
@@ -234,6 +258,44 @@ class Watchdog:
         )
         sys.stdout.flush()
         os._exit(EXIT_LOST_RANK)
+
+
+def open_stores(rank: int, seconds: float) -> tuple[dist.Store, dist.Store]:
+    """The launcher's store, or rank 0's where it has none: once for process groups, once for
+    heartbeats, which a wait of the main thread in the same connection would block.
+
+    Raises LostRankError where rank 0's has not answered for ``seconds``, UserError where rank 0
+    cannot open it.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=max(5.0, seconds))
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # A launcher that starts the ranks again may keep the store of before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        stores = [
+            dist.TCPStore(address, port, is_master=master, timeout=timeout, wait_for_workers=False)
+            for master in (opens, False)
+        ]
+    except RuntimeError as error:
+        where = f"MASTER_ADDR={address} MASTER_PORT={port}"
+        if opens:
+            raise UserError(f"rank 0 cannot open the ranks' store at {where}: {error}") from error
+        absent = f"rank 0 has not opened the ranks' store at {where} within {seconds:g} s"
+        raise LostRankError(f"{absent}: {error!s:.300}", rank_zero=True) from error
+    groups, beats = stores
+    return (
+        dist.PrefixStore(f"groups/{attempt}", groups),
+        dist.PrefixStore(f"watchdog/{attempt}", beats),
+    )
+
+
+def absence(ranks: list[str], seconds: float) -> str:
+    named = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(ranks)} have"
+    return (
+        f"{named} not come within {seconds:g} s (distributed.stall_seconds): dead before the first "
+        "collective, or still starting"
+    )
 
 
 def _collective_of(frame: FrameType | None) -> str | None:

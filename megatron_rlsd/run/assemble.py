@@ -25,6 +25,7 @@ from megatron_rlsd.observability.no_signal import SignalWatch
 from megatron_rlsd.parallel.exchange import from_rank_zero, gather_bytes
 from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.recovery.continuity import continuity
+from megatron_rlsd.recovery.watchdog import Watchdog
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout.sglang import set_nccl_switches
 from megatron_rlsd.run.colocation import Colocation
@@ -32,6 +33,7 @@ from megatron_rlsd.run.folders import owned_folders
 from megatron_rlsd.run.model_files import ModelFiles, refuse_to_write_over_the_model
 from megatron_rlsd.run.run import Run
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, write_status
 from megatron_rlsd.weight_sync import rollout_engine
 
 WARN = logging.getLogger(__name__).warning
@@ -51,13 +53,20 @@ def assemble(
     hf_config = load_hf_config(hf_path)
     family = family_for(hf_config)
     set_nccl_switches(config)
+
+    def ends(message: str, rank_zero: bool) -> None:
+        code = EXIT_LOST_RANK
+        write_status(config.run_dir, "failed", code, message, for_rank_zero=rank_zero)
+
     with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.distributed.stall_seconds, ends))
         groups = stack.enter_context(
             parallel_world(
                 config.parallel,
                 family.dims(hf_config),
                 timeout_seconds=config.distributed.timeout_seconds,
                 seed=config.train.seed,
+                store=watchdog.store,
             )
         )
         stack.enter_context(owned_folders(config, groups.control))
@@ -69,7 +78,7 @@ def assemble(
             )
         files = ModelFiles(config, hf_config, tokenizer)
         kept = stack.enter_context(
-            continuity(config, hf_config, groups, program, files.write_with_config)
+            continuity(config, hf_config, groups, program, watchdog, files.write_with_config)
         )
         prompts = build_prompts(config, hf_config, tokenizer)
         run_dir = Path(config.run_dir)
