@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_rlsd.config import Config, SGLangConfig, config_parser, load_config
+from megatron_rlsd.data.tokenizers import warn_of_other_ids_in
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import recording
 from megatron_rlsd.rollout.sglang import SGLangEngine, agreeing
@@ -47,6 +48,8 @@ def serve(config: Config) -> None:
     serves from the same folder of this node.
     """
     settings = settings_to_serve(config)
+    # The trainer's tokenizer may be elsewhere; this one answers whoever asks in words.
+    warn_of_other_ids_in(Path(config.model.hf_path))
     folder = Path(config.run_dir) / "servers" / node_name()
     with Claim(folder):
         urls = folder / "urls"

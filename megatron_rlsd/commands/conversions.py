@@ -24,6 +24,8 @@ from megatron_rlsd.conversion.convert import Progress as ProgressCallback
 from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
 from megatron_rlsd.conversion.describe import check_hashes, describe, hashes
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
+from megatron_rlsd.data import plain_encoder
+from megatron_rlsd.data.probes import TEXTS
 from megatron_rlsd.hf_bridge import Weights, load_hf_config
 from megatron_rlsd.runtime.errors import UserError
 
@@ -116,6 +118,8 @@ def run_verify(args: argparse.Namespace) -> int:
     if failed:
         print(f"weights: {len(failed)} tensors differ, first {failed[0]}")
         return 1
+    if tokenizers_differ(_hf_files(a), _hf_files(b)):
+        return 1
     if args.skip_log_probs:
         return 0
     text = args.text.read_text() if args.text else TEXT
@@ -130,6 +134,28 @@ def run_verify(args: argparse.Namespace) -> int:
         f"over {tokens} tokens ({'within' if fits else 'MORE THAN'} {args.log_prob_tolerance:g})"
     )
     return 0 if fits else 1
+
+
+def tokenizers_differ(a: Path, b: Path) -> bool:
+    """Print whether the two folders' tokenizers give the same ids of short texts."""
+    encoders = []
+    for folder in (a, b):
+        try:
+            encoders.append(plain_encoder(folder))
+        except UserError:
+            print(f"tokenizers: not compared, {folder} has none")
+            return False
+    for text in TEXTS:
+        ids = [encode(text) for encode in encoders]
+        if ids[0] != ids[1]:
+            print(f"tokenizers: of {text!r} {a} makes {ids[0]}, {b} {ids[1]}")
+            return True
+    print(f"tokenizers: the same ids of {len(TEXTS)} texts")
+    return False
+
+
+def _hf_files(weights: Weights) -> Path:
+    return weights.hf_files if isinstance(weights, MegatronWeights) else weights.path
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -169,7 +195,7 @@ def log_prob_difference(
     in float32 over the first ``max_tokens`` tokens of ``text``.
     """
     # Slow to import, and only this needs them.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from megatron_rlsd.actor.model import build_model, transformer_config
     from megatron_rlsd.config import ModelConfig, ParallelConfig
@@ -177,12 +203,12 @@ def log_prob_difference(
     from megatron_rlsd.parallel.groups import parallel_world
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_folder)
-    except (OSError, ValueError) as error:
+        encode = plain_encoder(hf_folder)
+    except UserError as error:
         raise UserError(
             f"{hf_folder} has no tokenizer to read text with: {error}; give --skip-log-probs"
         ) from error
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, :max_tokens]
+    ids = torch.tensor([encode(text)[:max_tokens]])
     hf_config = load_hf_config(hf_folder)
     family = family_for(hf_config)
     parallel = ParallelConfig()
@@ -200,7 +226,9 @@ def log_prob_difference(
         ids = ids.to(groups.device)
         positions = torch.arange(ids.shape[1], device=groups.device)[None]
         ours = chunks[0](ids, positions).float().log_softmax(-1).cpu()
-    reference = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        hf_folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
     with torch.no_grad():
         theirs = reference(ids.cpu()).logits.log_softmax(-1)
     return (ours - theirs).abs().max().item(), ids.shape[1]

@@ -17,7 +17,12 @@ from megatron_rlsd.data.sources import (
     open_table,
     refuse_demonstration,
 )
-from megatron_rlsd.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_rlsd.data.tokenizers import (
+    Tokenizer,
+    load_tokenizer,
+    plain_encoder,
+    warn_of_other_ids,
+)
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
@@ -35,6 +40,8 @@ __all__ = [
     "evaluation_problems",
     "load_tokenizer",
     "open_table",
+    "plain_encoder",
     "refuse_demonstration",
     "train_sentencepiece",
+    "warn_of_other_ids",
 ]

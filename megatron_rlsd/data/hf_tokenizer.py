@@ -42,7 +42,7 @@ class HFTokenizer:
 
     def __init__(self, folder: Path, config: TokenizerConfig | None = None) -> None:
         config = TokenizerConfig() if config is None else config
-        self._folder, self._files = folder, read_hf_files(folder)
+        self.folder, self._files = folder, read_hf_files(folder)
         self._backend = self._files.backend
         # What it matches is a setting of the library's object, and threads share that.
         self._lock = threading.Lock()
@@ -84,18 +84,24 @@ class HFTokenizer:
             [i for i in ids if i < self.vocab_size], skip_special_tokens=True
         )
 
-    def difference_from_transformers(self, folder: Path | None = None) -> str:
-        """Where AutoTokenizer reads ``folder`` (None: this one) otherwise, in words; empty if it
-        gives the same ids of short texts and of a conversation."""
+    @property
+    def named_class(self) -> str | None:
+        """tokenizer_class of tokenizer_config.json."""
+        named = self._files.settings.get("tokenizer_class")
+        return named if isinstance(named, str) else None
+
+    def difference_from_transformers(self, saved: Path | None = None) -> str:
+        """Where AutoTokenizer reads this folder otherwise, in words; empty if it gives the same ids
+        of short texts. ``saved``: a folder that ``save`` wrote; then of a conversation as well."""
         names = [name for name, number in self._added.items() if number in self._special]
         probes = {text: self._encode(text) for text in probe_texts(names)}
         conversation = None
-        if not self.template.writes_the_date:
+        if saved is not None and not self.template.writes_the_date:
             try:
                 conversation = self.apply_chat_template(list(CONVERSATION))
             except UserError:  # of roles: such a template has no conversations
                 conversation = None
-        return difference_from_transformers(folder or self._folder, probes, conversation)
+        return difference_from_transformers(saved or self.folder, probes, conversation)
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
@@ -118,9 +124,9 @@ class HFTokenizer:
         """tokenizer.json is copied, so that its ids stay; the template is the one in use, with
         ``chat_template_kwargs`` as defaults. No reference to code of the source folder is kept."""
         folder.mkdir(parents=True, exist_ok=True)
-        if folder.samefile(self._folder):
+        if folder.samefile(self.folder):
             raise UserError(f"{folder} is the folder that the tokenizer was read from")
-        for path in own_files(self._folder, COPIED):
+        for path in own_files(self.folder, COPIED):
             shutil.copyfile(path, folder / path.name)
         if not self._files.from_file:
             self._backend.save(str(folder / TOKENIZER_FILE))
@@ -128,8 +134,8 @@ class HFTokenizer:
         settings.pop("auto_map", None)
         template = self.template.exported()
         if template == self._own_template:
-            for path in own_files(self._folder, [TEMPLATE_FILE, f"{TEMPLATE_FOLDER}/*.jinja"]):
-                target = folder / path.relative_to(self._folder)
+            for path in own_files(self.folder, [TEMPLATE_FILE, f"{TEMPLATE_FOLDER}/*.jinja"]):
+                target = folder / path.relative_to(self.folder)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
         else:
@@ -154,17 +160,17 @@ class HFTokenizer:
     def _template(self, config: TokenizerConfig) -> ChatTemplate:
         named = self._files.templates
         if config.chat_template is not None:
-            source = template_from(config.chat_template, named, str(self._folder))
+            source = template_from(config.chat_template, named, str(self.folder))
         elif "default" in named:
             source = named["default"]
         elif named:
             raise UserError(
-                f"{self._folder} has the chat templates {', '.join(sorted(named))} and no default; "
+                f"{self.folder} has the chat templates {', '.join(sorted(named))} and no default; "
                 "set tokenizer.chat_template to one of these names"
             )
         else:
             raise UserError(
-                f"the tokenizer in {self._folder} has no chat template; set tokenizer.chat_template"
+                f"the tokenizer in {self.folder} has no chat template; set tokenizer.chat_template"
             )
         return ChatTemplate(
             source, self._files.special_tokens, config.chat_template_kwargs, config.template_date

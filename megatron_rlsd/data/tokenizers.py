@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 from megatron_rlsd.config import TokenizerConfig
 from megatron_rlsd.data.chat_template import ChatTemplate
-from megatron_rlsd.data.hf_tokenizer import HFTokenizer
+from megatron_rlsd.data.hf_files import TOKENIZER_FILE
+from megatron_rlsd.data.hf_tokenizer import EXACT_CLASS, HFTokenizer
 from megatron_rlsd.data.probes import check_template
 from megatron_rlsd.data.sentencepiece_tokenizer import (
     MADE_FROM,
@@ -18,6 +21,7 @@ from megatron_rlsd.data.sentencepiece_tokenizer import (
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.json_text import read_json_object
 
+_WITHOUT_TEMPLATE = TokenizerConfig(chat_template="{{ messages[0].content }}")
 WARN = logging.getLogger(__name__).warning
 
 
@@ -85,6 +89,31 @@ def load_tokenizer(config: TokenizerConfig, default_path: str | Path) -> Tokeniz
             config.template_date,
         )
     return tokenizer
+
+
+def warn_of_other_ids(tokenizer: Tokenizer) -> None:
+    """Warn where AutoTokenizer, which other programs use, gives other ids than tokenizer.json."""
+    if isinstance(tokenizer, HFTokenizer) and (what := tokenizer.difference_from_transformers()):
+        WARN(
+            "AutoTokenizer of transformers %s reads %s otherwise than its tokenizer.json says "
+            "(tokenizer_class=%s): %s. The ids here are those of tokenizer.json; a program that "
+            "loads an export by AutoTokenizer may have others, by %s it has the same",
+            *(version("transformers"), tokenizer.folder, tokenizer.named_class, what, EXACT_CLASS),
+        )
+
+
+def warn_of_other_ids_in(folder: Path) -> None:
+    """As ``warn_of_other_ids``, of a folder that may have no chat template, or no tokenizer."""
+    if (folder / TOKENIZER_FILE).exists():
+        warn_of_other_ids(HFTokenizer(folder, _WITHOUT_TEMPLATE))
+
+
+def plain_encoder(folder: Path) -> Callable[[str], list[int]]:
+    """Text to ids by the tokenizer of a folder, with or without a chat template.
+
+    Raises UserError if it has no tokenizer.
+    """
+    return _opened(_WITHOUT_TEMPLATE, folder, str(folder)).encode
 
 
 def _opened(config: TokenizerConfig, path: Path, key: str) -> Tokenizer:

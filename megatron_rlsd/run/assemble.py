@@ -12,7 +12,12 @@ from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.slow_paths import slow_paths
 from megatron_rlsd.checkpoint.start import Program
 from megatron_rlsd.config import Config, dump_config
-from megatron_rlsd.data import build_sources, evaluation_problems, load_tokenizer
+from megatron_rlsd.data import (
+    build_sources,
+    evaluation_problems,
+    load_tokenizer,
+    warn_of_other_ids,
+)
 from megatron_rlsd.data.positions import build_prompts
 from megatron_rlsd.environments import EnvironmentPool
 from megatron_rlsd.experience import GroupBuilder, Questions, build_collector
@@ -124,6 +129,7 @@ def assemble(
                 eval_problems[name] = fitting(problems, prompts, name)
         actor = Actor(config, family, hf_config, groups, total_updates)
         if groups.rank == 0:
+            warn_of_other_ids(tokenizer)
             for slow in slow_paths(config, groups.device):
                 WARN(slow)
         if rewards is not None:

@@ -18,6 +18,7 @@ from megatron_rlsd.config import TokenizerConfig
 from megatron_rlsd.data import load_tokenizer
 from megatron_rlsd.data.hf_tokenizer import HFTokenizer
 from megatron_rlsd.data.probes import CONVERSATION, TEXTS, check_system
+from megatron_rlsd.data.tokenizers import warn_of_other_ids_in
 from megatron_rlsd.runtime.errors import UserError
 from tests.unit.data.hf_folders import (
     CHATML,
@@ -91,6 +92,20 @@ def test_the_first_case_is_one_in_which_transformers_has_other_ids(tmp_path: Pat
     assert "in place of" in loaded(folder).difference_from_transformers()
     plain = write_folder(tmp_path / "plain", make(), model_type="qwen3")
     assert loaded(plain).difference_from_transformers() == ""
+
+
+def test_a_run_is_told_where_autotokenizer_has_other_ids(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, settings = REPLACED["qwen2, runs of digits"]
+    folder = write_folder(tmp_path / "model", make(), template=None, **settings)
+    warn_of_other_ids_in(folder)
+    assert "tokenizer_class=Qwen2Tokenizer" in caplog.text
+    assert str(folder) in caplog.text
+    caplog.clear()
+    warn_of_other_ids_in(write_folder(tmp_path / "plain", make(), model_type="qwen3"))
+    warn_of_other_ids_in(tmp_path)
+    assert caplog.text == ""
 
 
 FEATURES = """

@@ -24,6 +24,7 @@ from megatron_rlsd.conversion.compare import open_checkpoint, tensor_hash
 from megatron_rlsd.hf_bridge import SafetensorsFolder, family_for, load_hf_config
 from megatron_rlsd.parallel.groups import parallel_world
 from tests.models import save_random_model
+from tests.unit.data.hf_folders import byte_level, write_folder
 
 ROOT = Path(__file__).parents[3]
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -271,3 +272,19 @@ def test_a_runs_folder_in_place_of_a_checkpoint_is_told(
     told = capsys.readouterr().err
     assert "is not a checkpoint but holds 2 of them; the newest is" in told
     assert "run/checkpoints/step_00000010" in told
+
+
+def test_verify_compares_what_tokenizers_make_of_text(
+    tool: ModuleType, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {}
+    for name, rules in (("a", r"\p{N}+|\P{N}+"), ("b", r"\p{N}|\P{N}+"), ("c", r"\p{N}+|\P{N}+")):
+        shutil.copytree(model, tmp_path / name)
+        write_folder(tmp_path / f"{name}_tokenizer", byte_level(rules), tokenizer_class="Any")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(tmp_path / f"{name}_tokenizer" / file, tmp_path / name / file)
+        made[name] = tmp_path / name
+    assert run(tool, "verify", made["a"], made["c"], "--skip-log-probs") == 0
+    assert "tokenizers: the same ids of 7 texts" in capsys.readouterr().out
+    assert run(tool, "verify", made["a"], made["b"], "--skip-log-probs") == 1
+    assert "tokenizers: of '0123456789 " in capsys.readouterr().out
