@@ -10,7 +10,8 @@ import pytest
 from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.observability.no_signal import SignalWatch
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.types import Generation, Group, Problem, RewardResult, Trajectory
+from megatron_rlsd.types import Generation, Group, Problem, RewardResult
+from tests.batches import trajectory
 
 Metrics = dict[str, float]
 LEARNS: Metrics = {
@@ -50,12 +51,10 @@ def group() -> Group:
     problem = Problem(
         id="sum/1", messages=({"role": "user", "content": "x" * 400 + " 1 + 1 ="},), answer="2"
     )
-    response = Trajectory(
+    response = trajectory(
         problem,
-        prompt_ids=[1],
-        teacher_prompt_ids=[],
-        generation=Generation([5], [-1.0], "length", 0),
-        response_text="\x1b[31mno idea",
+        Generation.of([5], [-1.0], "length", 0),
+        "\x1b[31mno idea",
         reward=RewardResult(0.0, {"exact_match": 0.0}),
     )
     return Group(problem, [response])
