@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_rlsd.checkpoint import start
+from megatron_rlsd.data.control_text import ControlText
 from tests.fuzz.driver import fuzz
-from tests.fuzz.targets import TARGETS, checkpoint_bytes
+from tests.fuzz.targets import TARGETS, chat_templates, checkpoint_bytes
 
 SECONDS = 10
 
@@ -26,3 +27,9 @@ def test_without_its_mend_damage_to_a_checkpoint_is_trained_on(
     monkeypatch.setattr(start, "verify", lambda *_: None)
     outcome = fuzz("checkpoint_bytes", checkpoint_bytes, seconds=5)
     assert any("loaded, but not what was saved" in each.trouble for each in outcome.findings)
+
+
+def test_without_its_mend_a_message_writes_control_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ControlText, "mark", lambda self, messages: messages)
+    outcome = fuzz("chat_templates", chat_templates, seconds=20, stop_at_first=True)
+    assert any("a message wrote the token" in each.trouble for each in outcome.findings)
