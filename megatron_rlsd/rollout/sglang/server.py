@@ -144,7 +144,7 @@ class Supervisor:
         self._doorbell, self._changed = doorbell, changed
         """``changed`` is called when the server's state has changed."""
         self._launch = ""
-        """The label that our own process was started with."""
+        """The label that our own process was started with, until it has answered."""
         self._model, self._dtype, self._api_key, self._log_dir = model, dtype, api_key, log_dir
 
     async def run(self) -> None:
@@ -233,13 +233,14 @@ class Supervisor:
         server, client = self._server, self._server.client
         seconds = self._config.update_timeout_seconds
         label = await client.weight_version(timeout=seconds)
-        owned = client.owner is not None and client.owner.owns(label)
-        if server.is_own and label != self._launch and not owned:
+        if self._launch not in ("", label):
             raise EngineError(
                 f"{server}: another server answers there, with the weights {label!r:.100}, and not "
                 "the one that was started; end it, or set another rollout.sglang.port"
                 f"{self._log()}"
             )
+        # It is known from now on, whatever others may call its weights.
+        self._launch = ""
         if self._doorbell is None:
             return
         client.owner = self._doorbell.towards(client.url)
