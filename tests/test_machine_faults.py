@@ -36,10 +36,11 @@ def message_of(
         shown = capsys.readouterr().err
         assert "Traceback" not in shown
         assert shown.count("error: ") == 1, shown  # warnings of a random model may stand before it
-        told = shown[shown.index("error: ") :]
+        told = shown[shown.index("error: ") :].partition("\n")[0] + "\n"
         status = run_dir / "status.json"
         if status.is_file():
             content = json.loads(status.read_text())
+            content.pop("warnings", None)
             assert content == {"status": "failed", "exit_code": 2, "message": told.strip()}
         return told
 
