@@ -138,7 +138,12 @@ def test_lambda_zero_is_grpo_exactly(make_config):
 
 
 def test_a_live_teacher_with_the_same_prompt_gains_nothing(make_config):
-    for step in run(make_config(teacher={"mode": "live", "hint": "none"})):
+    # At another temperature than 1: a teacher scored at 1 would show.
+    rollout = {"prompts_per_step": 3, "n_samples_per_prompt": 4, "max_response_tokens": 12}
+    same = make_config(
+        teacher={"mode": "live", "hint": "none"}, rollout={**rollout, "temperature": 0.6}
+    )
+    for step in run(same):
         assert step["algorithm/gain_abs_max"] < 1e-5
         assert step["algorithm/evidence_weight_mean"] == pytest.approx(1.0, abs=1e-6)
     hinted = run(make_config(teacher={"mode": "live"}))
