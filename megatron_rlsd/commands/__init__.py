@@ -34,6 +34,7 @@ COMMANDS = {
     "sft": Command("sft", "supervised warm start with the same CONFIG"),
     "serve": Command("serve", "this node's SGLang servers, for a trainer that runs elsewhere"),
     "rollout": Command("rollout", "sample and score responses without training"),
+    "evaluate": Command("evaluate", "pass@k, avg@k and maj@k of a model on held-out problems"),
     "plan": Command("plan", "does a CONFIG fit, how long does a step take, which layout is best"),
     "doctor": Command("doctor", "is everything in order for a run"),
     "convert": Command("convert", "Hugging Face folders to Megatron checkpoints and back"),

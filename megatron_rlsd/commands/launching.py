@@ -34,7 +34,7 @@ def start(name: str, argv: list[str] | None, description: str | None) -> int:
     parser = config_parser(description, f"rlsd {name}", settings=True)
     parser.add_argument(
         "--nproc",
-        type=_processes,
+        type=processes,
         metavar="N",
         help="processes on this machine: a number, or gpu for one on each GPU; default: 1",
     )
@@ -47,17 +47,17 @@ def start(name: str, argv: list[str] | None, description: str | None) -> int:
         )
     try:
         config = load_config(arguments.config, arguments.overrides)
-        processes = 1 if is_rank else _count(arguments.nproc)
+        ranks = 1 if is_rank else count(arguments.nproc)
         # Slow to import: --help and a mistake in the configuration do without.
         from megatron_rlsd.diagnosis.before_run import refuse
 
         if not is_rank:
-            refuse(config, processes)
+            refuse(config, ranks)
     except UserError as error:
         return tell(error)
-    if processes > 1:
+    if ranks > 1:
         words = [name, str(arguments.config), *arguments.overrides]
-        return start_ranks(words, processes, config.distributed.timeout_seconds, config.run_dir)
+        return start_ranks(words, ranks, config.distributed.timeout_seconds, config.run_dir)
     module, function = PROGRAMS[name]
     command = getattr(importlib.import_module(module), function)
     from megatron_rlsd.run import execute
@@ -128,7 +128,8 @@ def _told_by_status(run_dir: str | Path, otherwise: int) -> int:
         return otherwise
 
 
-def _processes(text: str) -> int | str:
+def processes(text: str) -> int | str:
+    """The value of ``--nproc``: a number, or gpu."""
     if text == "gpu":
         return text
     if not text.isdigit() or int(text) < 1:
@@ -136,7 +137,8 @@ def _processes(text: str) -> int | str:
     return int(text)
 
 
-def _count(asked: int | str | None) -> int:
+def count(asked: int | str | None) -> int:
+    """Ranks that ``--nproc`` asks for; UserError for the GPUs of a machine that has none."""
     if asked != "gpu":
         return int(asked or 1)
     import torch

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_rlsd.config.section import OnError, Section
 
+NAME = r"^[^\s/=]+$"
+"""A source's name is part of a metric's, ``eval/NAME/greedy_pass@1``."""
+
 
 class JsonlSource(Section):
     kind: Literal["jsonl"]
+    name: str | None = Field(None, pattern=NAME)
+    """In metrics (``eval/NAME/...``) and tables; default: what tells the source from the others."""
     path: str
     on_malformed: Literal["stop", "skip"] = "stop"
     """A malformed line stops the run, or is counted and skipped."""
@@ -22,6 +28,8 @@ class JsonlSource(Section):
 
 class ReasoningGymSource(Section):
     kind: Literal["reasoning_gym"]
+    name: str | None = Field(None, pattern=NAME)
+    """In metrics (``eval/NAME/...``) and tables; default: what tells the source from the others."""
     task: str
     params: dict[str, Any] = {}
     """Difficulty settings of the task, passed to reasoning_gym.create_dataset."""
@@ -36,6 +44,8 @@ class GuessingGameSource(Section):
     """Problems of the environment of that name: a secret whole number from low to high."""
 
     kind: Literal["guessing_game"]
+    name: str | None = Field(None, pattern=NAME)
+    """In metrics (``eval/NAME/...``) and tables; default: what tells the source from the others."""
     low: int = 1
     high: int = 100
     size: int = Field(100_000, ge=1)
@@ -104,24 +114,38 @@ class RewardConfig(Section):
     correctness: str | None = None
     """The function that says whether a response is right: it decides what counts as solved, which
     groups the group filter leaves out, and which responses may be hints. A name among
-    ``functions``, with ``#2`` on from the second use; None: the first."""
+    ``functions``, or its name in metrics (``function`` of ``path/to/file.py:function``, ``#2`` on
+    from the second use); None: the first."""
     solved_threshold: float = 0.999
     """A response counts as solved if that function returns at least this."""
 
     @property
     def labels(self) -> list[str]:
-        """The functions' names, with ``#2`` on from the second use."""
+        """What metrics call each function: of ``path/to/file.py:function`` its ``function``.
+
+        Of files with functions of one name ``file.function``; ``#2`` on from a label's second use.
+        """
+        names = [function.name for function in self.functions]
+        own = {name: name.rpartition(":")[2] for name in names}
+        shared = Counter(own.values())
         uses: Counter[str] = Counter()
         labels = []
-        for function in self.functions:
-            uses[function.name] += 1
-            again = f"#{uses[function.name]}" if uses[function.name] > 1 else ""
-            labels.append(function.name + again)
+        for name in names:
+            label = own[name]
+            if shared[label] > 1 and label != name:
+                label = f"{PurePath(name.rpartition(':')[0]).stem}.{label}"
+            uses[label] += 1
+            labels.append(label if uses[label] == 1 else f"{label}#{uses[label]}")
         return labels
 
     @property
     def correctness_label(self) -> str:
-        return self.labels[0] if self.correctness is None else self.correctness
+        if self.correctness is None:
+            return self.labels[0]
+        # As it is configured, or as metrics call it.
+        names = [function.name for function in self.functions]
+        configured = self.correctness in names and self.correctness not in self.labels
+        return self.labels[names.index(self.correctness)] if configured else self.correctness
 
     @model_validator(mode="after")
     def _correctness_is_a_function(self) -> RewardConfig:

@@ -36,8 +36,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path} must hold a mapping of config sections, got {type(raw).__name__}")
     algorithm = raw.get("algorithm")
     files_name = algorithm.get("name") if isinstance(algorithm, dict) else None
-    for override in overrides or []:
-        _apply_override(raw, override)
+    with_overrides(raw, overrides or [])
     _load_plugins(raw, str(path))
     typed = {override.partition("=")[0] for override in overrides or []}
     if dropped := drop_unused(raw, typed, files_name):
@@ -48,6 +47,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if idle := ignored(raw):
         notice(f"algorithm.name=grpo has no use for {idle}: it is RLSD at lambda 0")
     return parse_config(raw, origin=str(path))
+
+
+def with_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """``raw`` itself, changed by ``a.b=value`` texts; UserError for one that is none."""
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
 
 
 def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:

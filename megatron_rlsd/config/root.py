@@ -74,6 +74,11 @@ class Config(Section):
         return Path(sync.path or Path(self.run_dir) / "weight_sync")
 
     @property
+    def eval_response_tokens(self) -> int:
+        """Most tokens of a response in an evaluation."""
+        return self.eval.max_response_tokens or self.rollout.max_response_tokens
+
+    @property
     def pack_multiple(self) -> int:
         """Each micro-batch, context-parallel ranks together, is padded to a multiple of this."""
         parallel, precision = self.parallel, self.model.precision

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from megatron_rlsd.config.section import Section
 from megatron_rlsd.config.variants import VARIANTS, contradictions, filled_in, known_name
@@ -325,14 +326,36 @@ class SFTConfig(Section):
 
 
 class EvalConfig(Section):
+    """Held-out problems and how their responses are sampled; training samples by ``rollout``."""
+
     interval: int = Field(0, ge=0)
     """Steps between evaluations; 0: only at the start and the end."""
     at_start: bool = True
-    num_problems: int = Field(128, ge=1)
-    """Problems per evaluation source, always the same ones."""
+    num_problems: int | None = Field(128, ge=1)
+    """Problems per evaluation source, always the same ones; null: all of them."""
     greedy: bool = True
     n_samples: int = Field(1, ge=0)
     """Sampled responses per problem, at temperature; 0: greedy only."""
     temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of the sampled responses; 1: the whole vocabulary."""
+    top_k: int = Field(0, ge=0)
+    """Candidates of the sampled responses; 0: the whole vocabulary."""
+    max_response_tokens: int | None = Field(None, ge=1)
+    """Default: ``rollout.max_response_tokens``."""
     pass_at_k: list[int] = [1]
-    """Unbiased pass@k over the sampled responses; each k <= n_samples."""
+    """Unbiased pass@k over the sampled responses, and maj@k where k > 1; each k <= n_samples."""
+    answer_pattern: str | None = None
+    """Regular expression whose last match's group 1 is the answer that a response votes for in
+    maj@k. Default: the pattern of the first reward function, or else the last ``\\boxed{}``."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"it is no regular expression: {error}") from error
+        if not groups:
+            raise ValueError("it has no group; group 1 is the answer")
+        return pattern

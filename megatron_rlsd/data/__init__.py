@@ -2,6 +2,7 @@
 
 from megatron_rlsd.data.chat_turns import ChatTurns
 from megatron_rlsd.data.conversations import Conversations
+from megatron_rlsd.data.evaluation_sets import evaluation_sets
 from megatron_rlsd.data.prompts import Privileged, PromptBuilder, PromptTooLong
 from megatron_rlsd.data.sentencepiece_tokenizer import (
     DEFAULT_CHAT_TEMPLATE,
@@ -38,6 +39,7 @@ __all__ = [
     "Tokenizer",
     "build_sources",
     "evaluation_problems",
+    "evaluation_sets",
     "load_tokenizer",
     "open_table",
     "plain_encoder",

@@ -17,7 +17,7 @@ class GuessingProblems:
     """
 
     def __init__(self, source: GuessingGameSource) -> None:
-        self.name = "guessing_game"
+        self.name = source.name or "guessing_game"
         self._source = source
         self.digest = digest_of(source.low, source.high, source.seed, source.size)
 
@@ -28,7 +28,7 @@ class GuessingProblems:
         low, high = self._source.low, self._source.high
         secret = random.Random(f"guessing_game/{self._source.seed}/{index}").randint(low, high)
         return Problem(
-            id=f"{self.name}/{index}",
+            id=f"guessing_game/{index}",
             messages=({"role": "user", "content": question(low, high)},),
             answer=str(secret),
             reference_solution=halving_line(low, high, secret),

@@ -49,7 +49,7 @@ class GymProblems:
     """
 
     def __init__(self, source: ReasoningGymSource) -> None:
-        self.name = source.task
+        self.name = source.name or source.task
         self._task, self._size = source.task, source.size
         self._params = _plain(source.params)
         self._seed = _spread_seed(source.seed)

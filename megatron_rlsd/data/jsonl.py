@@ -33,7 +33,7 @@ class JsonlProblems:
 
     def __init__(self, source: JsonlSource) -> None:
         self._path = Path(source.path)
-        self.name = self._path.stem
+        self.name = source.name or self._path.stem
         if not self._path.is_file():
             raise UserError(f"data file {self._path} does not exist or is not a file")
         self._intake = Intake(self._path, skip_malformed=source.on_malformed == "skip")

@@ -157,13 +157,14 @@ def build_sources(sources: Sequence[Source], seed: int) -> MixedSource:
     )
 
 
-def evaluation_problems(source: Source, n: int) -> list[Problem]:
-    """The first ``n`` problems of a source in its own order, or all it has if they are fewer.
+def evaluation_problems(source: Source, n: int | None) -> list[Problem]:
+    """The first ``n`` problems of a source in its own order, or all it has (None, or fewer).
 
     Raises UserError as ``open_table`` does, and where one of them is a conversation to imitate.
     """
     table = open_table(source)
-    return [refuse_demonstration(table[index]) for index in range(min(n, len(table)))]
+    count = len(table) if n is None else min(n, len(table))
+    return [refuse_demonstration(table[index]) for index in range(count)]
 
 
 def refuse_demonstration(problem: Problem) -> Problem:

@@ -1,73 +1,154 @@
-"""Held-out problems through the current policy: pass@1 greedy and sampled, pass@k; rank 0."""
+"""Held-out problems through the current policy: greedy and sampled responses; runs on rank 0."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from megatron_rlsd.config import EvalConfig
+from megatron_rlsd.config import Config, EvalConfig
+from megatron_rlsd.experience.accuracy import (
+    Estimate,
+    estimate,
+    majority_at_k,
+    pass_at_k,
+    vote,
+)
 from megatron_rlsd.experience.groups import GroupBuilder
 from megatron_rlsd.experience.rules import mean_of_known
 from megatron_rlsd.observability.leakage import leakage_metrics
+from megatron_rlsd.rewards.answers import extract_answer
 from megatron_rlsd.types import Group, Problem, Trajectory
 
 
+@dataclass(frozen=True)
+class Responses:
+    """All responses of one kind to a set's problems, and what they say about the model."""
+
+    groups: list[Group]
+    """One a problem, each of ``n`` trajectories."""
+    n: int
+    accuracies: dict[str, Estimate | None]
+    """pass@k, where n > 1 also maj@k; pass@1 of several responses is avg@n. None: no response was
+    judged. A response without a verdict belongs to none of them."""
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [t for group in self.groups for t in group.trajectories]
+
+    def facts(self) -> dict[str, float]:
+        """Means over all responses.
+
+        response_tokens; truncated_share; format_rate: mean of the ``format`` reward if configured,
+        else the share of responses that end by themselves; reward_error_share; the shares of
+        ``leakage_metrics``.
+        """
+        trajectories = self.trajectories
+        reasons = [t.generation.finish_reason for t in trajectories]
+        leaks = leakage_metrics(trajectories)
+        return {
+            "response_tokens": statistics.fmean(t.generation.num_own_tokens for t in trajectories),
+            "truncated_share": reasons.count("length") / len(reasons),
+            "format_rate": mean_of_known(map(_formatted, trajectories)),
+            "reward_error_share": statistics.fmean(
+                bool(t.reward and t.reward.errors) for t in trajectories
+            ),
+            **{name.replace("/", "_"): share for name, share in leaks.items()},
+        }
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """One set's responses; None: no such ones were asked for."""
+
+    greedy: Responses | None
+    sampled: Responses | None
+
+    def metrics(self) -> dict[str, float]:
+        """Every number by name, ``greedy_`` and ``sampled_``; NaN: no response was judged.
+
+        ``pass@1_ci95``: half the width of the accuracy's 95 % interval.
+        """
+        metrics: dict[str, float] = {}
+        for kind, responses in (("greedy", self.greedy), ("sampled", self.sampled)):
+            if responses is not None:
+                for name, each in responses.accuracies.items():
+                    metrics[f"{kind}_{name}"] = math.nan if each is None else each.value
+                single = responses.accuracies["pass@1"]
+                if single is not None:
+                    metrics[f"{kind}_pass@1_ci95"] = single.half_width
+                metrics |= {f"{kind}_{name}": value for name, value in responses.facts().items()}
+        return metrics
+
+
 def evaluate(
-    builder: GroupBuilder, problems: dict[str, list[Problem]], config: EvalConfig
+    builder: GroupBuilder, problems: dict[str, list[Problem]], config: Config
 ) -> dict[str, float]:
-    """Metrics per source, ``<source>/<metric>``; the same problems and seeds every time.
-
-    greedy_pass@1; sampled_pass@k for each configured k (unbiased over n_samples responses);
-    response tokens; format_rate: mean of the ``format`` reward if configured, else the share of
-    responses that end by themselves; reward_error_share; the shares of ``leakage_metrics``. A
-    response without a verdict belongs to none of the means of verdicts; NaN: none was judged.
-    """
-    metrics: dict[str, float] = {}
-    for name, chosen in problems.items():
-        if config.greedy:
-            params = replace(builder.sampling, temperature=0.0, top_p=1.0, top_k=0)
-            groups = builder.respond(chosen, 1, params, label=f"eval/{name}")
-            metrics[f"{name}/greedy_pass@1"] = mean_of_known(
-                builder.solved(g.trajectories[0]) for g in groups
-            )
-            metrics |= _shape_metrics(f"{name}/greedy_", groups)
-        if config.n_samples:
-            params = replace(builder.sampling, temperature=config.temperature, top_p=1.0, top_k=0)
-            groups = builder.respond(chosen, config.n_samples, params, label=f"eval/{name}")
-            verdicts = [[builder.solved(t) for t in g.trajectories] for g in groups]
-            for k in sorted({1, *config.pass_at_k}):
-                metrics[f"{name}/sampled_pass@{k}"] = mean_of_known(
-                    pass_at_k(each, k) for each in verdicts
-                )
-            metrics |= _shape_metrics(f"{name}/sampled_", groups)
-    return metrics
-
-
-def pass_at_k(solved: Sequence[bool | None], k: int) -> float | None:
-    """Chance that k of the n judged responses hold a correct one: 1 - C(n - c, k) / C(n, k).
-
-    None where fewer than k were judged.
-    """
-    judged = [each for each in solved if each is not None]
-    n, correct = len(judged), sum(judged)
-    return None if n < k else 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def _shape_metrics(prefix: str, groups: list[Group]) -> dict[str, float]:
-    trajectories = [t for g in groups for t in g.trajectories]
-    leaks = leakage_metrics(trajectories)
+    """Metrics per set, ``<set>/<metric>``; the same problems and seeds every time."""
     return {
-        f"{prefix}response_tokens": statistics.fmean(
-            t.generation.num_own_tokens for t in trajectories
-        ),
-        f"{prefix}format_rate": mean_of_known(map(_formatted, trajectories)),
-        f"{prefix}reward_error_share": statistics.fmean(
-            bool(t.reward is None or t.reward.errors) for t in trajectories
-        ),
-        **{f"{prefix}{name.replace('/', '_')}": share for name, share in leaks.items()},
+        f"{name}/{metric}": value
+        for name, chosen in problems.items()
+        for metric, value in evaluate_set(builder, name, chosen, config).metrics().items()
     }
+
+
+def evaluate_set(
+    builder: GroupBuilder, name: str, problems: list[Problem], config: Config
+) -> SetResult:
+    """Responses to one set's problems as ``config.eval`` asks for them; ``name`` is in the seed."""
+    settings = config.eval
+    base = replace(builder.sampling, max_new_tokens=config.eval_response_tokens)
+    greedy = sampled = None
+    if settings.greedy:
+        params = replace(base, temperature=0.0, top_p=1.0, top_k=0)
+        groups = builder.respond(problems, 1, params, label=f"eval/{name}")
+        verdicts = [builder.solved(group.trajectories[0]) for group in groups]
+        values = [None if verdict is None else float(verdict) for verdict in verdicts]
+        greedy = Responses(groups, 1, {"pass@1": estimate(values)})
+    if settings.n_samples:
+        params = replace(base, temperature=settings.temperature)
+        params = replace(params, top_p=settings.top_p, top_k=settings.top_k)
+        groups = builder.respond(problems, settings.n_samples, params, label=f"eval/{name}")
+        sampled = Responses(
+            groups,
+            settings.n_samples,
+            sampled_accuracies(groups, builder.solved, settings, answer_pattern(config)),
+        )
+    return SetResult(greedy, sampled)
+
+
+def sampled_accuracies(
+    groups: list[Group],
+    solved: Callable[[Trajectory], bool | None],
+    settings: EvalConfig,
+    pattern: str | None,
+) -> dict[str, Estimate | None]:
+    """pass@k, and for k > 1 maj@k where any response has an answer to vote for."""
+    n = settings.n_samples
+    verdicts = [[solved(t) for t in group.trajectories] for group in groups]
+    votes = [[vote(extract_answer(t.own_text, pattern)) for t in g.trajectories] for g in groups]
+    anyone_votes = any(each is not None for row in votes for each in row)
+
+    found: dict[str, Estimate | None] = {}
+    for k in sorted({1, *settings.pass_at_k}):
+        found[f"pass@{k}"] = estimate((pass_at_k(each, k) for each in verdicts), n)
+    for k in sorted(set(settings.pass_at_k) - {1}) if anyone_votes else ():
+        found[f"maj@{k}"] = estimate(
+            (
+                majority_at_k(answers, each, k, group.problem.id)
+                for answers, each, group in zip(votes, verdicts, groups, strict=True)
+            ),
+            n,
+        )
+    return found
+
+
+def answer_pattern(config: Config) -> str | None:
+    """Where a response's answer stands, for maj@k; None: in its last box."""
+    reward = config.reward
+    correctness = reward.functions[reward.labels.index(reward.correctness_label)]
+    return config.eval.answer_pattern or correctness.params.get("pattern")
 
 
 def _formatted(trajectory: Trajectory) -> float | None:

@@ -134,7 +134,7 @@ class GroupBuilder:
     def _requests(
         self, problem: Problem, n: int, params: SamplingParams, label: str
     ) -> list[GenerationRequest]:
-        prompt_ids = self._prompts.student(problem)
+        prompt_ids = self._prompts.student(problem, params.max_new_tokens)
         seeds = [sample_seed(self._config.train.seed, label, sample) for sample in range(n)]
         return [GenerationRequest(prompt_ids, params, seed) for seed in seeds]
 

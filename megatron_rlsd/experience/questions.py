@@ -56,15 +56,18 @@ class Questions:
         self._source.load_state(state)
 
 
-def fitting(problems: list[Problem], prompts: PromptBuilder, name: str) -> list[Problem]:
-    """The problems of the evaluation source ``name`` whose prompts fit; the others are told of.
+def fitting(
+    problems: list[Problem], prompts: PromptBuilder, name: str, response_tokens: int
+) -> list[Problem]:
+    """The problems of the evaluation source ``name`` whose prompts fit before a response of
+    ``response_tokens``; the others are told of.
 
     Raises UserError if none does.
     """
     kept, example = [], ""
     for problem in problems:
         try:
-            prompts.student(problem)
+            prompts.student(problem, response_tokens)
         except PromptTooLong as error:
             example = example or str(error)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +25,9 @@ from megatron_rlsd.observability.samples import drop_samples_from, write_samples
 from megatron_rlsd.observability.tables import evaluation_table, phase_lines, summary_table
 from megatron_rlsd.observability.trace import Gather, PhaseTrace
 from megatron_rlsd.observability.trackers import Tracker, build_trackers
+from megatron_rlsd.runtime.warn import warn
 from megatron_rlsd.types import Group
 
-WARN = logging.getLogger(__name__).warning
 BETWEEN_STEPS = ("evaluation", "checkpoint")
 """Phases that no step's own time counts."""
 STEPS_FOR_TIME_LEFT = 20
@@ -271,7 +270,7 @@ class MetricsLogger:
                 tracker.write(step, finite)
             except Exception as error:  # metrics.jsonl has it all: no reason to stop the run
                 self._trackers.remove(tracker)
-                WARN(f"{type(tracker).__name__} is given up at step {step}: {error}")
+                warn(f"{type(tracker).__name__} is given up at step {step}: {error}")
 
     def _move_earlier_run_aside(self) -> list[Path]:
         if not self.metrics_path.exists() or not self.metrics_path.stat().st_size:

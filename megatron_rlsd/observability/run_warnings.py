@@ -1,7 +1,7 @@
 """Warnings of a run: shown once, and kept in run_dir/warnings.jsonl for those who look later.
 
-Any module warns by ``logging.getLogger(__name__).warning(...)``. While a run's logger is open, what
-is said under ``megatron_rlsd`` comes here; without one it goes to standard error.
+Any module warns by ``runtime.warn``. While a run's logger is open, what is said there, or under
+``logging.getLogger("megatron_rlsd...")``, comes here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from megatron_rlsd.runtime.warn import LOGGER
 
 WARNINGS_NAME = "warnings.jsonl"
 LATEST = 5
@@ -31,7 +33,7 @@ class RunWarnings(logging.Handler):
         self.latest: deque[str] = deque(maxlen=LATEST)
         """The first line of each of the last ones."""
         self._show, self._step = show, step
-        self._logger = logging.getLogger("megatron_rlsd")
+        self._logger = LOGGER
 
     def __enter__(self) -> RunWarnings:
         self._logger.addHandler(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -57,6 +58,32 @@ def summary_table(
     table.add_section()
     for name, value in last_evaluation.items():
         table.add_row(f"{EVALUATION_PREFIX}{name}", *_cells(first_evaluation.get(name), value))
+    return table
+
+
+def results_table(sets: Mapping[str, Any]) -> Table:
+    """What a program's evaluation found (megatron_rlsd/evaluate.py), one accuracy a row."""
+    table = Table(title="accuracy, with 95 % intervals over problems", title_justify="left")
+    table.add_column("set", overflow="fold")
+    for column in ("problems", "measure", "accuracy", "from", "to", "tokens", "cut"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    for name, found in sets.items():
+        shown, problems = name, str(found["problems"])
+        for kind in ("greedy", "sampled"):
+            facts = found[kind] or {"accuracies": {}}
+            rest = ("", "")
+            if facts["accuracies"]:
+                rest = (f"{facts['response_tokens']:.0f}", f"{facts['truncated_share']:.1%}")
+            for measure, each in facts["accuracies"].items():
+                if kind == "greedy":
+                    measure = "greedy"
+                elif measure == "pass@1" and facts["n"] > 1:
+                    measure = f"avg@{facts['n']}"
+                keys = ("value", "low", "high")
+                bounds = ("-" if each is None else f"{each[key]:.1%}" for key in keys)
+                table.add_row(shown, problems, measure, *bounds, *rest)
+                shown, problems, rest = "", "", ("", "")
+        table.add_section()
     return table
 
 

@@ -17,7 +17,7 @@ class PoolFunction:
     """One entry of ``reward.functions``."""
 
     label: str
-    """Its key in RewardResult: the configured name, with ``#2`` on from the second use."""
+    """Its key in RewardResult; see ``RewardConfig.labels``."""
     reference: Reference
     params: dict[str, Any]
     weight: float

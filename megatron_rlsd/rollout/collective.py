@@ -25,7 +25,7 @@ from megatron_rlsd.parallel.exchange import (
     unpack_message,
     unragged,
 )
-from megatron_rlsd.rollout.engine import EngineError, Part, RolloutEngine
+from megatron_rlsd.rollout.engine import EngineError, Part, Progress, RolloutEngine
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 
 Result = TypeVar("Result")
@@ -36,6 +36,15 @@ class CollectiveEngine:
 
     def __init__(self, engine: RolloutEngine, control: dist.ProcessGroup) -> None:
         self._engine, self._control = engine, control
+
+    @property
+    def on_progress(self) -> Progress | None:
+        """Rank 0's: told of its own slice of the requests."""
+        return self._engine.on_progress
+
+    @on_progress.setter
+    def on_progress(self, progress: Progress | None) -> None:
+        self._engine.on_progress = progress
 
     @property
     def weight_version(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.engine import EngineError, Progress
 from megatron_rlsd.rollout.kv_cache import RowCache
 from megatron_rlsd.rollout.routes import RouteRecorder
 from megatron_rlsd.rollout.sampling import RowParams, request_uniforms, sample_tokens
@@ -105,8 +105,9 @@ class DecodingBatch:
         self.columns = torch.empty(0, dtype=torch.int64)
 
     @torch.inference_mode()
-    def run(self) -> list[Row]:
+    def run(self, on_progress: Progress | None = None) -> list[Row]:
         """Decode to the end; the rows in the order of the requests, all finished."""
+        left = len(self.results)
         while self.rows or self.waiting:
             free = self.capacity - len(self.rows)
             if self.waiting and free >= max(1, self.capacity // REFILL_SHARE):
@@ -116,6 +117,9 @@ class DecodingBatch:
                     self.params = self._params_of(self.rows)
                 self._append_tokens(self.rows, self._decode(), self.params)
             self._leave()
+            if on_progress is not None and len(self.rows) + len(self.waiting) < left:
+                left = len(self.rows) + len(self.waiting)
+                on_progress(len(self.results) - left, len(self.results))
         return self.results
 
     def _join(self, count: int) -> None:

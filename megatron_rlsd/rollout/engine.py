@@ -11,6 +11,8 @@ from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest
 
 Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+"""(responses that are finished, responses asked for); may be called in any thread."""
 Part = Literal["weights", "kv_cache"]
 """What a server holds of a device's memory."""
 
@@ -21,6 +23,9 @@ class EngineError(UserError):
 
 class RolloutEngine(Protocol):
     """Samples responses with the weights that were last published to it (weight_sync)."""
+
+    on_progress: Progress | None
+    """Told how a call of ``generate`` comes along; None, the start: nobody asks."""
 
     @property
     def weight_version(self) -> int:

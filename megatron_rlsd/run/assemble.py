@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ from megatron_rlsd.checkpoint.start import Program
 from megatron_rlsd.config import Config, dump_config
 from megatron_rlsd.data import (
     build_sources,
-    evaluation_problems,
+    evaluation_sets,
     load_tokenizer,
     warn_of_other_ids,
 )
@@ -39,9 +38,8 @@ from megatron_rlsd.run.model_files import ModelFiles, refuse_to_write_over_the_m
 from megatron_rlsd.run.run import Run
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, write_status
+from megatron_rlsd.runtime.warn import warn
 from megatron_rlsd.weight_sync import rollout_engine
-
-WARN = logging.getLogger(__name__).warning
 
 
 @contextmanager
@@ -122,16 +120,17 @@ def assemble(
                 beside_training=program == "train",
             )
             stack.callback(collector.close)
-            for number, each in enumerate(config.data.eval):
-                problems = evaluation_problems(each, config.eval.num_problems)
-                name = problems[0].source
-                name = name if name not in eval_problems else f"{name}.{number}"
-                eval_problems[name] = fitting(problems, prompts, name)
+            eval_problems = {
+                name: fitting(problems, prompts, name, config.eval_response_tokens)
+                for name, problems in evaluation_sets(
+                    config.data.eval, config.eval.num_problems
+                ).items()
+            }
         actor = Actor(config, family, hf_config, groups, total_updates)
         if groups.rank == 0:
             warn_of_other_ids(tokenizer)
             for slow in slow_paths(config, groups.device):
-                WARN(slow)
+                warn(slow)
         if rewards is not None:
             rewards.wait_until_ready()
         if environments is not None:

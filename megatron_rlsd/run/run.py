@@ -113,10 +113,10 @@ class Run:
             assert self.builder is not None
             problems = {
                 # Servers may take shorter prompts than the model has positions for.
-                name: fitting(some, self.prompts, name)
+                name: fitting(some, self.prompts, name, self.config.eval_response_tokens)
                 for name, some in self.eval_problems.items()
             }
-            results = evaluate(self.builder, problems, self.config.eval)
+            results = evaluate(self.builder, problems, self.config)
             self.log.evaluation(step, results)
             return json.dumps(results).encode()
 

@@ -17,7 +17,7 @@ import megatron_rlsd
 from tests.conftest import ROOT
 
 PACKAGE = "megatron_rlsd"
-PROGRAMS = {"train", "sft", "serve", "rollout_only"}
+PROGRAMS = {"train", "sft", "serve", "rollout_only", "evaluate"}
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ from megatron_rlsd.rollout.sglang.answers import RequestRefused, ServerFault
 from megatron_rlsd.rollout.sglang.client import ServerFacts, SGLangClient
 from megatron_rlsd.rollout.sglang.engine import SGLangEngine
 from megatron_rlsd.rollout.sglang.process import giving_memory_back
+from megatron_rlsd.rollout.sglang.reading import ReadingEngine
 from megatron_rlsd.rollout.sglang.scorer import SGLangScorer
 from megatron_rlsd.rollout.sglang.server import Server
 from megatron_rlsd.rollout.sglang.update import Update
 
 __all__ = [
+    "ReadingEngine",
     "RequestRefused",
     "SGLangClient",
     "SGLangEngine",

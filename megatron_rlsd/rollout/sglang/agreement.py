@@ -15,7 +15,6 @@ program can do for itself.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import subprocess
@@ -29,8 +28,8 @@ from megatron_rlsd.config import Config, SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.loaded_libraries import loaded_libraries
 from megatron_rlsd.rollout.sglang.process import HERE, on_cpu, server_environment, server_python
+from megatron_rlsd.runtime.warn import warn
 
-WARN = logging.getLogger(__name__).warning
 ASK_SECONDS = 300.0
 """importing torch from a network file system takes its time."""
 NCCL_SWITCHES = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
@@ -113,7 +112,7 @@ def agreeing(config: SGLangConfig, transport: str) -> SGLangConfig:
         raise EngineError(reason)
     if transport == "ipc":
         if (doubt := ipc_doubt(ours, theirs)) is not None:
-            WARN(doubt)
+            warn(doubt)
         return config
     if not nccl_differs(ours, theirs):
         return config

@@ -59,6 +59,10 @@ class _Label(Strict):
     weight_version: str
 
 
+class _Model(Strict):
+    model_path: str
+
+
 class _RankChecksums(Strict):
     checksums: dict[str, str]
 
@@ -133,6 +137,10 @@ class SGLangClient:
     async def weight_version(self, *, timeout: float) -> str:
         """The label that the last weight update gave."""
         return (await self._told(_Label, "GET", "/model_info", None, timeout)).weight_version
+
+    async def model_path(self, *, timeout: float) -> str:
+        """The folder or name of the model that it was started with."""
+        return (await self._told(_Model, "GET", "/model_info", None, timeout)).model_path
 
     def label(self, version: int) -> str:
         """What the server calls version ``version`` of its owner's weights."""

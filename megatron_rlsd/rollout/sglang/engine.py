@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.checks import check_request
-from megatron_rlsd.rollout.engine import EngineError, Part
+from megatron_rlsd.rollout.engine import EngineError, Part, Progress
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.fleet import Fleet
 from megatron_rlsd.rollout.sglang.memory import SharedMemory
@@ -58,6 +58,7 @@ class SGLangEngine:
         routes: RoutesShape | None = None,
     ) -> None:
         self._config, self._pause = config, pause
+        self.on_progress: Progress | None = None
         self._vocab_size, self._max_positions = vocab_size, max_positions
         self._ready = self._closed = False
         api_key = resolved_api_key(config.api_key)
@@ -110,14 +111,17 @@ class SGLangEngine:
         ``generate_timeout_seconds`` have passed.
         """
         limit = self._config.generate_timeout_seconds + SLACK_SECONDS
-        return self.wait(self.submit_requests(requests), limit, "generate")
+        future = self.submit_requests(requests, self.on_progress)
+        return self.wait(future, limit, "generate")
 
-    def submit_requests(self, requests: list[GenerationRequest]) -> Future[list[Generation]]:
+    def submit_requests(
+        self, requests: list[GenerationRequest], on_progress: Progress | None = None
+    ) -> Future[list[Generation]]:
         """``generate`` while the caller goes on; waits only for the servers' first start."""
         for index, request in enumerate(requests):
             check_request(request, index, self._vocab_size, self._max_positions)
         self.wait_until_ready()
-        return self.submit(self.fleet.generate(requests))
+        return self.submit(self.fleet.generate(requests, on_progress))
 
     def wait_until_ready(self) -> None:
         """Wait for the first start of every server; EngineError says which failed and why."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_rlsd.config import SGLangConfig
-from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.engine import EngineError, Progress
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.answers import ServerFault
 from megatron_rlsd.rollout.sglang.balance import choose
@@ -174,7 +174,9 @@ class Fleet:
         known = [s.max_tokens - 1 for s in self.servers if s.max_tokens is not None]
         return min(known, default=None)
 
-    async def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+    async def generate(
+        self, requests: list[GenerationRequest], on_progress: Progress | None = None
+    ) -> list[Generation]:
         """One generation per request, in order, sampled by the weights that are current meanwhile.
 
         A response that a weight update interrupts goes on under the new weights, and says for each
@@ -186,6 +188,7 @@ class Fleet:
             loop.create_future(),
             results=[None] * len(requests),
             remaining=len(requests),
+            on_progress=on_progress,
         )
         if not requests:
             return []
@@ -270,7 +273,7 @@ class Fleet:
     def _answered(self, stay: Stay, generation: Generation) -> None:
         work = stay.work
         if generation.finish_reason != "abort":
-            self._finish(work, joined([*work.parts, generation]))
+            work.call.finish(work.index, joined([*work.parts, generation]))
         elif self.weights.publications == stay.publications:
             self._retry(work, f"{stay.server} aborted it, and no weight update asked for that")
         else:
@@ -322,14 +325,6 @@ class Fleet:
             # Those that it was started with.
             return {client.owner.label(CLAIM): 0}
         return versions
-
-    def _finish(self, work: Work, generation: Generation) -> None:
-        call = work.call
-        assert call.results[work.index] is None, "a request was answered twice"
-        call.results[work.index] = generation
-        call.remaining -= 1
-        if call.remaining == 0 and not call.done.done():
-            call.done.set_result(None)
 
     def _retry(self, work: Work, reason: str) -> None:
         work.attempts += 1

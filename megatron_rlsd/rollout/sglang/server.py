@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -30,8 +29,8 @@ from megatron_rlsd.rollout.sglang.process import (
     server_command,
     server_environment,
 )
+from megatron_rlsd.runtime.warn import warn
 
-WARN = logging.getLogger(__name__).warning
 POLL_SECONDS = 0.25
 MAX_FAULTS = 3
 """Faults without a good answer in between after which even a healthy server is restarted."""
@@ -181,7 +180,7 @@ class Supervisor:
                 return
             server.lose(reason)
             self._changed()
-            WARN(f"{server} is out: {reason}")
+            warn(f"{server} is out: {reason}")
             await asyncio.sleep(min(MAX_PAUSE_SECONDS, 0.5 * 2**server.restarts))
             server.restarts += 1
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import logging.config
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from megatron_rlsd.config import ObservabilityConfig
 from megatron_rlsd.observability import MetricsLogger, read_metrics
 from megatron_rlsd.observability.run_warnings import read_warnings
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.warn import warn
 from megatron_rlsd.types import Generation, Group, Problem, RewardResult
 from tests.batches import trajectory
 
@@ -366,16 +367,17 @@ def _row(shown: str, name: str) -> list[str]:
 def test_warnings_of_any_module_are_shown_once_and_kept(
     logger: MakeLogger, capsys: pytest.CaptureFixture[str], progress: str
 ) -> None:
-    warn = logging.getLogger("megatron_rlsd.learner.anything").warning
     with logger(progress=progress) as log:
         log.step(0, {})
-        warn("the gain is %s", "0")
+        # As a library that configures logging for itself.
+        logging.config.dictConfig({"version": 1})
+        warn("the gain is 0 %")
         log.summary()
     logging.getLogger("megatron_rlsd").info("not a warning")
     shown = "".join(capsys.readouterr())
-    assert shown.count("WARNING: the gain is 0") == 1
+    assert shown.count("WARNING: the gain is 0 %") == 1
     [kept] = read_warnings(log.metrics_path.with_name("warnings.jsonl"))
-    assert (kept["step"], kept["text"]) == (1, "the gain is 0")
+    assert (kept["step"], kept["text"]) == (1, "the gain is 0 %")
     assert abs(kept["time"] - time.time()) < 100
     assert progress == "none" or "warnings     1, see " in shown
     # After the run the package says nothing to a closed file.

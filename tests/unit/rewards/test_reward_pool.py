@@ -22,9 +22,6 @@ pytestmark = pytest.mark.process
 Sample = Callable[..., RewardInput]
 Pool = Callable[..., RewardPool]
 
-USER = "user_rewards.py:"
-"""Before the names of functions from the file that the fixture ``pool`` writes."""
-
 # The response says what the function is to do.
 MISBEHAVING = """
 import ctypes, math, os, subprocess, sys, time
@@ -88,16 +85,16 @@ def test_each_failure_costs_its_own_call_only(pool: Pool, sample: Sample) -> Non
     results = scorer.score(samples)
     fine = {"fine": 1.0, "true": 1.0, "int": 2.0}
     for response, result in zip(responses, results, strict=True):
-        assert result.parts[USER + "length"] == len(response)
-        assert result.parts[USER + "reward"] == fine.get(response)
+        assert result.parts["length"] == len(response)
+        assert result.parts["reward"] == fine.get(response)
         if response in fine:
             assert result.errors == {}
             assert result.value == fine[response] + len(response)
         else:
             # What the other function said of it is no verdict.
             assert result.value is None
-            assert list(result.errors) == [USER + "reward"]
-            assert result.errors[USER + "reward"].startswith(FAILURES[response])
+            assert list(result.errors) == ["reward"]
+            assert result.errors["reward"].startswith(FAILURES[response])
     # The pool is as good as new.
     assert [r.value for r in scorer.score([sample("fine")] * 3)] == [5.0] * 3
 
@@ -106,16 +103,16 @@ def test_a_function_without_a_weight_is_no_part_of_the_verdict(pool: Pool, sampl
     watched = {"name": "reward", "weight": 0}
     scorer = pool(watched, "length", source=MISBEHAVING, max_error_share=1)
     failed, fine = scorer.score([sample("raise"), sample("fine")])
-    assert (failed.value, failed.parts[USER + "reward"]) == (5.0, None)
-    assert list(failed.errors) == [USER + "reward"]
-    assert (fine.value, fine.parts[USER + "reward"]) == (4.0, 1.0)
+    assert (failed.value, failed.parts["reward"]) == (5.0, None)
+    assert list(failed.errors) == ["reward"]
+    assert (fine.value, fine.parts["reward"]) == (4.0, 1.0)
 
 
 def test_a_sum_that_is_no_finite_number_is_no_verdict(pool: Pool, sample: Sample) -> None:
     source = "def huge(sample): return 1e308"
     scorer = pool({"name": "huge", "weight": 10}, source=source)
     (result,) = scorer.score([sample("")])
-    assert (result.value, result.parts) == (None, {USER + "huge": 1e308})
+    assert (result.value, result.parts) == (None, {"huge": 1e308})
     assert list(result.errors) == ["the weighted sum"]
 
 
@@ -138,7 +135,7 @@ def test_time_limit_is_per_function(pool: Pool, sample: Sample) -> None:
     source = "import time\ndef slow(sample): time.sleep(0.4); return 1"
     scorer = pool("slow", "slow", "slow", "slow", source=source, timeout_seconds=1)
     [result] = scorer.score([sample("")])
-    assert result.parts == {USER + slow: 1.0 for slow in ("slow", "slow#2", "slow#3", "slow#4")}
+    assert result.parts == dict.fromkeys(("slow", "slow#2", "slow#3", "slow#4"), 1.0)
 
 
 def test_slow_import_is_not_counted_against_the_first_call(pool: Pool, sample: Sample) -> None:
@@ -203,11 +200,9 @@ def echo(sample, text): return sample.problem.metadata == {"text": text, "n": [1
         sample(f"{i} {text} {big if i % 50 == 0 else ''}", metadata=metadata) for i in range(300)
     ]
     results = scorer.score(samples)
-    assert [r.parts for r in results] == [
-        {USER + "number": i, USER + "echo": 1.0} for i in range(300)
-    ]
+    assert [r.parts for r in results] == [{"number": i, "echo": 1.0} for i in range(300)]
     assert [r.value for r in results] == [0.5 * i - 1 for i in range(300)]
-    assert scorer.labels == [USER + "number", USER + "echo"]
+    assert scorer.labels == ["number", "echo"]
     assert scorer.score([]) == []
 
 
@@ -237,7 +232,7 @@ def test_too_many_failures_stop_with_the_most_frequent_reason(pool: Pool, sample
         scorer.score([sample("nan", id="n"), *half[:2], sample("fine")])
     message = str(caught.value)
     assert "3 of 4 reward calls have failed" in message
-    assert "most frequent (2 times): user_rewards.py:reward: ValueError: returned nan" in message
+    assert "most frequent (2 times): reward: ValueError: returned nan" in message
     assert "problem 'n'" in message
 
 
@@ -312,7 +307,7 @@ def test_orphan_that_holds_the_pipe_open_does_not_hide_the_death(
 ) -> None:
     scorer = pool("reward", source=MISBEHAVING, timeout_seconds=1, max_error_share=1)
     bad, fine = scorer.score([sample("orphan, _exit"), sample("fine")])
-    assert list(bad.errors) == [USER + "reward"]
+    assert list(bad.errors) == ["reward"]
     assert fine.value == 1
 
 

@@ -1,0 +1,14 @@
+"""Warnings to whoever runs this: said once, and kept by the run that they belong to."""
+
+from __future__ import annotations
+
+import logging
+
+LOGGER = logging.getLogger("megatron_rlsd")
+
+
+def warn(text: str) -> None:
+    """A run shows it and keeps it in warnings.jsonl; elsewhere it goes to standard error."""
+    # Libraries that configure logging switch off the loggers that are there.
+    LOGGER.disabled = False
+    LOGGER.warning("%s", text)
