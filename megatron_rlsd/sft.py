@@ -14,6 +14,8 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,43 +43,78 @@ def train(config: Config) -> None:
     steps = config.sft.steps
     with assemble(config, total_updates=steps, total_steps=steps, program="sft") as run:
         # Every rank draws the same examples; each keeps its data-parallel share.
-        source = build_sources(config.data.train, config.train.seed)
+        progress = Progress(build_sources(config.data.train, config.train.seed))
         conversations = Conversations(config, run.tokenizer)
-        start = run.continuity.resume(run.actor, {}, source)
+        start = run.continuity.resume(run.actor, {}, progress)
         run.colocation.servers_take_over()
         run.publish_weights(version=start)
         if config.eval.at_start and start == 0:
             run.evaluate(step=0)
         done, evaluated = start, -1
-        while done < steps:
+        while done < steps and not progress.reached(config.sft.stop_at_accuracy):
             with run.phase("data", done):
-                batch, counts = draw_examples(config, source, run.prompts, conversations, done)
+                batch = draw_examples(config, progress.source, run.prompts, conversations, done)
             with run.phase("update", done):
                 run.colocation.trainer_takes_over()
-                result = supervised_update(run.actor, batch)
-            metrics = sft_metrics(result) | counts
+                result = supervised_update(run.actor, batch.examples)
+            metrics = sft_metrics(result) | batch.counts
             run.log.step(done, metrics)
             alarm = run.alarm(done, metrics)
+            run.continuity.record_examples(done, batch.examples, batch.problem_ids, metrics)
             done += 1
+            progress.accuracy = None
             if config.eval.interval and done % config.eval.interval == 0:
                 run.colocation.servers_take_over()
                 run.publish_weights(version=done)
                 results, evaluated = run.evaluate(done), done
-                if reached(results, config.sft.stop_at_accuracy):
-                    break
-            run.continuity.end_of_step(done, last=done == steps, alarm=alarm)
-        if evaluated != done:
-            run.colocation.servers_take_over()
-            run.publish_weights(version=done)
-            run.evaluate(done)
-        run.export_hf("final")
+                progress.accuracy = sampled_accuracy(results)
+            ended = done == steps or progress.reached(config.sft.stop_at_accuracy)
+            run.end_of_step(done, last=ended, alarm=alarm)
+        if start < done or not run.exported("final"):
+            if evaluated != done:
+                run.colocation.servers_take_over()
+                run.publish_weights(version=done)
+                run.evaluate(done)
+            run.export_hf("final")
         run.log.summary()
 
 
-def reached(results: dict[str, float], accuracy: float | None) -> bool:
-    """Is the first evaluation source's sampled pass@1 at least ``accuracy``?"""
-    first = next((value for key, value in results.items() if key.endswith("sampled_pass@1")), 0.0)
-    return accuracy is not None and first >= accuracy
+class Progress:
+    """Where the warm start stands: in its data, and by the evaluation after the last step."""
+
+    def __init__(self, source: ProblemSource) -> None:
+        self.source = source
+        self.accuracy: float | None = None
+        """None: there was no evaluation after the last step."""
+
+    def reached(self, accuracy: float | None) -> bool:
+        """Is the accuracy that ends the warm start asked for, and there?"""
+        if accuracy is None or self.accuracy is None:
+            return False
+        return self.accuracy >= accuracy
+
+    def state(self) -> dict[str, Any]:
+        return {**self.source.state(), "accuracy": self.accuracy}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.source.load_state(state)
+        self.accuracy = state.get("accuracy")
+
+
+def sampled_accuracy(results: dict[str, float]) -> float | None:
+    """Sampled pass@1 of the first evaluation source."""
+    return next((value for key, value in results.items() if key.endswith("sampled_pass@1")), None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The examples of one step."""
+
+    examples: list[Sequence]
+    problem_ids: list[str]
+    """In the order of the examples."""
+    counts: dict[str, float]
+    """Metrics: how many were cut or left out."""
 
 
 def draw_examples(
@@ -86,15 +123,17 @@ def draw_examples(
     prompts: PromptBuilder,
     conversations: Conversations,
     step: int,
-) -> tuple[list[Sequence], dict[str, float]]:
-    """``sft.batch_size`` examples and how many were cut; which of them are privileged is fixed by
-    (seed, step). Those whose prompt and target are too long for the model are left out and counted.
+) -> Batch:
+    """``sft.batch_size`` examples; which of them are privileged is fixed by (seed, step).
+
+    Those whose prompt and target are too long for the model are left out and counted.
 
     Raises UserError for a problem without the reference solution that the target uses, for a
     conversation that no episode could hold (``Conversations.target``), and where no prompt fits.
     """
     chooser = random.Random(f"sft/{config.train.seed}/{step}")
     examples: list[Sequence] = []
+    problem_ids = []
     counts: Counter[str] = Counter(examples_too_long=0, hints_cut=0)
     for problem in source.next(config.sft.batch_size):
         privileged = chooser.random() < config.sft.privileged_share
@@ -115,12 +154,14 @@ def draw_examples(
             counts["examples_too_long"] += 1
             reason = error
             continue
+        problem_ids.append(problem.id)
         examples.append(Sequence.of(prompt_ids=prompt, response_ids=ids, loss_mask=loss_mask))
     if not examples:
         raise UserError(
             f"all {config.sft.batch_size} examples of SFT step {step} are too long: {reason}"
         )
-    return examples, {f"data/{name}": float(count) for name, count in counts.items()}
+    metrics = {f"data/{name}": float(count) for name, count in counts.items()}
+    return Batch(examples, problem_ids, metrics)
 
 
 def supervised_update(actor: Actor, examples: list[Sequence]) -> UpdateResult:

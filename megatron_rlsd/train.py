@@ -58,12 +58,7 @@ def train(config: Config) -> None:
             done = step + 1
             if config.eval.interval and done % config.eval.interval == 0:
                 run.evaluate(done)
-            if config.checkpoint.hf_export_interval and (
-                done % config.checkpoint.hf_export_interval == 0
-            ):
-                run.export_hf(f"step_{done}")
-            with run.phase("checkpoint", step):
-                run.continuity.end_of_step(done, last=done == steps, alarm=alarm)
+            run.end_of_step(done, last=done == steps, alarm=alarm)
 
         if start < steps or not run.exported("final"):
             if not config.eval.interval or steps % config.eval.interval:

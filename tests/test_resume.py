@@ -287,6 +287,25 @@ def test_bad_steps_in_a_row_stop_the_run_with_the_culprit_on_disk(make_config, m
         assert "no finite number" in printed
 
 
+def test_bad_steps_stop_the_warm_start_too(make_config, monkeypatch):
+    config = make_config(
+        sft={"steps": 6, "batch_size": 4}, train={"max_bad_steps": 2}, eval={"at_start": False}
+    )
+    poison(monkeypatch, {1: [math.inf], 3: [math.nan], 4: [math.nan]})
+    with pytest.raises(UserError, match="2 steps in a row") as error:
+        sft.train(config)
+    folder = Path(config.run_dir) / "bad_steps"
+    assert f"{folder}/step_00000004.jsonl" in str(error.value)
+    assert read_manifest(folder / "checkpoint").step == 5
+    assert not (Path(config.run_dir) / "hf").exists()
+    kept = {path.name for path in folder.glob("*.jsonl")}
+    assert kept == {f"step_0000000{step}.jsonl" for step in (1, 3, 4)}
+    examples = [json.loads(line) for line in (folder / "step_00000004.jsonl").open()]
+    assert [set(each) for each in examples] == [
+        {"problem", "prompt_ids", "response_ids", "loss_mask"}
+    ] * 4
+
+
 def test_an_alarm_stops_the_run_with_its_state_on_disk(make_config):
     """Rounding is beyond a threshold of 0; the checkpoints are those from before the alarm."""
     config = make_config(

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from megatron_rlsd import sft, train
+from megatron_rlsd.checkpoint.manifest import whole_checkpoints
 from megatron_rlsd.observability import read_metrics
 from tests.full_logits import full_logits_in_the_actor
 
@@ -245,9 +246,14 @@ def test_the_warm_start_ends_at_the_accuracy_asked_for(make_config):
         "eval": {"interval": 2, "num_problems": 64, "n_samples": 4, "greedy": False},
         "optimizer": {"lr": 1e-4},
     }
-    reached = make_config(sft={"steps": 6, "stop_at_accuracy": 0.001}, **sections)
-    sft.train(reached)
-    assert len(steps_of(reached)) == 2
+    reached = make_config(
+        sft={"steps": 6, "stop_at_accuracy": 0.001}, checkpoint={"interval": 4}, **sections
+    )
+    for _ in range(2):  # a run that is over does nothing when it is started again
+        sft.train(reached)
+        assert len(steps_of(reached)) == 2
+        saved = whole_checkpoints(Path(reached.run_dir) / "checkpoints")
+        assert [manifest.step for _, manifest in saved] == [2]
     missed = make_config(
         run_dir=reached.run_dir + "_b", sft={"steps": 6, "stop_at_accuracy": 1.0}, **sections
     )

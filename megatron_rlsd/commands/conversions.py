@@ -73,16 +73,17 @@ def run_to_megatron(args: argparse.Namespace) -> int:
         write_manifest(folder, Manifest(kind="weights", step=0, layout=layout))
 
     with _progress("to Megatron") as progress:
-        to_megatron(
+        kept = to_megatron(
             args.source,
             args.out,
             sizes,
             dtype=_dtype(args.dtype),
             allow_pickle=args.allow_pickle,
+            overwrite=args.overwrite,
             finish=finish,
             progress=progress,
         )
-    print(f"{args.out}: Megatron checkpoint for {_layout(layout)}")
+    print(f"{args.out}: Megatron checkpoint for {_layout(layout)}{_beside(kept)}")
     return 0
 
 
@@ -90,14 +91,15 @@ def run_to_hf(args: argparse.Namespace) -> int:
     if (args.source / MANIFEST_NAME).is_file():
         read_manifest(args.source)
     with _progress("to Hugging Face") as progress:
-        to_hf(
+        kept = to_hf(
             args.source,
             args.out,
             dtype=_dtype(args.dtype),
             max_shard_bytes=args.max_shard_size,
+            overwrite=args.overwrite,
             progress=progress,
         )
-    print(f"{args.out}: Hugging Face folder")
+    print(f"{args.out}: Hugging Face folder{_beside(kept)}")
     return 0
 
 
@@ -246,6 +248,10 @@ def _progress(label: str) -> Iterator[ProgressCallback]:
     with Progress(*columns) as bars:
         task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _beside(kept: list[str]) -> str:
+    return f"; other files stay: {', '.join(kept)}" if kept else ""
 
 
 def _layout(sizes: dict[str, int]) -> str:

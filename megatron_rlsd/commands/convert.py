@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     pickle_help = "read pytorch_model*.bin where there are no safetensors, tensors only"
+    overwrite_help = "replace a model or checkpoint in OUT; other files there stay"
     made = command("to-megatron", "Hugging Face folder -> Megatron checkpoint")
     made.add_argument("source", type=Path)
     made.add_argument("out", type=Path)
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(f"--{name}-parallel", type=_positive, default=1)
     made.add_argument("--expert-tensor-parallel", type=_positive, help="default: as for tensors")
     made.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    made.add_argument("--overwrite", action="store_true", help=overwrite_help)
     made.add_argument("--allow-pickle", action="store_true", help=pickle_help)
 
     made = command("to-hf", "Megatron checkpoint -> Hugging Face folder")
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("out", type=Path)
     made.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     made.add_argument("--max-shard-size", type=_size, default="5GB")
+    made.add_argument("--overwrite", action="store_true", help=overwrite_help)
 
     made = command("verify", "compare two checkpoints: weights and log-probabilities")
     made.add_argument("a", type=Path)

@@ -32,8 +32,9 @@ from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout, round_up
 from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.finite import finite_slice
 from megatron_rlsd.hf_bridge.load import check_tensors, check_tied_aliases
-from megatron_rlsd.hf_bridge.partial import PartialFolder, check_free_space, check_replaceable
+from megatron_rlsd.hf_bridge.partial import PartialFolder, check_free_space
 from megatron_rlsd.hf_bridge.reader import SINGLE_NAME, Weights, load_hf_config
+from megatron_rlsd.hf_bridge.replaced import check_replaceable
 from megatron_rlsd.hf_bridge.safetensors_file import TORCH_DTYPES
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_files, write_safetensors
 from megatron_rlsd.hf_bridge.writer import write_config, write_index
@@ -87,9 +88,10 @@ def to_megatron(
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     finish: Callable[[Path], None] = lambda folder: None,
+    overwrite: bool = False,
     progress: Progress = lambda done, total: None,
     file_bytes: int = FILE_BYTES,
-) -> None:
+) -> list[str]:
     """Write a Hugging Face folder's weights as a Megatron checkpoint in torch_dist format.
 
     Keys, shapes and pieces are those that a model of these parallel sizes saves. ``dtype`` casts
@@ -99,7 +101,9 @@ def to_megatron(
 
     Everything that the headers show is checked before the first byte is written. An interrupted
     conversion goes on where it stopped if it is run again with the same source and settings.
-    Raises UserError (see ``load_hf_weights``, ``PartialFolder``), also for too little disk.
+    With ``overwrite`` a checkpoint in ``out`` is replaced; returns the names of other files there,
+    which stay. Raises UserError (see ``load_hf_weights``, ``PartialFolder``), also for too little
+    disk, and for an ``out`` that exists.
     """
     out = Path(out)
     hf_config = load_hf_config(hf_path)
@@ -112,7 +116,7 @@ def to_megatron(
     check_tied_aliases(weights, dims, family.entries(dims), ShardLayout())
     check_token_ids(hf_path, vocab_size)
     companion_files(Path(hf_path))  # what cannot go along is said before the work
-    check_replaceable(out, Path(hf_path), METADATA_NAME)
+    check_replaceable(out, Path(hf_path), METADATA_NAME, overwrite=overwrite)
 
     tensors = checkpoint_tensors(family, dims, layer_axis=layers_are_alike(family, hf_config))
     files = _plan_files(tensors, weights, dims, sizes, dtype, file_bytes)
@@ -145,6 +149,7 @@ def to_megatron(
         write_config(hf_files, hf_config, max(set(dtypes), key=dtypes.count))
         copy_companions(Path(hf_path), hf_files)
         finish(folder.path)
+    return folder.kept
 
 
 def to_hf(
@@ -153,18 +158,19 @@ def to_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
     progress: Progress = lambda done, total: None,
-) -> None:
+) -> list[str]:
     """Write the weights of a Megatron checkpoint, of any layout, as a Hugging Face folder.
 
-    ``dtype`` casts all but the parameters in full precision. Interruption, checks and errors as in
-    ``to_megatron``; besides, the checksum of every piece that is read is verified.
+    ``dtype`` casts all but the parameters in full precision. Interruption, ``overwrite``, checks
+    and errors as in ``to_megatron``; besides, the checksum of every piece that is read is verified.
     """
     out = Path(out)
     weights = MegatronWeights(checkpoint)
     check_token_ids(weights.hf_files, weights.dims.vocab_size)
     companion_files(weights.hf_files)
-    check_replaceable(out, Path(checkpoint), "config.json")
+    check_replaceable(out, Path(checkpoint), "config.json", overwrite=overwrite)
     kept = {
         name
         for entry in weights.family.entries(weights.dims)
@@ -202,6 +208,7 @@ def to_hf(
         dtypes = [about.dtype for about in described.values()]
         write_config(folder.path, weights.hf_config, max(set(dtypes), key=dtypes.count))
         copy_companions(weights.hf_files, folder.path)
+    return folder.kept
 
 
 def _check_sizes(dims: ModelDims, sizes: Sizes) -> None:

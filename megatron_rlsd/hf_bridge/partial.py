@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_rlsd.hf_bridge.replaced import keep_other_files
 from megatron_rlsd.runtime.durable import partial_of, put_in_place, sync_tree
 from megatron_rlsd.runtime.errors import UserError
 
@@ -18,7 +19,7 @@ class PartialFolder:
 
     Use as a context manager. Where an earlier attempt with the same ``fingerprint`` was
     interrupted, its finished files are kept; anything else that was left there is removed. At the
-    end of the block the folder is synced and renamed to ``out``, replacing it if it exists. An
+    end of the block the folder is synced and renamed to ``out``; of an older one ``kept`` stays. An
     UserError (the input is at fault) removes the folder; any other exception, such as a full
     disk or an interrupt, leaves it for the next attempt.
 
@@ -31,6 +32,9 @@ class PartialFolder:
         self._journal_path = self.out.parent / f".{self.out.name}.journal"
         self.finished: dict[str, Any] = {}
         """Name of each finished file -> what ``finish`` was told about it."""
+        self.kept: list[str] = []
+        """Files of the folder that was replaced which belong to no model, and lie in the new one
+        (``keep_other_files``)."""
         self._fingerprint = json.loads(json.dumps(fingerprint))
 
     def __enter__(self) -> PartialFolder:
@@ -47,6 +51,7 @@ class PartialFolder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
+                self.kept = keep_other_files(self.out, self.path)
                 sync_tree(self.path)
                 put_in_place(self.path, self.out)
                 self._journal_path.unlink()
@@ -87,14 +92,6 @@ class PartialFolder:
         self._journal.write(json.dumps(entry) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
-
-
-def check_replaceable(out: Path, source: Path | None, mark: str) -> None:
-    """Raise UserError unless ``out`` may be written: absent, empty, or with a file ``mark``."""
-    if source is not None and out.resolve() == source.resolve():
-        raise UserError(f"{out} is the source folder; choose another output folder")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / mark).is_file())):
-        raise UserError(f"{out} exists and holds no {mark}; it is left alone")
 
 
 def check_free_space(out: Path, needed: int) -> None:

@@ -16,8 +16,8 @@ from megatron_rlsd.hf_bridge.companions import (
     without_code,
     write_json,
 )
-from megatron_rlsd.hf_bridge.partial import check_replaceable
 from megatron_rlsd.hf_bridge.reader import INDEX_NAME, SINGLE_NAME, load_hf_config
+from megatron_rlsd.hf_bridge.replaced import check_replaceable, keep_other_files
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_name, write_safetensors
 from megatron_rlsd.runtime.durable import atomic_folder
 from megatron_rlsd.runtime.errors import UserError
@@ -41,8 +41,8 @@ def save_hf_folder(
     part in the collectives behind it, and return without waiting for the writer. ``dtype`` casts
     the tensors; config.json is told the dtype written.
 
-    A crash leaves the old folder or none, never a part. An ``out_dir`` that exists is replaced if
-    it is a model folder or empty; UserError if it is something else or the source.
+    A crash leaves the old folder or none, never a part. A model in ``out_dir`` is replaced, and
+    other files there stay; UserError if it holds no model but something else, or is the source.
     """
     if not is_writer:
         for _ in tensors:
@@ -51,7 +51,7 @@ def save_hf_folder(
     out = Path(out_dir).absolute()
     config = dict(source) if isinstance(source, dict) else load_hf_config(source)
     source_folder = None if isinstance(source, dict) else Path(source).absolute()
-    check_replaceable(out, source_folder, "config.json")
+    check_replaceable(out, source_folder, "config.json", overwrite=True)
     if companions is None and source_folder is not None:
         companion_files(source_folder)  # what cannot go along is said before the work
         companions = partial(copy_companions, source_folder)
@@ -60,6 +60,7 @@ def save_hf_folder(
         write_config(folder, config, written)
         if companions is not None:
             companions(folder)
+        keep_other_files(out, folder)
 
 
 def _write_shards(

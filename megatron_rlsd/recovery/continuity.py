@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlsd.actor.actor import Actor
+from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
 from megatron_rlsd.checkpoint.start import Program, Start, agree_on_start
 from megatron_rlsd.config import Config
@@ -94,6 +95,21 @@ class Continuity:
         skipped = metrics["train/updates_skipped"] > 0
         path = self._recorder.after_update(plan, scores, metrics)
         self.after_update(plan.step, skipped=skipped, batch=str(path))
+
+    def record_examples(
+        self,
+        step: int,
+        examples: list[Sequence],
+        problem_ids: list[str],
+        metrics: dict[str, float],
+    ) -> None:
+        """As ``record``, for a step of the supervised warm start.
+
+        examples: of all ranks, the same on each; problem_ids: of the problem that each is from.
+        """
+        path = self._recorder.after_supervised_update(step, examples, problem_ids, metrics)
+        skipped = metrics["train/updates_skipped"] > 0
+        self.after_update(step, skipped=skipped, batch=str(path))
 
     def after_update(self, step: int, *, skipped: bool, batch: str) -> None:
         """Count bad steps in a row: those whose update was skipped.

@@ -6,6 +6,7 @@ preceded the update, lambda, and the metrics it gave.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.config import Config
 from megatron_rlsd.learner import Plan, Scores
 from megatron_rlsd.parallel.exchange import (
@@ -72,6 +74,38 @@ class StepRecorder:
             path.parent.mkdir(parents=True, exist_ok=True)
             with naming(path):
                 path.write_bytes(pack_message(header, tensors))
+        return path
+
+    def after_supervised_update(
+        self,
+        step: int,
+        examples: list[Sequence],
+        problem_ids: list[str],
+        metrics: dict[str, float],
+    ) -> Path | None:
+        """Write a bad step's examples as JSON lines; the file (on every rank, written by rank 0).
+
+        ``train.record_steps`` is for replays, which a supervised step has none of.
+        """
+        if not metrics["train/updates_skipped"]:
+            return None
+        folder = Path(self._config.run_dir) / BAD_STEPS
+        path = step_file(folder, step).with_suffix(".jsonl")
+        if self._groups.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = [
+                json.dumps(
+                    {
+                        "problem": problem_id,
+                        "prompt_ids": example.prompt_ids.tolist(),
+                        "response_ids": example.response_ids.tolist(),
+                        "loss_mask": example.loss_mask.astype(int).tolist(),
+                    }
+                )
+                for problem_id, example in zip(problem_ids, examples, strict=True)
+            ]
+            with naming(path):
+                path.write_text("\n".join(lines) + "\n")
         return path
 
 

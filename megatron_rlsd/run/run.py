@@ -124,6 +124,14 @@ class Run:
             payload = self.engine.run_on_rank_zero(work)
             return json.loads(broadcast_bytes(payload, self.process_groups.control))
 
+    def end_of_step(self, done: int, *, last: bool, alarm: str | None = None) -> None:
+        """After ``done`` steps: export and save what is due; see ``Continuity.end_of_step``."""
+        interval = self.config.checkpoint.hf_export_interval
+        if interval and done % interval == 0:
+            self.export_hf(f"step_{done}")
+        with self.phase("checkpoint", done - 1):
+            self.continuity.end_of_step(done, last=last, alarm=alarm)
+
     def log_samples(self, step: int, groups: list[Group], credit: CreditCollector) -> None:
         """Dump the step's first groups with what the update made of each token."""
         if self.config.observability.samples_per_step:

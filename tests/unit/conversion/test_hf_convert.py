@@ -307,6 +307,41 @@ def test_what_is_in_the_way(
     assert visible(tmp_path) == {"thesis.txt"}
 
 
+def test_a_folder_that_exists_is_replaced_only_when_asked_and_keeps_what_is_no_model(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source = tiny_folders["llama_untied_gqa"]
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    back.mkdir()  # an empty folder is in nobody's way
+    to_megatron(source, megatron, Sizes(tensor=2))
+    to_hf(megatron, back, max_shard_bytes=30_000)
+    mine = {"notes.txt": "a", "runs/one/log.txt": "b", "README.md": "c", ".hidden": "d"}
+    stale = {"tokenizer.model": "of another model", "model-00009-of-00009.safetensors": "x"}
+    for folder, extra in ((megatron, {"hf/mine.txt": "e", "__9_0.distcp": "x"}), (back, stale)):
+        for name, text in (mine | extra).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for convert in (
+        lambda **how: to_megatron(source, megatron, Sizes(), **how),
+        lambda **how: to_hf(megatron, back, **how),
+    ):
+        with pytest.raises(UserError, match="exists; choose another folder, or give --overwrite"):
+            convert()
+        assert before == {path: path.read_bytes() for path in before}
+    assert to_megatron(source, megatron, Sizes(), overwrite=True) == [
+        ".hidden", "README.md", "hf/mine.txt", "notes.txt", "runs",
+    ]  # fmt: skip
+    assert to_hf(megatron, back, overwrite=True) == [".hidden", "README.md", "notes.txt", "runs"]
+    for folder in (megatron, back):
+        assert {name: (folder / name).read_text() for name in mine} == mine
+    assert (megatron / "hf/mine.txt").read_text() == "e"
+    assert hashes(MegatronWeights(megatron)) == hashes(SafetensorsFolder(source))
+    assert hashes(SafetensorsFolder(back)) == hashes(SafetensorsFolder(source))
+    assert not (megatron / "__9_0.distcp").exists()
+    assert not any((back / name).exists() for name in stale)
+
+
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [

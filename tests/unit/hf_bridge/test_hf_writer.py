@@ -119,9 +119,9 @@ def test_code_goes_along_only_with_a_tokenizer_that_is_nothing_else(
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == settings
     (source / "tokenizer.json").write_text("{}")
-    save_hf_folder(tensors_of(source), tmp_path / "out", source)
-    assert not list((tmp_path / "out").glob("*.py"))
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+    save_hf_folder(tensors_of(source), tmp_path / "whole", source)
+    assert not list((tmp_path / "whole").glob("*.py"))
+    assert json.loads((tmp_path / "whole" / "tokenizer_config.json").read_text()) == {
         "eos_token": "a"
     }
 
