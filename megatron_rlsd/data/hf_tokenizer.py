@@ -46,7 +46,6 @@ class HFTokenizer:
         self._backend = self._files.backend
         # What it matches is a setting of the library's object, and threads share that.
         self._lock = threading.Lock()
-        self._saved_class: object = None
         added = self._backend.get_added_tokens_decoder()
         self._added = {token.content: number for number, token in added.items()}
         special = {token.content for token in added.values() if token.special}
@@ -142,20 +141,11 @@ class HFTokenizer:
             # Nothing may be left that goes before it.
             settings.pop("chat_template", None)
             (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-        self._write_settings(folder, settings)
-
-    def _write_settings(self, folder: Path, settings: dict[str, object]) -> None:
-        """tokenizer_config.json under a class by which transformers gives the ids of the file."""
-        own = settings.get("tokenizer_class")
-        names = [own, EXACT_CLASS] if self._saved_class is None else [self._saved_class]
-        for name in filter(None, names):
-            content = settings | {"tokenizer_class": name}
-            (folder / CONFIG_FILE).write_text(
-                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            if name == names[-1] or not self.difference_from_transformers(folder):
-                self._saved_class = name
-                return
+        # Other classes have rules of their own, which differ by transformers' release.
+        settings["tokenizer_class"] = EXACT_CLASS
+        (folder / CONFIG_FILE).write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     def _template(self, config: TokenizerConfig) -> ChatTemplate:
         named = self._files.templates
