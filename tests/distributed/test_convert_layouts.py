@@ -235,7 +235,7 @@ def save_with_optimizer(chunks: list[Any], out: Path, groups: ParallelGroups) ->
         replace(tensor, key=f"optimizer.exp_avg.{tensor.key}", data=torch.ones_like(tensor.data))
         for tensor in weights
     ]
-    start_save([*weights, *averages], out, background=False).finish()
+    start_save([*weights, *averages], out, background=False).finish(groups.control)
 
 
 def contents(chunks: list[nn.Module]) -> dict[str, str]:
