@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_rlsd.config import flattened
+from megatron_rlsd.config.secrets import MASK, masked
 from megatron_rlsd.runtime.errors import UserError
 
 MUST_AGREE = {
@@ -40,7 +41,8 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], folder: objec
 
     Raises UserError that names each setting which the run cannot go on with.
     """
-    before, now = flattened(saved), flattened(current)
+    # Release 0.1 wrote secrets out.
+    before, now = flattened(masked(saved)), flattened(masked(current))
     refused = [
         f"{key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} configured; {reason}"
         for key, reason in MUST_AGREE.items()
@@ -64,5 +66,7 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], folder: objec
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(UNTOLD)
+        if before.get(key) != now.get(key)
+        and not key.startswith(UNTOLD)
+        and MASK not in (before.get(key), now.get(key))
     ]

@@ -23,7 +23,7 @@ def plan(args: argparse.Namespace) -> int:
         served = []
         if args.servers:
             served = [f"rollout.sglang.num_servers={args.servers}", "rollout.sglang.urls=[]"]
-        config = load_config(args.config, [*args.overrides, *served])
+        config = load_config(args.config, [*args.overrides, *served], needs_secrets=False)
         try:
             hf_config = load_hf_config(config.model.hf_path)
         except UserError as error:

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(
             arguments.run / "config.yaml",
             [*arguments.overrides, f"run_dir={arguments.run}"],
+            needs_secrets=False,
         )
         replayed = replay(config, arguments.step, arguments.checkpoint)
     except UserError as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_rlsd.config.secrets import Named
 from megatron_rlsd.config.section import OnError, Section
 
 NAME = r"^[^\s/=]+$"
@@ -31,7 +32,7 @@ class ReasoningGymSource(Section):
     name: str | None = Field(None, pattern=NAME)
     """In metrics (``eval/NAME/...``) and tables; default: what tells the source from the others."""
     task: str
-    params: dict[str, Any] = {}
+    params: Named = {}
     """Difficulty settings of the task, passed to reasoning_gym.create_dataset."""
     size: int = Field(100_000, ge=1)
     """Number of distinct problems."""
@@ -94,7 +95,7 @@ class RewardFunctionConfig(Section):
     """A registered reward (exact_match, math_verify, reasoning_gym, format, length, environment) or
     ``path/to/file.py:function``."""
     weight: float = 1.0
-    params: dict[str, Any] = {}
+    params: Named = {}
 
 
 class RewardConfig(Section):

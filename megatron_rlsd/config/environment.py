@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from megatron_rlsd.config.secrets import Named
 from megatron_rlsd.config.section import OnError, Section
 
 
@@ -15,7 +16,7 @@ class EnvironmentConfig(Section):
     name: str | None = None
     """A registered environment (calculator, guessing_game) or ``path/to/file.py:Class``. None: a
     response is one turn, which nobody answers."""
-    params: dict[str, Any] = {}
+    params: Named = {}
     """Keyword arguments of the environment's class."""
     role: Literal["user", "tool"] = "user"
     """Of its messages in the chat template, which must know it."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -105,6 +106,8 @@ def _type(annotation: Any) -> str:
         return " | ".join("null" if each is types.NoneType else _type(each) for each in inner)
     if origin is not None:
         return f"{origin.__name__} of {_type(inner[-1])}"
+    if annotation is SecretStr:
+        return "str, shown as a mask"
     return "any" if annotation is Any else annotation.__name__
 
 

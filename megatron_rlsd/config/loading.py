@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_rlsd.config.root import Config
+from megatron_rlsd.config.secrets import MASK, is_secret, masked, masked_text, masks_in
 from megatron_rlsd.config.unused import drop_unused, ignored
 from megatron_rlsd.config.yaml_text import override_value, parse_yaml
 from megatron_rlsd.plugins import load_plugins
@@ -18,8 +19,12 @@ from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.one_voice import notice
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, *, needs_secrets: bool = True
+) -> Config:
     """Read a YAML file, apply ``a.b=value`` overrides (``override_value``) and validate.
+
+    needs_secrets: refuse masks, which ``dump_config`` writes in place of secrets.
 
     Raises UserError that names each unknown or repeated key, bad value or missing section.
     """
@@ -46,7 +51,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         )
     if idle := ignored(raw):
         notice(f"algorithm.name=grpo has no use for {idle}: it is RLSD at lambda 0")
-    return parse_config(raw, origin=str(path))
+    config = parse_config(raw, origin=str(path))
+    if needs_secrets and (lacking := list(masks_in(config.model_dump()))):
+        raise UserError(
+            f"{path} holds only masks in place of secrets: {', '.join(lacking)}; give them again, "
+            f"for example {lacking[0]}=..."
+        )
+    return config
 
 
 def with_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -68,12 +79,17 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
             if item["type"] == "extra_forbidden":
                 lines.append(f"  {key}: unknown key{_known_keys(item['loc'])}")
             else:
-                lines.append(f"  {key}: {item['msg']} (got {item['input']!r:.200})")
+                name = next((part for part in item["loc"][::-1] if isinstance(part, str)), "")
+                got = MASK if is_secret(name) else repr(masked(item["input"]))
+                lines.append(f"  {key}: {item['msg']} (got {got:.200})")
         raise UserError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
 
 
 def dump_config(config: Config, path: Path) -> None:
-    """Write every setting, defaults included, as YAML that load_config reads back."""
+    """Write every setting, defaults included, as YAML that load_config reads back.
+
+    Masks stand for secrets, which have to be given again.
+    """
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_whole(path, text)
 
@@ -101,8 +117,9 @@ def _load_plugins(raw: dict[str, Any], origin: str) -> None:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    shown = masked_text(override)
     if not separator or not key:
-        raise UserError(f"override {override!r} must look like section.key=value")
+        raise UserError(f"override {shown!r} must look like section.key=value")
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
@@ -111,20 +128,22 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                 node[part] = {}
             node = node[part]
         else:
-            node = node[_list_index(node, part, override)]
+            node = node[_list_index(node, part, shown)]
         if not isinstance(node, dict | list):
-            raise UserError(f"override {override!r}: {part} is a value, not a section")
+            raise UserError(f"override {shown!r}: {part} is a value, not a section")
     try:
         value = override_value(text)
     except ValueError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    node[last if isinstance(node, dict) else _list_index(node, last, override)] = value
+        # What is wrong may repeat the value.
+        reason = "" if shown != override else f": {error}"
+        raise UserError(f"override {shown!r}: the value is not valid YAML{reason}") from None
+    node[last if isinstance(node, dict) else _list_index(node, last, shown)] = value
 
 
-def _list_index(node: list[Any], part: str, override: str) -> int:
+def _list_index(node: list[Any], part: str, shown: str) -> int:
     if not part.isdecimal() or int(part) >= len(node):
         raise UserError(
-            f"override {override!r}: {part!r} must be an index below {len(node)}, the list's length"
+            f"override {shown!r}: {part!r} must be an index below {len(node)}, the list's length"
         )
     return int(part)
 

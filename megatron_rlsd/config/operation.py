@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt
 
+from megatron_rlsd.config.secrets import SecretUrl
 from megatron_rlsd.config.section import Section
 
 
@@ -38,8 +39,9 @@ class WandbConfig(Section):
 class MlflowConfig(Section):
     enabled: bool = False
     """Needs the package mlflow (or the smaller mlflow-skinny)."""
-    tracking_uri: str | None = None
-    """A server or a database; default: the folder run_dir/mlflow."""
+    tracking_uri: SecretUrl | None = None
+    """A server or a database; default: the folder run_dir/mlflow. A password in it is shown
+    nowhere."""
     experiment: str = "megatron_rlsd"
     name: str | None = None
     """The run's name; default: that of run_dir."""

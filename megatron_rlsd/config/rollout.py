@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from megatron_rlsd.config.secrets import Named, NamedTexts, Secret, without_login
 from megatron_rlsd.config.section import Section
 
 
@@ -17,7 +18,7 @@ class EmbeddedEngineConfig(Section):
 class SGLangConfig(Section):
     """rollout.engine=sglang: servers that the trainer starts, or servers that run already."""
 
-    urls: list[str] = []
+    urls: list[Annotated[str, AfterValidator(without_login)]] = []
     """Servers that run already, such as http://node7:30000. Empty: rank 0 starts its own."""
     python: str | None = None
     """Python of SGLang's environment; default: the project's own, .venv-sglang/bin/python."""
@@ -32,13 +33,13 @@ class SGLangConfig(Section):
     """Address that started servers bind; whoever reaches it can use them, see api_key."""
     port: int | None = Field(None, ge=1, le=65535)
     """Port of the first server, the others follow; default: free ports."""
-    args: dict[str, Any] = {}
+    args: Named = {}
     """Any flag of sglang.launch_server: {mem_fraction_static: 0.8, enable_memory_saver: true}."""
-    env: dict[str, str] = {}
+    env: NamedTexts = {}
     """Environment variables of the started servers."""
-    api_key: str | None = None
-    """Asked for by started servers and sent to all; ``env:NAME`` reads it from that variable, so
-    that the key is not written to run_dir/config.yaml."""
+    api_key: Secret | None = None
+    """Asked for by started servers and sent to all; ``env:NAME`` reads it from that variable.
+    Files, reports and messages show ``env:NAME`` as it is and a mask in place of any other key."""
     start_timeout_seconds: float = Field(1200.0, gt=0)
     """From the start of a process until it serves. Below distributed.timeout_seconds, after which
     the other ranks give up waiting for rank 0."""

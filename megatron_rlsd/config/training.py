@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from megatron_rlsd.config.secrets import Secret, without_login
 from megatron_rlsd.config.section import Section
 from megatron_rlsd.config.variants import VARIANTS, contradictions, filled_in, known_name
 
@@ -210,10 +211,10 @@ class AlgorithmConfig(Section):
 class TeacherServerConfig(Section):
     """An SGLang server that scores for algorithm.name=opd, in place of ``teacher.hf_path``."""
 
-    url: str | None = None
+    url: Annotated[str, AfterValidator(without_login)] | None = None
     """Such as http://node7:30000. Its model embeds as many tokens as the student; it is asked at
     temperature 1, the only one at which SGLang scores given tokens."""
-    api_key: str | None = None
+    api_key: Secret | None = None
     """``env:NAME`` reads it from that variable, as rollout.sglang.api_key does."""
     request_timeout_seconds: float = Field(300.0, gt=0)
     """Of one response; it is then asked for again."""

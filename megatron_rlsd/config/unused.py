@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from megatron_rlsd.config.secrets import masked
 from megatron_rlsd.config.training import AlgorithmConfig, TeacherConfig
 from megatron_rlsd.config.variants import VARIANTS, Variant
 
@@ -68,7 +69,7 @@ def drop_unused(raw: dict[str, Any], typed: Collection[str], files_name: Any) ->
             else:
                 unused = _is_another_teachers(key, name, section[key])
             if unused:
-                dropped.append(f"{place}={section.pop(key)}")
+                dropped.append(f"{place}={masked(section.pop(key), key)}")
     return dropped
 
 

@@ -43,7 +43,8 @@ def check_engine(config: Config) -> str:
 
 def small(config: Config) -> Config:
     """The same model, engine and layout with little to do, in a folder of its own."""
-    raw = config.model_dump(mode="json")
+    # Not as JSON, which has masks for secrets.
+    raw = config.model_dump()
     raw["run_dir"] = str(Path(config.run_dir) / "doctor")
     raw["train"] |= {"resume": "never", "steps": 0, "global_batch_size": None}
     raw["rollout"] |= {

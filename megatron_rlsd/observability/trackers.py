@@ -128,7 +128,8 @@ class MlflowTracker:
         except ImportError as error:
             raise _missing("mlflow", "observability.mlflow.enabled", error) from error
         run_dir.mkdir(parents=True, exist_ok=True)
-        uri = config.tracking_uri or (run_dir / "mlflow").resolve().as_uri()
+        given = config.tracking_uri
+        uri = given.get_secret_value() if given else (run_dir / "mlflow").resolve().as_uri()
         self._client, self._metric = MlflowClient(uri), Metric
         run_id = _kept_id(run_dir / "mlflow_run_id", resume_step)
         if run_id is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -90,6 +92,19 @@ def test_a_wrong_api_key_is_refused_with_the_reason(
     stranger = make_engine(urls=urls, api_key="another")
     with pytest.raises(EngineError, match=r"HTTP 401.*api_key"):
         stranger.generate(requests_of(1, 1))
+
+
+def test_the_key_of_an_own_server_is_on_no_command_line_and_in_no_log(
+    engine: SGLangEngine,
+) -> None:
+    for server in engine.fleet.servers:
+        assert server.process is not None
+        log = server.process.log
+        assert "server_args=" in log.read_text()
+        assert "a key" not in log.read_text()
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        for process in psutil.Process(server.process.group).children(recursive=True):
+            assert "a key" not in " ".join(process.cmdline())
 
 
 def test_the_time_limit_of_a_call_names_what_is_missing_and_aborts_it(

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_rlsd.config.secrets import masked
 from megatron_rlsd.observability.metrics_file import read_metrics
 from megatron_rlsd.observability.report.phases import phase_data, trace_data
 from megatron_rlsd.observability.report.reduce import evenly, keep_extremes, shorter
@@ -119,7 +120,8 @@ def _settings(path: Path) -> dict[str, str]:
         else:
             flat[prefix] = str(value)
 
-    add("", yaml.safe_load(path.read_text(encoding="utf-8")))
+    # Release 0.1 wrote secrets out.
+    add("", masked(yaml.safe_load(path.read_text(encoding="utf-8"))))
     return flat
 
 

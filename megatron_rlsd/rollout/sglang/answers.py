@@ -9,6 +9,7 @@ from typing import TypeVar
 import httpx2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megatron_rlsd.config.secrets import masked, without
 from megatron_rlsd.rollout.engine import EngineError
 
 Answer = TypeVar("Answer", bound="Strict")
@@ -40,7 +41,7 @@ def read_strictly(kind: type[Answer], content: bytes, where: str) -> Answer:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"])) or "the answer"
         raise ServerFault(
-            f"{where}: {place}: {first['msg']}, got {reprlib.repr(first['input'])}"
+            f"{where}: {place}: {first['msg']}, got {reprlib.repr(masked(first['input']))}"
         ) from None
 
 
@@ -56,34 +57,39 @@ async def received(response: httpx2.Response, where: str, max_bytes: int) -> byt
     return bytes(content)
 
 
-def raise_for_status(response: httpx2.Response, content: bytes, where: str) -> None:
-    """Nothing for a status of 2xx; ServerFault or RequestRefused for any other."""
+def raise_for_status(
+    response: httpx2.Response, content: bytes, where: str, secret: str | None = None
+) -> None:
+    """Nothing for a status of 2xx; ServerFault or RequestRefused for any other.
+
+    secret: the key that was sent, which an answer may repeat and no message does.
+    """
     status = response.status_code
     if 200 <= status < 300:
         return
     if status in (408, 429) or status >= 500:
-        raise ServerFault(f"{where}: HTTP {status}: {_message(content)}")
+        raise ServerFault(f"{where}: HTTP {status}: {_message(content, secret)}")
     if status >= 400:
         hint = "; is the configured api_key the server's?" if status in (401, 403) else ""
-        raise RequestRefused(f"{where}: HTTP {status}: {_message(content)}{hint}")
-    target = response.headers.get("Location", "")
+        raise RequestRefused(f"{where}: HTTP {status}: {_message(content, secret)}{hint}")
+    target = without(secret, response.headers.get("Location", ""))
     raise Redirected(
         f"{where}: HTTP {status} to {target!r:.200}, which is not followed; name the server's own "
         "URL"
     )
 
 
-def shown(content: bytes) -> str:
-    """The beginning of an answer, for a message."""
-    return repr(content[:200].decode(errors="replace"))
+def shown(content: bytes, secret: str | None = None) -> str:
+    """The beginning of an answer, for a message, without ``secret``."""
+    return repr(without(secret, content.decode(errors="replace"))[:200])
 
 
-def _message(content: bytes) -> str:
+def _message(content: bytes, secret: str | None) -> str:
     try:
         told = json.loads(content)
     except (ValueError, RecursionError):
-        return content[:500].decode(errors="replace").strip() or "(no message)"
+        return without(secret, content.decode(errors="replace"))[:500].strip() or "(no message)"
     error = told.get("error", told) if isinstance(told, dict) else told
     if isinstance(error, dict):
         error = error.get("message", error)
-    return str(error)[:500]
+    return without(secret, str(error))[:500]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import httpx2
 from pydantic import Field
 
+from megatron_rlsd.config.secrets import without
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.answers import (
     Answer,
@@ -79,7 +80,7 @@ class SGLangClient:
     """
 
     def __init__(self, url: str, *, api_key: str | None, max_connections: int) -> None:
-        self.url = url
+        self.url, self._api_key = url, api_key
         self.owner: Owner | None = None
         """Whose weights it is given; None: whoever calls gives it none."""
         self._http = httpx2.AsyncClient(
@@ -279,7 +280,9 @@ class SGLangClient:
         except (ValueError, RecursionError) as error:
             if path in ("/ready", "/health", "/flush_cache"):
                 return None
-            raise ServerFault(f"{self.url}{path}: expected JSON, got {shown(content)}") from error
+            raise ServerFault(
+                f"{self.url}{path}: expected JSON, got {shown(content, self._api_key)}"
+            ) from error
 
     async def _told(
         self,
@@ -305,11 +308,11 @@ class SGLangClient:
         except TimeoutError:
             raise ServerFault(f"{where}: no answer within {timeout:g} s") from None
         except httpx2.HTTPError as error:
-            reason = str(error) or type(error).__name__
+            reason = without(self._api_key, str(error)) or type(error).__name__
             raise ServerFault(f"{where}: {reason}") from error
         except RuntimeError as error:
             if not self._http.is_closed:
                 raise
             raise ServerFault(f"{where}: the server was stopped") from error
-        raise_for_status(response, content, where)
+        raise_for_status(response, content, where, self._api_key)
         return content

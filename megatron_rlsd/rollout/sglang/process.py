@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.config import SGLangConfig
+from megatron_rlsd.config.secrets import is_secret
 from megatron_rlsd.rollout.engine import EngineError
+from megatron_rlsd.rollout.sglang.launch import hidden_flags
 from megatron_rlsd.runtime.guard import END, END_NOW, guarded
 from megatron_rlsd.runtime.lifecycle import unheard_by_children
 
@@ -35,14 +37,16 @@ expandable_segments, and SGLang chooses its own number of connections."""
 
 
 class ServerProcess:
-    """Starts on construction; ``log`` gets its output, in addition to what is there already."""
+    """Starts on construction; ``log`` gets its output, in addition to what is there already.
+
+    Nobody but the user may read the log: what servers print is not ours to judge.
+    """
 
     def __init__(self, command: list[str], env: Mapping[str, str], log: Path) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as output:
-            shown = _without_key(command)
-            print(time.strftime("==== %F %T"), " ".join(shown), file=output, flush=True)
+        with open(log, "a", opener=_for_the_user_alone) as output:
+            print(time.strftime("==== %F %T"), " ".join(command), file=output, flush=True)
             self._start = output.tell()
             # The trainer needs its servers to the end of the step at which a warning stops it.
             with unheard_by_children(signal.SIGUSR1):
@@ -104,10 +108,11 @@ def server_command(
     dtype: str,
     index: int,
     port: int,
-    api_key: str | None,
     label: str,
 ) -> list[str]:
     """Command line of server ``index`` on ``port``; ``config.args`` overrides any default.
+
+    Secrets do not stand on it: see ``hidden_environment``.
 
     label: what the server calls its weights until it is given others; it tells this very server
     from any other that may answer on its port.
@@ -123,7 +128,6 @@ def server_command(
         "tp_size": config.tensor_parallel,
         # Token ids in, token ids out: the trainer's tokenizer need not be one that SGLang reads.
         "skip_tokenizer_init": True,
-        "api_key": api_key,
         # Or every request would make a line of the log.
         "log_level_http": "warning",
     }
@@ -139,9 +143,9 @@ def server_command(
             "sleep_on_idle": True,
         }
     else:
-        launcher = ["-m", "sglang.launch_server"]
+        launcher = [str(HERE / "launch" / "launch.py")]
         flags["base_gpu_id"] = config.first_gpu + index * config.tensor_parallel
-    flags |= {key.replace("-", "_"): value for key, value in config.args.items()}
+    flags |= {name: value for name, value in _args(config).items() if not is_secret(name)}
     flags["weight_version"] = label
     return [str(python), *launcher, *_as_arguments(flags)]
 
@@ -170,6 +174,18 @@ def server_environment(config: SGLangConfig) -> dict[str, str]:
         # More threads than cores cost a factor of ten.
         env.setdefault("OMP_NUM_THREADS", "1")
     return env | {"HF_HUB_OFFLINE": "1"} | config.env
+
+
+def hidden_environment(config: SGLangConfig, api_key: str | None) -> dict[str, str]:
+    """What a server is told in its environment: its key, and flags of ``config.args`` like it.
+
+    Every user of a machine can read the command lines on it, and SGLang's log has its arguments.
+    """
+    flags = {"api_key": api_key} | {
+        name: value for name, value in _args(config).items() if is_secret(name)
+    }
+    given = {name: str(value) for name, value in flags.items() if value is not None}
+    return {hidden_flags.VARIABLE: json.dumps(given)} if given else {}
 
 
 def giving_memory_back(config: SGLangConfig) -> SGLangConfig:
@@ -208,12 +224,15 @@ def free_port(host: str, count: int = 1) -> int:
     raise EngineError(f"found no {count} free ports on {host} in {FREE_PORTS}: {reason}")
 
 
-def _without_key(command: list[str]) -> list[str]:
-    """For the log: the word after --api-key is nobody's business."""
-    return [
-        "***" if before == "--api-key" else word
-        for before, word in zip(["", *command], command, strict=False)
-    ]
+def _args(config: SGLangConfig) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in config.args.items()}
+
+
+def _for_the_user_alone(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags, 0o600)
+    # It may be there already.
+    os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 def _as_arguments(flags: dict[str, Any]) -> list[str]:

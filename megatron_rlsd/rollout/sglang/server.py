@@ -26,6 +26,7 @@ from megatron_rlsd.rollout.sglang.ownership import (
 from megatron_rlsd.rollout.sglang.process import (
     ServerProcess,
     free_port,
+    hidden_environment,
     server_command,
     server_environment,
 )
@@ -266,12 +267,11 @@ class Supervisor:
             dtype=self._dtype,
             index=server.index,
             port=port,
-            api_key=self._api_key,
             label=self._launch,
         )
         server.process = ServerProcess(
             command,
-            server_environment(config),
+            server_environment(config) | hidden_environment(config, self._api_key),
             self._log_dir / f"server_{server.index}.log",
         )
         server.starts += 1

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+import stat
 import time
 
 import psutil
@@ -287,18 +288,15 @@ def test_flags_reach_the_command_line(tmp_path, monkeypatch):
         },
         env={"NCCL_DEBUG": "WARN"},
     )
-    command = server_command(
-        config, model="/m", dtype="bfloat16", index=1, port=30, api_key=None, label="l"
-    )
+    command = server_command(config, model="/m", dtype="bfloat16", index=1, port=30, label="l")
     line = " ".join(command)
-    assert "-m sglang.launch_server --model-path /m" in line
+    assert "sglang/launch/launch.py --model-path /m" in line
     assert "--tp-size 2" in line
     assert "--base-gpu-id 6" in line
     assert "--weight-version l" in line
     assert "--mem-fraction-static 0.8 --enable-memory-saver --cuda-graph-bs 1 2" in line
     assert "--dtype float16" in line
     assert "radix" not in line
-    assert "api-key" not in line
     assert '--json-model-override-args {"a": 1}' in line
 
     monkeypatch.setenv("RANK", "3")
@@ -311,8 +309,11 @@ def test_flags_reach_the_command_line(tmp_path, monkeypatch):
 
 @pytest.mark.process
 def test_a_warning_to_the_whole_process_tree_ends_no_server(tmp_path):
+    (tmp_path / "log").touch(0o644)
     process = ServerProcess(["sleep", "600"], os.environ, tmp_path / "log")
     try:
+        # Whatever servers print is for the user alone.
+        assert stat.S_IMODE(process.log.stat().st_mode) == 0o600
         guard = psutil.Process(process.group)
         deadline = time.monotonic() + 20
         while not guard.children():

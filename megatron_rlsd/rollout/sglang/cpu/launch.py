@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import runpy
 import sys
+from pathlib import Path
 
 TESTED_VERSION = "0.5.23"
 
@@ -28,6 +29,8 @@ def prepare() -> None:
             f"the CPU server is tested with sglang {TESTED_VERSION} only, and the environment of "
             f"{sys.executable} has {found}; run `make sglang-cpu` or set rollout.sglang.python"
         )
+    # Workers read the server's arguments, some of which are of a type that is defined there.
+    sys.path.insert(1, str(Path(__file__).parents[1] / "launch"))
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     _declare_torchvision_operators()
     if "--enable-deterministic-inference" in sys.argv:
@@ -57,4 +60,7 @@ def _declare_torchvision_operators() -> None:
 prepare()
 
 if __name__ == "__main__":
+    import hidden_flags
+
+    hidden_flags.take()
     runpy.run_module("sglang.launch_server", run_name="__main__")

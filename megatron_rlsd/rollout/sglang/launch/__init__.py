@@ -1,0 +1,1 @@
+"""How SGLang is started, in its own environment; the trainer imports the variable's name alone."""
