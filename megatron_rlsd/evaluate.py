@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_rlsd.config import Config, config_parser
-from megatron_rlsd.config.loading import parse_config, with_overrides
+from megatron_rlsd.config.loading import parse_config, refuse_masks, with_overrides
 from megatron_rlsd.observability.metrics_file import finite_or_none, move_aside
 from megatron_rlsd.runtime.durable import write_whole
 from megatron_rlsd.runtime.errors import UserError, tell
@@ -193,7 +193,9 @@ def configuration(
     raw["distributed"] = {"timeout_seconds": 31 * 86400}
     if rollout.get("engine") == "sglang":
         rollout["sglang"]["generate_timeout_seconds"] = 30 * 86400
-    return parse_config(with_overrides(raw, arguments.overrides), origin="the evaluation")
+    config = parse_config(with_overrides(raw, arguments.overrides), origin="the evaluation")
+    refuse_masks(config, "the run's config.yaml")
+    return config
 
 
 def _source(text: str) -> dict[str, Any]:

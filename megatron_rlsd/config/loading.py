@@ -52,12 +52,23 @@ def load_config(
     if idle := ignored(raw):
         notice(f"algorithm.name=grpo has no use for {idle}: it is RLSD at lambda 0")
     config = parse_config(raw, origin=str(path))
-    if needs_secrets and (lacking := list(masks_in(config.model_dump()))):
-        raise UserError(
-            f"{path} holds only masks in place of secrets: {', '.join(lacking)}; give them again, "
-            f"for example {lacking[0]}=..."
-        )
+    if needs_secrets:
+        refuse_masks(config, str(path))
     return config
+
+
+def refuse_masks(config: Config, origin: str) -> None:
+    """UserError that names every secret of which ``origin`` has only the mask, if it is used."""
+    lacking = [
+        key
+        for key in masks_in(config.model_dump())
+        if config.rollout.engine == "sglang" or not key.startswith("rollout.sglang.")
+    ]
+    if lacking:
+        raise UserError(
+            f"{origin} holds only masks in place of secrets: {', '.join(lacking)}; give them "
+            f"again, for example {lacking[0]}=..."
+        )
 
 
 def with_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def broken_off() -> httpx2.Response:
     ids=["401", "500", "a page", "a redirection", "no JSON", "facts", "broken off"],
 )
 def test_a_message_of_the_client_does_not_repeat_its_key(
-    monkeypatch: pytest.MonkeyPatch, reply: Callable[[], httpx2.Response]
+    reply: Callable[[], httpx2.Response],
 ) -> None:
     seen = []
 
@@ -101,5 +101,5 @@ def test_a_message_of_the_client_does_not_repeat_its_key(
 
     with pytest.raises(EngineError, match=URL) as error:
         asyncio.run(ask())
-    assert seen == [f"Bearer {KEY}"]
+    assert set(seen) == {f"Bearer {KEY}"}
     assert KEY[:4] not in str(error.value)
