@@ -113,7 +113,7 @@ def test_the_reward_gives_a_part_for_a_number_nearby(tmp_path: Path) -> None:
         results = pool.score(samples)
     assert [r.value for r in results[:-1]] == pytest.approx([*texts.values(), 0.0])
     assert results[-1].value is None
-    assert "could not convert" in results[-1].errors[entry["name"]]
+    assert "could not convert" in results[-1].errors["closeness"]
 
 
 def test_a_reward_that_a_plugin_registers_is_known_by_its_name(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def check_rewards(config: Config, problems: list[Problem]) -> str:
     names = ", ".join(function.name for function in config.reward.functions)
     # Three answers are too few for a share of failures; each is judged here.
     settings = config.reward.model_copy(
-        update={"workers": 1, "on_error": "zero", "max_error_share": 1.0}
+        update={"workers": 1, "on_error": "leave_out", "max_error_share": 1.0}
     )
     with RewardPool(settings) as pool:
         pool.wait_until_ready()
@@ -117,8 +117,8 @@ def check_rewards(config: Config, problems: list[Problem]) -> str:
     if errors := results[0].errors:
         texts = "; ".join(f"{name}: {reason}" for name, reason in errors.items())
         raise UserError(f"a reward function fails on the first problem: {texts}")
-    first = config.reward.functions[0].name
-    values = [None if first in result.errors else result.parts[first] for result in results]
+    first = config.reward.correctness_label
+    values = [result.parts[first] for result in results]
     best, others = _best(values[: len(right)]), _best(values[len(right) :])
     failed = [name for result in results[len(right) :] for name in result.errors]
     if failed:

@@ -95,7 +95,7 @@ class SignalWatch:
         for function in config.reward.functions:
             if function.name == "format" and metrics.get("reward/format") == 0:
                 return "no response has the form that the reward format asks for"
-        first = config.reward.functions[0].name
+        first = config.reward.correctness_label
         solved = metrics.get("rollout/solved_share")
         if solved == 1:
             return "every response is right: the questions are too easy for this model"
