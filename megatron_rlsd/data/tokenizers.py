@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +19,9 @@ from megatron_rlsd.data.sentencepiece_tokenizer import (
 )
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.json_text import read_json_object
+from megatron_rlsd.runtime.warn import warn
 
 _WITHOUT_TEMPLATE = TokenizerConfig(chat_template="{{ messages[0].content }}")
-WARN = logging.getLogger(__name__).warning
 
 
 class Tokenizer(Protocol):
@@ -83,7 +82,7 @@ def load_tokenizer(config: TokenizerConfig, default_path: str | Path) -> Tokeniz
     tokenizer = _opened(config, path, key)
     check_template(tokenizer)
     if tokenizer.template.writes_the_date:
-        WARN(
+        warn(
             "the chat template writes the date of the day: here it is tokenizer.template_date=%s "
             "in every prompt, so that prompts stay the same; servers of an export write their own",
             config.template_date,
@@ -94,7 +93,7 @@ def load_tokenizer(config: TokenizerConfig, default_path: str | Path) -> Tokeniz
 def warn_of_other_ids(tokenizer: Tokenizer) -> None:
     """Warn where AutoTokenizer, which other programs use, gives other ids than tokenizer.json."""
     if isinstance(tokenizer, HFTokenizer) and (what := tokenizer.difference_from_transformers()):
-        WARN(
+        warn(
             "AutoTokenizer of transformers %s reads %s otherwise than its tokenizer.json says "
             "(tokenizer_class=%s): %s. The ids here are those of tokenizer.json; a program that "
             "loads an export by AutoTokenizer may have others, by %s it has the same",

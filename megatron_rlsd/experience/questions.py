@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from typing import Any
 
@@ -13,9 +12,9 @@ from megatron_rlsd.data import (
     refuse_demonstration,
 )
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.warn import warn
 from megatron_rlsd.types import Problem
 
-WARN = logging.getLogger(__name__).warning
 ROUNDS = 100
 """Times that the source is asked for what is still missing, before a draw gives up."""
 
@@ -75,7 +74,7 @@ def fitting(
     if not kept:
         raise UserError(f"no prompt of the evaluation source {name} fits: {example}")
     if len(kept) < len(problems):
-        WARN(
+        warn(
             "%d of the %d problems of the evaluation source %s are left out of evaluations: %s",
             *(len(problems) - len(kept), len(problems), name, example),
         )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 
 from megatron_rlsd.config import AlarmsConfig
-
-WARN = logging.getLogger(__name__).warning
+from megatron_rlsd.runtime.warn import warn
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Alarms:
             if self._passes(measure, "warn", value):
                 if measure.name not in self._warned:
                     self._warned.add(measure.name)
-                    WARN(
+                    warn(
                         f"step {step}: {measure.says.format(value)}, which is more than "
                         f"alarms.{measure.name}_warn={self._threshold(measure, 'warn'):g}; "
                         f"likely: {measure.likely}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.runtime.warn import warn
 from megatron_rlsd.types import Group
-
-WARN = logging.getLogger(__name__).warning
 
 SHOWN_CHARACTERS = 300
 """Of a sample's question and response."""
@@ -60,7 +58,7 @@ class SignalWatch:
             many = settings.no_signal_warn is not None and count >= settings.no_signal_warn
             if (many or (over and settings.no_signal_warn)) and lack.name not in self._warned:
                 self._warned.add(lack.name)
-                WARN(f"step {step}: {text}{one_sample(groups)}")
+                warn(f"step {step}: {text}{one_sample(groups)}")
             if settings.no_signal_stop is not None and count >= settings.no_signal_stop:
                 reason = reason or text
         return reason

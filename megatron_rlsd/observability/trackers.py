@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,8 +11,7 @@ from typing import Any, Protocol
 
 from megatron_rlsd.config import MlflowConfig, ObservabilityConfig, WandbConfig, flattened
 from megatron_rlsd.runtime.errors import UserError
-
-WARN = logging.getLogger(__name__).warning
+from megatron_rlsd.runtime.warn import warn
 
 
 class Tracker(Protocol):
@@ -50,7 +48,7 @@ def build_trackers(
         except UserError:
             raise
         except Exception as error:  # metrics.jsonl has it all: no reason not to train
-            WARN("%s cannot be used, and the run goes on without it: %s", name, error)
+            warn("%s cannot be used, and the run goes on without it: %s", name, error)
     return trackers
 
 
@@ -87,7 +85,7 @@ class WandbTracker:
         # Without a login, init() would ask for one on a terminal, and fail elsewhere.
         if mode == "online" and not _has_login(wandb):
             mode = "offline"
-            WARN(
+            warn(
                 "W&B has no login on this machine (wandb login): the run is written to %s, for "
                 "`wandb sync`",
                 run_dir / "wandb",

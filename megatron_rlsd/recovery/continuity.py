@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,8 +24,7 @@ from megatron_rlsd.recovery.recording import BAD_STEPS, RECORDED_STEPS, StepReco
 from megatron_rlsd.recovery.watchdog import Watchdog
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import Preempted, StopSignals
-
-WARN = logging.getLogger(__name__).warning
+from megatron_rlsd.runtime.warn import warn
 
 
 class Position(Protocol):
@@ -121,7 +119,7 @@ class Continuity:
         if not skipped:
             return
         if self._groups.rank == 0:
-            WARN(
+            warn(
                 f"step {step}: its update was skipped, since its loss, gradient or gradient norm "
                 f"is not a finite number; its batch is {batch}"
             )

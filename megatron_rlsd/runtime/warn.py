@@ -7,8 +7,11 @@ import logging
 LOGGER = logging.getLogger("megatron_rlsd")
 
 
-def warn(text: str) -> None:
-    """A run shows it and keeps it in warnings.jsonl; elsewhere it goes to standard error."""
+def warn(text: str, *values: object) -> None:
+    """Warn of ``text % values``: a run shows it and keeps it in warnings.jsonl.
+
+    Outside a run it goes to standard error.
+    """
     # Libraries that configure logging switch off the loggers that are there.
     LOGGER.disabled = False
-    LOGGER.warning("%s", text)
+    LOGGER.warning(text, *values)
