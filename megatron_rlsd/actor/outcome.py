@@ -61,8 +61,8 @@ def all_finite(
 
     Asked before the optimizer runs. Without loss scaling Megatron's would take NaN into weights and
     moments; of gradients whose norm overflows float32, clipping would leave 0, and the update would
-    be weight decay alone. The norm that is looked at counts parameters that several ranks hold once
-    for each, so it is no less than Megatron's.
+    be weight decay alone. The norm that is looked at counts a parameter that several ranks hold
+    once for each of them, so it is at least as large as Megatron's.
     """
     norms = [
         torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32)

@@ -17,8 +17,8 @@ AdvantageMode = Literal["group_std", "group_mean", "leave_one_out", "none", "one
 
 STD_EPSILON = 1e-6
 EQUAL_WITHIN = 1e-6
-"""Rewards are equal if they differ by no more than this share of the largest: what sums of the same
-parts in another order, or in float32, differ by is no signal."""
+"""Rewards count as equal if they differ by at most this share of the largest. Sums of the same
+parts in another order, or in float32, differ by less, and such a difference is not a signal."""
 EQUAL_WITHIN_ABSOLUTE = 1e-9
 """The same near 0, where parts of opposite sign cancel."""
 

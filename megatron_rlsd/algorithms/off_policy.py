@@ -112,6 +112,7 @@ def correction_metrics(sums: dict[str, float], masks: Masks) -> dict[str, float]
     """Metrics of ``Correction.sums``, added up over ranks and updates; none without tokens.
 
     ``off_policy/effective_sample_share`` is (sum w)^2 / (R sum w^2): 1 where all weights are equal.
+    It is missing where all tokens are left out.
     """
     tokens, square = sums["tokens"], sums["weight_square"]
     if not tokens:
@@ -122,16 +123,15 @@ def correction_metrics(sums: dict[str, float], masks: Masks) -> dict[str, float]
         "outlier": masks.outlier,
         "m2": masks.m2_limit,
     }
-    return {
+    metrics = {
         f"off_policy/{name}_masked_share": sums[f"{name}_masked"] / tokens
         for name, setting in on.items()
         if setting is not None
-    } | {
-        "off_policy/weight_mean": sums["weight"] / tokens,
-        "off_policy/effective_sample_share": sums["weight"] ** 2 / (tokens * square)
-        if square
-        else 0.0,
     }
+    metrics["off_policy/weight_mean"] = sums["weight"] / tokens
+    if square:
+        metrics["off_policy/effective_sample_share"] = sums["weight"] ** 2 / (tokens * square)
+    return metrics
 
 
 def importance_weights(
