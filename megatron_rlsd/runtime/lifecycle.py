@@ -71,8 +71,10 @@ class StopSignals:
     """Heeds SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP while its block runs.
 
     Until ``saves`` is set a signal raises Preempted at once. From then on it is only noted, and the
-    loop, which asks for ``received`` at the end of each step, saves first. Signals that are ignored
-    already (nohup) stay so. Of one process there is one: a block within another's is the same.
+    loop, which asks for ``received`` at the end of each step, saves first. A SIGINT or SIGHUP that is
+    ignored already (nohup, a shell's background job) stays so; SIGTERM and SIGUSR1 are heeded even
+    then, since a job script ignores them for its parts until these listen. Of one process there is
+    one: a block within another's is the same.
 
     ``ends`` is told of a signal that ends the run before anything is saved, as soon as it comes.
     Where the main thread waits in a call that no signal interrupts, the process then ends there.
@@ -104,7 +106,8 @@ class StopSignals:
         self._wakeup = (wakes, signal.set_wakeup_fd(wakes, warn_on_full_buffer=False))
         threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            ignored = signal.getsignal(number) is signal.SIG_IGN
+            if not ignored or number in (signal.SIGTERM, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
