@@ -132,3 +132,18 @@ def test_what_is_ignored_stays_so(tmp_path: Path) -> None:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_the_job_script_ignored_until_the_trainer_listens_is_heeded(
+    number: signal.Signals,
+) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signals.saves = True
+            os.kill(os.getpid(), number)
+            assert signals.received == number
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

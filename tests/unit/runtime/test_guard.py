@@ -11,6 +11,8 @@ import time
 import psutil
 import pytest
 
+from megatron_rlsd.runtime.guard import POLL_SECONDS
+
 WORKER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
 STARTER = """
 import os, subprocess, sys, time
@@ -63,3 +65,25 @@ def test_a_command_ends_with_its_starter_and_with_its_guard(killed):
         starter.wait()
         for pid in alive(group):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.process
+def test_a_guard_that_was_stopped_and_goes_on_leaves_its_command_alone() -> None:
+    """A scheduler may suspend a whole job, for longer than the guard's interval."""
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, WORKER], stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout is not None
+    group = int(starter.stdout.readline())
+    try:
+        wait_for_size(group, 3)
+        for _ in range(2):
+            os.killpg(group, signal.SIGSTOP)
+            time.sleep(2 * POLL_SECONDS)
+            os.killpg(group, signal.SIGCONT)
+            time.sleep(2 * POLL_SECONDS)
+        assert len(alive(group)) == 3
+    finally:
+        starter.kill()
+        starter.wait()
+        wait_for_size(group, 0)
