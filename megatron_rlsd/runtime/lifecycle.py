@@ -71,10 +71,10 @@ class StopSignals:
     """Heeds SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and SIGHUP while its block runs.
 
     Until ``saves`` is set a signal raises Preempted at once. From then on it is only noted, and the
-    loop, which asks for ``received`` at the end of each step, saves first. A SIGINT or SIGHUP that is
-    ignored already (nohup, a shell's background job) stays so; SIGTERM and SIGUSR1 are heeded even
-    then, since a job script ignores them for its parts until these listen. Of one process there is
-    one: a block within another's is the same.
+    loop, which asks for ``received`` at the end of each step, saves first. A SIGINT or SIGHUP that
+    is ignored already (nohup, a shell's background job) stays so; SIGTERM and SIGUSR1 are heeded
+    even then, since a job script ignores them for its parts until these listen. Of one process
+    there is one: a block within another's is the same.
 
     ``ends`` is told of a signal that ends the run before anything is saved, as soon as it comes.
     Where the main thread waits in a call that no signal interrupts, the process then ends there.
