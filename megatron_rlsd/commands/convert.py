@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_rlsd.plugins import load_plugins
 from megatron_rlsd.runtime.errors import UserError, tell
+from megatron_rlsd.runtime.terminal_text import visible
 
 DTYPES = ("float32", "bfloat16", "float16")
 AGAIN = "a conversion goes on where it stopped if the same command is given again"
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return tell(error)
     except OSError as error:
-        print(f"error: {error}; {AGAIN}", file=sys.stderr)
+        print(f"error: {visible(str(error))}; {AGAIN}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted; {AGAIN}", file=sys.stderr)

@@ -16,6 +16,7 @@ from dataclasses import asdict
 
 from megatron_rlsd.config import config_parser
 from megatron_rlsd.diagnosis.check import Check
+from megatron_rlsd.runtime.terminal_text import visible
 
 MARKS = {"ok": "ok", "warning": "WARNING", "failed": "FAILED", "skipped": "skipped"}
 
@@ -58,7 +59,7 @@ def show(checks: Iterable[Check], *, quiet: bool) -> Iterator[Check]:
     """Print each check as it is done."""
     for check in checks:
         if not quiet:
-            first, *more = check.message.splitlines() or [""]
+            first, *more = visible(check.message).splitlines() or [""]
             print(f"{MARKS[check.status]:<8} {check.name:<28} {first}", flush=True)
             for line in more:
                 print(f"{'':<37} {line}")

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from megatron_rlsd.observability.samples import read_samples, sample_files
 from megatron_rlsd.runtime.errors import UserError, tell
+from megatron_rlsd.runtime.terminal_text import visible
 
 MORE, LESS, GROUND = (217, 95, 2), (31, 105, 190), (20, 23, 27)
 DEFAULT_CLIP = 0.2
@@ -64,14 +65,15 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
 def heading(row: dict[str, Any]) -> Text:
     """Reward, advantage, length and largest gain of a response, above its question."""
     parts = [f"reward {_number(row['reward'])}", f"advantage {_number(row['advantage'])}"]
-    parts += [f"{row['tokens']} tokens", row["finish_reason"], row["problem_id"]]
+    parts += [f"{row['tokens']} tokens", row["finish_reason"], visible(row["problem_id"])]
     if "gain" in row.get("token_columns", {}):
         parts.append(f"largest |gain| {_number(largest_gain(row))}")
     text = Text("  ".join(parts), style="bold")
     leaks = row.get("leakage", {})
     if leaks.get("phrases") or leaks.get("answer_first"):
         text.append("  speaks of a solution", style="bold red")
-    text.append(f"\n{row['question'].strip()}  [answer {row['answer']}]\n", style="not bold dim")
+    asked = visible(f"\n{row['question'].strip()}  [answer {row['answer']}]\n")
+    text.append(asked, style="not bold dim")
     return text
 
 
@@ -82,12 +84,13 @@ def coloured(row: dict[str, Any], clip: float) -> Text:
     weights = columns.get("evidence_weight", [None] * len(columns.get("text", ())))
     own = columns.get("own", [1] * len(weights))
     for piece, weight, wrote in zip(columns.get("text", ()), weights, own, strict=True):
+        piece = visible(piece)
         if not wrote:
             text.append(piece, style="dim italic")
             continue
         shade = 0.0 if weight is None else max(-1.0, min(1.0, (weight - 1) / (clip or 1.0)))
         text.append(piece or "∅", style=_style(shade))
-    return text if columns else Text(row["response"])
+    return text if columns else Text(visible(row["response"]))
 
 
 def largest_gain(row: dict[str, Any]) -> float:

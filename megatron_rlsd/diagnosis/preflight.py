@@ -20,6 +20,7 @@ from megatron_rlsd.hf_bridge import ModelDims, family_for, load_hf_config
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, check_layout
 from megatron_rlsd.runtime.errors import EXIT_USER_ERROR, UserError, tell
+from megatron_rlsd.runtime.terminal_text import visible
 
 EXIT_TOO_FEW = 3
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     problems += agreement_problems(config, args.gpus_per_node)
     layout = layout_problem(config, model, args.tasks)
     for problem in [*layout, *problems]:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {visible(str(problem))}", file=sys.stderr)
     if not layout and not problems:
         return 0
     more_would_do = args.wanted_tasks and not layout_problem(config, model, args.wanted_tasks)

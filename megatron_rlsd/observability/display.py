@@ -11,6 +11,8 @@ from typing import Literal
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from megatron_rlsd.runtime.terminal_text import visible
+
 PLAIN_WIDTH = 110
 """For tables where there is no terminal to ask for its width."""
 
@@ -79,7 +81,7 @@ class Display:
 
     def warn(self, line: str) -> None:
         """A warning, which no setting hides."""
-        print(line, file=sys.stderr, flush=True)
+        print(visible(line), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """No more will follow."""
@@ -94,6 +96,7 @@ class PlainDisplay(Display):
 
     def show(self, content: RenderableType) -> None:
         plain = isinstance(content, str)  # no colours guessed, no line broken
+        content = visible(content) if isinstance(content, str) else content
         self._console.print(content, soft_wrap=plain, markup=not plain, highlight=not plain)
         self._console.file.flush()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_rlsd.runtime.terminal_text import visible
 from megatron_rlsd.runtime.warn import LOGGER
 
 WARNINGS_NAME = "warnings.jsonl"
@@ -45,7 +46,8 @@ class RunWarnings(logging.Handler):
         self._logger.propagate = self._propagated
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        # Plug-ins log here as well.
+        text = visible(record.getMessage())
         self.count += 1
         self.latest.append(text.partition("\n")[0])
         self._show(f"WARNING: {text}")

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, LostRankError, Preempted
+from megatron_rlsd.runtime.terminal_text import visible
 
 BEAT_SECONDS = 1.0
 GONE_BEATS = 3.5
@@ -139,7 +140,7 @@ class Watchdog:
             self._closed.set()
         elif call is not None:
             report, lost = self.report(error)
-            print(report, file=sys.stderr, flush=True)
+            print(visible(report), file=sys.stderr, flush=True)
             if lost:
                 raise LostRankError(report, rank_zero=0 in lost) from error
 
@@ -252,7 +253,7 @@ class Watchdog:
         where = str(self._beat)
         self._ends(message, rank_zero)
         print(
-            f"rank {self._rank} ends, in {where}: {message}; exit code {EXIT_LOST_RANK}",
+            f"rank {self._rank} ends, in {where}: {visible(message)}; exit code {EXIT_LOST_RANK}",
             file=sys.stderr,
             flush=True,
         )

@@ -24,6 +24,7 @@ from megatron_rlsd.runtime.lifecycle import (
     stop_with_launcher,
     write_status,
 )
+from megatron_rlsd.runtime.terminal_text import visible
 
 Check = Callable[[Config], object]
 
@@ -82,7 +83,7 @@ def execute(command: Callable[[Config], None], config: Config, check: Check | No
                 code = EXIT_LOST_RANK if lost else EXIT_FAILED
                 message = f"{type(error).__name__}: {error}"
                 if one_voice.is_first_to_say(message):
-                    traceback.print_exc()
+                    print(visible(traceback.format_exc()), end="", file=sys.stderr)
             if isinstance(error, LostRankError) and error.rank_zero:
                 write_status(config.run_dir, status, code, message, for_rank_zero=True)
         warnings = latest_warnings(Path(config.run_dir), since=started)

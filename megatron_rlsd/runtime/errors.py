@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_rlsd.runtime.one_voice import is_first_to_say
+from megatron_rlsd.runtime.terminal_text import visible
 
 EXIT_USER_ERROR = 2
 
@@ -79,5 +80,5 @@ def naming(path: Path) -> Iterator[None]:
 def tell(error: UserError) -> int:
     """Print the error as every program and tool does, once for all ranks; its exit code."""
     if is_first_to_say(str(error)):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR

@@ -30,7 +30,8 @@ function showCredit(runs) {
     byId("credit-legend").replaceChildren(...colour.legend);
     const cut = step.responses.length < step.in_file ? ` (the page holds ${step.responses.length} of ${step.in_file})` : "";
     byId("credit-count").textContent = `${shown.length} of ${step.responses.length} responses${cut}`;
-    byId("responses").replaceChildren(...shown.map((response) => card(response, colour, filter)));
+    byId("responses").replaceChildren();
+    for (const response of shown) byId("responses").append(card(response, colour, filter));
   }
 
   function card(response, colour, filter) {
@@ -39,9 +40,9 @@ function showCredit(runs) {
       element("span", {}, "reward ", element("b", { class: "reward" }, number(response.reward))),
       element("span", {}, "advantage ", element("b", {}, number(response.advantage))),
       element("span", { class: "muted" }, `${response.tokens} tokens, ${response.finish_reason}`),
-      element("span", { class: "muted" }, response.problem_id),
+      element("span", { class: "muted" }, visible(response.problem_id)),
       leaks.length ? element("span", { class: "flag" }, "speaks of a solution") : null);
-    const tokens = element("div", { class: "tokens" }, ...tokenSpans(response, colour, filter, leaks));
+    const tokens = element("div", { class: "tokens" }, tokenSpans(response, colour, filter, leaks));
     tokens.addEventListener("mousemove", (event) => {
       const at = event.target.closest(".token");
       if (at && !kept) tip.show(event, ...tokenDetails(response, Number(at.dataset.index)));
@@ -57,8 +58,8 @@ function showCredit(runs) {
       tip.show(event, ...tokenDetails(response, Number(at.dataset.index)));
       event.stopPropagation();
     });
-    const question = element("details", {}, element("summary", { class: "muted" }, `question, answer ${response.answer}`),
-      element("div", { class: "question" }, response.question));
+    const question = element("details", {}, element("summary", { class: "muted" }, `question, answer ${visible(response.answer)}`),
+      element("div", { class: "question" }, visible(response.question)));
     return element("div", { class: "card response", "data-reward": response.reward }, head, question, tokens);
   }
 
@@ -89,7 +90,7 @@ function passes(response, filter) {
 }
 
 function largestGain(response) {
-  return Math.max(0, ...(response.columns.gain ?? []).map((gain) => Math.abs(gain ?? 0)));
+  return (response.columns.gain ?? []).reduce((most, gain) => Math.max(most, Math.abs(gain ?? 0)), 0);
 }
 
 function leakSpans(response) {
@@ -119,7 +120,7 @@ function bar(oneSided) {
 
 function tokenSpans(response, colour, filter, leaks) {
   const { text, gain, own } = response.columns;
-  if (!text) return [response.response];
+  if (!text) return [visible(response.response)];
   const values = response.columns[colour.column] ?? [];
   let end = 0;
   const spans = text.map((piece, i) => {
@@ -130,7 +131,7 @@ function tokenSpans(response, colour, filter, leaks) {
     if (own && !own[i]) classes.push("foreign");  // an environment's
     if (filter.gain > 0 && Math.abs(gain?.[i] ?? 0) < filter.gain) classes.push("faint");
     if (leaks.some(([from, to]) => from < end && start < to)) classes.push("leak");
-    const span = element("span", { class: classes.join(" "), "data-index": i }, piece === "" ? "∅" : piece);
+    const span = element("span", { class: classes.join(" "), "data-index": i }, piece === "" ? "∅" : visible(piece));
     const value = values[i];
     if (value !== null && value !== undefined) {
       const shade = Math.max(-1, Math.min(1, colour.shade(value)));
@@ -146,7 +147,7 @@ function tokenDetails(response, i) {
   const at = (name) => response.columns[name]?.[i] ?? null;
   const probability = (name) => (at(name) === null ? "–" : `${number(Math.exp(at(name)))}  (log ${number(at(name))})`);
   return [
-    element("b", {}, JSON.stringify(at("text")), element("span", { class: "muted" }, `  token ${i}, id ${at("id")}`)),
+    element("b", {}, visible(JSON.stringify(at("text"))), element("span", { class: "muted" }, `  token ${i}, id ${at("id")}`)),
     numberTable([
       ["privileged information gain", number(at("gain"))],
       ["evidence weight", number(at("evidence_weight"))],

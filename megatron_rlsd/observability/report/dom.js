@@ -19,8 +19,17 @@ function filled(node, attributes, children) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (value !== null && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.filter((child) => child !== null));
+  // One by one: a response may have more tokens than a call may have arguments.
+  for (const child of children.flat()) if (child !== null) node.append(child);
   return node;
+}
+
+// Text with what nobody would see, or what turns other text around, written out (terminal_text.py).
+function visible(text) {
+  return String(text).replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, (each) => {
+    const code = each.charCodeAt(0);
+    return code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : `\\u${code.toString(16).padStart(4, "0")}`;
+  });
 }
 
 function fillSelect(select, options) {

@@ -68,7 +68,7 @@ function phaseBars(phases, colours) {
 
 function rankRows(step, ranks, colours) {
   const row = 18, width = 1200, left = 60;
-  const end = Math.max(...step.events.map(([, , start, length]) => start + length), 1e-6);
+  const end = step.events.reduce((last, [, , start, length]) => Math.max(last, start + length), 1e-6);
   const x = (ms) => left + ms / end * (width - left);
   const drawing = svg("svg", { viewBox: `0 0 ${width} ${ranks * row + 18}`, class: "rank-rows" });
   for (let rank = 0; rank < ranks; rank++) {

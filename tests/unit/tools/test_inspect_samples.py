@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,21 @@ def test_an_environments_answers_look_unlike_the_models_words(tmp_path: Path) ->
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/step_000000.jsonl").write_text(json.dumps(found) + "\n")
     assert "\x1b[2;3m2\x1b[0m" in inspect(tmp_path).stdout
+
+
+def test_nothing_that_a_model_or_a_problem_says_reaches_the_terminal_as_a_command(
+    tmp_path: Path,
+) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202e\ud800"
+    found = row(1.0, None, question=evil, answer=evil, problem_id=evil, response=evil)
+    found["token_columns"]["text"] = [evil, "2\n", "\t"]
+    whole = row(1.0, None, token_columns={}, response=evil)
+    (tmp_path / "samples").mkdir()
+    lines = "".join(json.dumps(each) + "\n" for each in (found, whole))
+    (tmp_path / "samples/step_000000.jsonl").write_text(lines)
+    ended = inspect(tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    # Of the program's own there are colours alone.
+    left = re.sub(r"\x1b\[[0-9;]*m", "", ended.stdout)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", left)
+    assert left.count(r"\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202e\ud800") == 5

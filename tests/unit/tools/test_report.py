@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_rlsd.observability.metrics_file import metrics_line
-from megatron_rlsd.observability.report import Limits, run_data
+from megatron_rlsd.observability.report import Limits, report_page, run_data
 from megatron_rlsd.observability.report.reduce import evenly, keep_extremes
 from megatron_rlsd.observability.samples import write_samples
 from megatron_rlsd.types import (
@@ -290,6 +290,38 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, page_file: Path) -> No
     run = page_file.parent / "short"
     assert "is named twice" in report(run, run, "--out", tmp_path / "x.html").stderr
     assert not (tmp_path / "x.html").exists()
+
+
+def test_the_documented_number_of_tokens_is_shown_and_no_control_character(
+    opened: Page, tmp_path: Path
+) -> None:
+    evil, count = "\x1b[31m\u202e", Limits().credit_tokens
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/loss": 1.0, "time/step_s": 2.0}\n')
+    columns = {"id": [1] * count, "text": [evil] * count, "gain": [0.5] * count}
+    row = {
+        "problem_id": evil,
+        "question": evil,
+        "answer": evil,
+        "response": evil * count,
+        "reward": 1.0,
+        "advantage": 1.0,
+        "finish_reason": "length",
+        "tokens": count + 7,
+        "leakage": {"phrases": []},
+        "token_columns": columns,
+    }
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/step_000000.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "report.html").write_text(report_page([tmp_path]))
+    opened.errors.clear()
+    opened.open((tmp_path / "report.html").as_uri())
+    opened.wait_for("document.documentElement.dataset.ready === 'true'")
+    assert opened.errors == []
+    assert opened.run("document.querySelectorAll('.token').length") == count
+    shown = opened.run("document.querySelector('#responses').textContent")
+    assert shown.endswith(r"\x1b[31m\u202e" + " \u2026 7 more tokens")
+    assert shown.count(r"\x1b[31m\u202e") == count + 3
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", shown)
 
 
 def test_a_run_without_samples_or_settings_still_makes_a_page(opened: Page, tmp_path: Path) -> None:
