@@ -44,7 +44,7 @@ class Problem:
     """Messages after the question for the supervised warm start to imitate: turns of the assistant,
     and between two of them what answered the first. Empty for a problem to be solved."""
     privileged: bool | None = None
-    """Is the demonstration of somebody who knew the hint, to be imitated under the privileged
+    """Is it a demonstration whose author knew the hint, to be imitated under the privileged
     prompt? None: ``sft.privileged_share`` decides."""
 
 
@@ -137,7 +137,7 @@ class RewardInput:
     response: str
     """The decoded response, special tokens left out; of several turns the last one."""
     num_tokens: int
-    """Of the whole trajectory after the prompt, an environment's included."""
+    """The tokens of the whole trajectory after the prompt, an environment's included."""
     max_tokens: int
     finish_reason: FinishReason
     transcript: tuple[dict[str, str], ...] = ()
@@ -168,7 +168,7 @@ class TokenCredit:
     """
 
     log_probs: FloatArray
-    """Of the policy at the first update that used the token."""
+    """The policy's log-probability at the first update that used the token."""
     teacher_log_probs: FloatArray
     gain: FloatArray
     """Privileged information gain: teacher_log_probs - log_probs."""
@@ -177,7 +177,7 @@ class TokenCredit:
     advantages: FloatArray
     """A^, the advantage that the loss gave the token."""
     entropy: FloatArray
-    """Of the policy at the token, in nats."""
+    """The policy's entropy at the token, in nats."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -244,7 +244,7 @@ class Group:
 
     @property
     def rewards(self) -> list[float]:
-        """Of the responses that have a verdict, in their order."""
+        """The rewards of the responses that have a verdict, in their order."""
         results = [t.reward for t in self.trajectories]
         return [r.value for r in results if r is not None and r.value is not None]
 

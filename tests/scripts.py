@@ -1,4 +1,4 @@
-"""Files that are no modules of the package, as modules."""
+"""Files that are not modules of the package, as modules."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_code_in_a_checkpoint_is_refused_by_name_before_it_runs(
     resumed = make_config(run_dir=str(tmp_path / "other"), train={"resume": str(described)})
     with pytest.raises(UserError, match="as pickled objects what must be tensors: embedding"):
         train.train(resumed)
-    # Its own newest checkpoint is refused too: an older one is no answer to an attack.
+    # Its own newest checkpoint is refused too: an older one is not an answer to an attack.
     shutil.rmtree(step_folder(trained, 3))
     plant(whole, step_folder(trained, 3), "common.pt")
     with pytest.raises(UserError, match=r"common\.pt is corrupt, or refers to code"):

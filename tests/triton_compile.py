@@ -40,7 +40,7 @@ CASES = [
 def compile_kernel(
     kernel: Any, types: dict[str, Any], capability: tuple[int, int], **options: int
 ) -> dict[str, Any]:
-    """Types are Triton's; anything that is no such string, or under CONSTANT, is a constant."""
+    """Types are Triton's; anything that is not such a string, or under CONSTANT, is a constant."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     divisible: dict[tuple[int], Any] = {}

@@ -55,7 +55,7 @@ def fetch(out: Path, dtype: torch.dtype) -> bool:
     if is_complete(out):
         return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is no complete SmolLM2 folder; move it away first")
+        raise UserError(f"{out} exists and is not a complete SmolLM2 folder; move it away first")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         result = Path(work) / "result"

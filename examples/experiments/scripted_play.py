@@ -4,7 +4,7 @@
         [--privileged SHARE]
 
 Each line is one game over a problem of ``data.train``, won or lost, as megatron_rlsd.sft reads it.
-A share of the games is played by somebody who has seen the reference solution: without noise, and
+A share of the games is played by a player who has seen the reference solution: without noise, and
 to be imitated under the privileged prompt, so that a teacher learns to use its hint.
 The players know the two shipped environments, with answers written as ``#### 5``.
 """

@@ -46,7 +46,7 @@ def loaded_values(parameters: Mapping[str, Tensor]) -> dict[Tensor, Tensor]:
 
 
 def forget_loaded_values(parameters: Iterable[Tensor]) -> None:
-    """Free what is kept for masters that nobody is going to make."""
+    """Free what is kept for masters that will not be made."""
     for parameter in parameters:
         if is_quantized(parameter) and unrounded(parameter) is not None:
             stored(parameter).clear_high_precision_init_val()

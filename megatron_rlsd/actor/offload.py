@@ -20,7 +20,7 @@ from megatron_rlsd.runtime.host_memory import HostBlock
 
 
 class HostOffload:
-    """Of one rank's optimizer and of the gradient buffers of its wrapped model chunks."""
+    """Offloads one rank's optimizer and the gradient buffers of its wrapped model chunks."""
 
     def __init__(self, model: list[Any], optimizer: Any, device: torch.device) -> None:
         self._model, self._optimizer, self._device = model, optimizer, device

@@ -1,7 +1,7 @@
 """Pack sequences of different lengths into micro-batches, and know where each response token lies.
 
 T: packed tokens of a micro-batch on this rank. R: those that predict a response token. Tokens that
-a sequence's mask leaves out are context: nothing predicts them, and they are no response tokens
+a sequence's mask leaves out are context: nothing predicts them, and they are not response tokens
 here.
 
 Context parallelism splits each sequence of a pack (see ``context_parallel``); a MicroBatch then

@@ -81,7 +81,7 @@ def _check_parameters(engine: str) -> None:
     if os.environ.get(ANY_SCALES, "0") == "1":
         raise UserError(
             f"model.precision.fp8_parameters=true needs {ANY_SCALES} unset or 0: with scales that "
-            "are no powers of two, bfloat16 copies (servers, teacher, checkpoints) are not exactly "
+            "are not powers of two, bfloat16 copies (servers, teacher, checkpoints) differ from "
             "the weights that the trainer computes with"
         )
 

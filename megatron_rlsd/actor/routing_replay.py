@@ -40,11 +40,12 @@ class ReplayedRouter:
         self._recomputed = recomputed
         self._routes: Tensor | None = None
         self._again: deque[Tensor | None] = deque()
-        """Of the micro-batches whose backward pass will compute this layer again, in that order:
-        every pipeline schedule goes back in the order in which it went forth."""
+        """The routes of the micro-batches whose backward pass will compute this layer again, in
+        that order: every pipeline schedule goes back in the order in which it went forth."""
         self.counts: Tensor | None = None
         """[2] int64: recorded tokens of passes with gradients, and how many of them the router
-        would have sent to other experts. On the device, which need not wait for anybody to look."""
+        would have sent to other experts. On the device, which need not wait for the host to
+        look."""
 
     def begin(self, routes: Tensor | None) -> None:
         """``routes`` [T, K] of the coming forward pass, -1 where the router decides; None: it
@@ -107,7 +108,8 @@ class RoutingReplay:
                 self.routers.append(replayed)
 
     def begin(self, routes: Tensor | None) -> None:
-        """Of the micro-batch whose forward pass begins: [T, L, K], see ReplayedRouter.begin."""
+        """Take the routes of the micro-batch whose forward pass begins: [T, L, K], see
+        ReplayedRouter.begin."""
         if routes is not None and self._tp_group is not None:
             # Under sequence parallelism a router sees its tensor-parallel rank's part of the pack.
             routes = routes.chunk(self._tp_group.size())[self._tp_group.rank()]

@@ -82,7 +82,8 @@ def check_overlap(model: ModelDims, kind: LayerKind, tp_ranks: list[int]) -> Non
 
 
 def buffer_arguments(config: Config, model: ModelDims) -> dict[str, Any]:
-    """Of ``initialize_ub``, the modes left out. ``shape``: [tokens of a rank, hidden size]."""
+    """The arguments of ``initialize_ub`` without the modes. ``shape``: [tokens of a rank, hidden
+    size]."""
     tokens = config.fixed_pack_length
     assert tokens is not None
     return {

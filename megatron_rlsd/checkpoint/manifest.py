@@ -1,7 +1,7 @@
 """What makes a folder a checkpoint: ``checkpoint.json``, written last, in a folder renamed whole.
 
 Once every file of ``.NAME.partial`` is on disk the manifest is added, which lists the files with
-their sizes and checksums. A process that is killed on the way leaves a folder that nobody takes for
+their sizes and checksums. A process that is killed on the way leaves a folder that is not taken for
 a checkpoint.
 """
 
@@ -43,7 +43,7 @@ class Manifest:
     checksums: dict[str, str] = field(default_factory=dict)
     """The same files -> ``checksums.checksum`` of each; empty in format 1."""
     own_checksum: str = ""
-    """Of all the fields above."""
+    """The checksum of all the fields above."""
 
 
 def installed_versions() -> dict[str, str]:
@@ -84,7 +84,7 @@ def write_manifest(
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a checkpoint whose files are all there, at the sizes it gives.
 
-    Raises UserError when ``folder`` is no checkpoint, has a format or kind unknown here, or
+    Raises UserError when ``folder`` is not a checkpoint, has a format or kind unknown here, or
     lacks a file that the manifest lists or has it at another size. The content of the files is
     another question: ``verify``.
     """
@@ -93,7 +93,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist")
     if not path.is_file():
-        raise UserError(f"{folder} is no whole checkpoint: it has no {MANIFEST_NAME}")
+        raise UserError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}")
     try:
         content = json.loads(path.read_text())
         manifest = Manifest(**content)
@@ -157,7 +157,7 @@ def look_through(
 ) -> tuple[list[tuple[Path, Manifest]], dict[Path, str]]:
     """The whole checkpoints in a folder, by step; and those that are not whole, with why.
 
-    Folders that are no checkpoints by their name or content (notes, say) are neither.
+    Folders that are not checkpoints by their name or content (notes, say) are neither.
     """
     found, passed_over = [], {}
     for folder in sorted(Path(checkpoints_dir).glob("[!.]*")):

@@ -22,7 +22,7 @@ NOT_THE_MODEL = (
 """Keys of a HF config.json that say nothing about the weights."""
 
 UNTOLD = ("run_dir", "train.resume", "observability", "distributed")
-"""Changes nobody needs to be told of."""
+"""Changes that need no message."""
 
 
 def check_model(saved: dict[str, Any], current: dict[str, Any], folder: object) -> None:

@@ -66,7 +66,7 @@ def model_pieces(chunks: Sequence[HeadGPTModel], groups: ParallelGroups) -> list
                 parts = [base]
             for part in parts:
                 if part.data is None or not part.data.is_contiguous():
-                    raise ValueError(f"{part.key} is no contiguous part of its parameter")
+                    raise ValueError(f"{part.key} is not a contiguous part of its parameter")
                 start = part.data.storage_offset() - base.data.storage_offset()
                 pieces.append(Piece(owner, start, part, base.data))
     return pieces

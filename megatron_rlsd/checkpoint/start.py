@@ -98,8 +98,8 @@ class Choice:
 def choose_folder(config: Config, damaged: Mapping[str, str]) -> Choice:
     """Where ``train.resume`` leads; the folders in ``damaged`` (with why) are set aside.
 
-    Raises UserError for a folder that is no whole checkpoint, and where the run has checkpoints of
-    which none is whole.
+    Raises UserError for a folder that is not a whole checkpoint, and where the run has checkpoints
+    of which none is whole.
     """
     own = checkpoints_of(config)
     clean_up(own)

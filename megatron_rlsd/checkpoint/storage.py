@@ -39,7 +39,7 @@ class PendingSave:
     ) -> None:
         self._folder = folder
         self.checksums: dict[str, str] = {}
-        """Of the files that this rank has written, by name."""
+        """The checksums of the files that this rank has written, by name."""
         self._error: Exception | None = None
         self._finalize = list(request.finalize_fns)
         # A rank without anything to write gets no function and no arguments.

@@ -48,7 +48,9 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected for example 5GB or 500MB")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; expected for example 5GB or 500MB"
+        )
     return size
 
 

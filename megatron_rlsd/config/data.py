@@ -104,8 +104,8 @@ class RewardConfig(Section):
     """Limit of one call; a call that passes it gives no value and its worker is replaced."""
     workers: int = Field(2, ge=1)
     on_error: OnError = "leave_out"
-    """What an exception or a value that is no finite number does: the response has no verdict and
-    is left out of its group's comparison, or the run stops."""
+    """What an exception or a value that is not a finite number does: the response has no verdict
+    and is left out of its group's comparison, or the run stops."""
     max_error_share: float = Field(0.5, ge=0, le=1)
     """With on_error=leave_out the run still stops when more than this share of a step's calls
     fail."""

@@ -15,16 +15,17 @@ class EnvironmentConfig(Section):
 
     name: str | None = None
     """A registered environment (calculator, guessing_game) or ``path/to/file.py:Class``. None: a
-    response is one turn, which nobody answers."""
+    response is one turn without an answer."""
     params: Named = {}
     """Keyword arguments of the environment's class."""
     role: Literal["user", "tool"] = "user"
-    """Of its messages in the chat template, which must know it."""
+    """The role of its messages; the chat template must know it."""
     max_turns: int = Field(8, ge=1)
     """The model's turns in one episode; the environment judges the last one too."""
     max_turn_tokens: int | None = Field(None, ge=1)
-    """Of one turn of the model; a turn cut here is given to the environment as it is. None: what
-    ``rollout.max_response_tokens`` leaves, which bounds all turns and answers together."""
+    """The most tokens of one turn of the model; a turn cut here is given to the environment as it
+    is. None: what ``rollout.max_response_tokens`` leaves, which bounds all turns and answers
+    together."""
     timeout_seconds: float = Field(10.0, gt=0)
     """Limit of one call; an episode whose call passes it ends without a verdict, and its worker is
     replaced."""

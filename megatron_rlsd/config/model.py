@@ -11,7 +11,7 @@ from megatron_rlsd.config.section import Section
 
 _NO_PARAMETERS = {
     "none": "there are no 8-bit products",
-    "current": "its scales are no powers of two, so that bfloat16 copies (servers, teacher, "
+    "current": "its scales are not powers of two, so that bfloat16 copies (servers, teacher, "
     "checkpoints) are not exactly the weights that the trainer computes with",
     "mxfp8": "Megatron-Core gathers such weights in bfloat16 through its gradient buffer",
 }

@@ -44,11 +44,12 @@ class SGLangConfig(Section):
     """From the start of a process until it serves. Below distributed.timeout_seconds, after which
     the other ranks give up waiting for rank 0."""
     request_timeout_seconds: float = Field(600.0, gt=0)
-    """Of one response; the request then goes to another server."""
+    """The limit for one response; the request then goes to another server."""
     generate_timeout_seconds: float = Field(1500.0, gt=0)
-    """Of all responses asked for at once; the run then stops. Below distributed.timeout_seconds."""
+    """The limit for all responses asked for at once; the run then stops. It must be below
+    distributed.timeout_seconds."""
     update_timeout_seconds: float = Field(600.0, gt=0)
-    """Of each request to a server while weights are updated."""
+    """The limit for each request to a server while weights are updated."""
     max_in_flight: int = Field(256, ge=1)
     """Requests at one server at a time."""
     max_attempts: int = Field(4, ge=1)
@@ -110,7 +111,7 @@ class RolloutConfig(Section):
             problems.append(f"engine=sglang, not {self.engine}")
         if self.sglang.urls:
             problems.append(
-                "sglang.urls empty: nobody knows what memory an earlier trainer left to servers "
+                "sglang.urls empty: it is not known what memory an earlier trainer left to servers "
                 "that run already"
             )
         if self.asynchronous.max_staleness:
@@ -143,7 +144,7 @@ class WeightSyncConfig(Section):
     """MiB of tensors that are sent together, or written to one file. Three buckets are on rank 0's
     GPU at a time: one is gathered, one sent, one copied to main memory."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the published tensors; default: as the trainer has them. It should be the servers'."""
+    """The dtype of the published tensors; default: the trainer's. It should be the servers'."""
     verify_interval: int = Field(1, ge=0)
     """Versions between comparisons of every tensor that the servers hold with what was sent, by
     checksums; the first publication always. 0: none, as quantised servers need it."""

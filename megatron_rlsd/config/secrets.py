@@ -52,7 +52,7 @@ def masked_text(text: str) -> str:
 
 
 def without(secret: str | None, text: str) -> str:
-    """``text`` that somebody else wrote, and that may repeat ``secret``."""
+    """``text`` from elsewhere, which may repeat ``secret``."""
     return text.replace(secret, MASK) if secret else text
 
 

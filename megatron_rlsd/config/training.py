@@ -217,9 +217,10 @@ class TeacherServerConfig(Section):
     api_key: Secret | None = None
     """``env:NAME`` reads it from that variable, as rollout.sglang.api_key does."""
     request_timeout_seconds: float = Field(300.0, gt=0)
-    """Of one response; it is then asked for again."""
+    """The limit for one response; it is then asked for again."""
     score_timeout_seconds: float = Field(1200.0, gt=0)
-    """Of all responses of a step; the run then stops. Below distributed.timeout_seconds."""
+    """The limit for all responses of a step; the run then stops. It must be below
+    distributed.timeout_seconds."""
     max_in_flight: int = Field(64, ge=1)
     """Requests at a time."""
     max_attempts: int = Field(4, ge=1)
@@ -356,7 +357,7 @@ class EvalConfig(Section):
         try:
             groups = 1 if pattern is None else re.compile(pattern).groups
         except re.error as error:
-            raise ValueError(f"it is no regular expression: {error}") from error
+            raise ValueError(f"it is not a regular expression: {error}") from error
         if not groups:
             raise ValueError("it has no group; group 1 is the answer")
         return pattern

@@ -36,7 +36,7 @@ class CheckpointTensor:
     axes: tuple[int, ...]
     """Sizes of the prepended axes."""
     shape: Shape
-    """Of the parameter itself, all ranks together."""
+    """The shape of the parameter itself, all ranks together."""
     other_keys: tuple[str, ...] = ()
     """Keys under which other layer specs save it."""
 

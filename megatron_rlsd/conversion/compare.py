@@ -29,7 +29,7 @@ class Difference:
     identical: bool = False
     """The same bits in the same dtype."""
     max_abs: float = float("inf")
-    """Largest absolute difference; nan where one is no number and the other differs from it."""
+    """Largest absolute difference; nan where one is not a number and the other differs from it."""
     hashes: tuple[str, str] = ("", "")
 
     def within(self, tolerance: float) -> bool:

@@ -52,7 +52,7 @@ def _largest_ids(folder: Path) -> list[tuple[str, int]]:
     try:
         return [(name, max(ids)) for name, ids in found if len(ids)]
     except TypeError as error:
-        raise UserError(f"{folder}: a token id is no number: {error}") from error
+        raise UserError(f"{folder}: a token id is not a number: {error}") from error
 
 
 def _sentencepiece_size(path: Path) -> int:
@@ -61,4 +61,4 @@ def _sentencepiece_size(path: Path) -> int:
     try:
         return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size())
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is no sentencepiece model: {error}") from error
+        raise UserError(f"{path} is not a sentencepiece model: {error}") from error

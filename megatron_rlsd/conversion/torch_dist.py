@@ -53,7 +53,7 @@ class Item:
     offset: int
     length: int
     offsets: tuple[int, ...] | None = None
-    """Of the piece in its global tensor, prepended axes included; None: an object."""
+    """The piece's place in its global tensor, prepended axes included; None: an object."""
     sizes: tuple[int, ...] = ()
     global_shape: tuple[int, ...] = ()
     dtype: str = ""
@@ -258,7 +258,7 @@ class TorchDistFolder:
 def _read_values(archive: zipfile.ZipFile, header: Tensor, out: Tensor | None) -> Tensor:
     """The only tensor of an archive; zipfile raises BadZipFile where a checksum is wrong."""
     if not isinstance(header, Tensor) or not header.is_contiguous() or header.storage_offset():
-        raise ValueError("an item that is no plain tensor")
+        raise ValueError("an item that is not a plain tensor")
     record = next(i for i in archive.infolist() if i.filename.endswith("/data/0"))
     tensor = torch.empty(header.shape, dtype=header.dtype) if out is None else out
     if record.file_size != tensor.nbytes:

@@ -29,7 +29,7 @@ MAX_TEMPLATE_BYTES = 2**20
 """The longest templates in use have some 30 kB."""
 MAX_RENDERED_CHARACTERS = 2**26
 MAX_SECONDS = 10.0
-"""Of one rendering."""
+"""The limit for one rendering."""
 GIVEN = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
 """Variables that are not the user's to set."""
 UNUSED = ("tools", "documents")
@@ -48,7 +48,7 @@ class ChatTemplate:
         options: Mapping[str, Any],
         date: datetime.date,
     ) -> None:
-        """Raises UserError if it is no template, or reads none of ``options`` by a given name.
+        """Raises UserError if it is not a template, or reads none of ``options`` by a given name.
 
         special_tokens: name (``bos_token``) -> text; options: ``tokenizer.chat_template_kwargs``;
         date: what ``strftime_now`` formats.
@@ -145,7 +145,7 @@ def template_from(given: str, named: Mapping[str, str], whose: str) -> str:
         return read_text(path, MAX_TEMPLATE_BYTES)
     names = f"; {whose} has the templates {', '.join(sorted(named))}" if named else ""
     raise UserError(
-        f"tokenizer.chat_template={given!r} is no Jinja template (it has neither {{{{ }}}} nor "
+        f"tokenizer.chat_template={given!r} is not a Jinja template (it has neither {{{{ }}}} nor "
         f"{{% %}}) and no file{names}"
     )
 

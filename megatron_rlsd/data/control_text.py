@@ -47,7 +47,7 @@ class ControlText:
         """Token ids of a template's text: names outside marks are control tokens."""
         first, *rest = self._marks.split(rendered)
         ids = self._encode(first)
-        # Of every pair the first is a marked name, or None for a mark that was torn off its name.
+        # The first of every pair is a marked name, or None for a mark that was torn off its name.
         for name, text in zip(rest[::2], rest[1::2], strict=True):
             if name:
                 ids += self._name_as_text(name)

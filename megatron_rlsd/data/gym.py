@@ -60,7 +60,7 @@ class GymProblems:
             *(source.task, self._params, source.seed, source.size),
             *(first.messages, first.answer),
         )
-        """Of the settings, and of a problem that the installed generator makes of them."""
+        """A digest of the settings, and of a problem that the installed generator makes of them."""
 
     def __len__(self) -> int:
         return self._size

@@ -66,11 +66,11 @@ def _backend(path: Path) -> Tokenizer:
         backend.no_truncation()
         backend.no_padding()
     except Exception as error:
-        raise UserError(f"{path} is no tokenizer: {error}") from error
+        raise UserError(f"{path} is not a tokenizer: {error}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what a panic in Rust is raised as
             raise
-        raise UserError(f"{path} is no tokenizer: {error}") from None
+        raise UserError(f"{path} is not a tokenizer: {error}") from None
     return backend
 
 
@@ -196,7 +196,7 @@ def _in_vocabulary(
         for text in value if isinstance(value, list) else [value]:
             if backend.token_to_id(text) is None:
                 if name in ("bos_token", "eos_token"):
-                    raise UserError(f"{path}: {name}={text!r} is no token of {TOKENIZER_FILE}")
+                    raise UserError(f"{path}: {name}={text!r} is not a token of {TOKENIZER_FILE}")
                 continue
             if text not in added:
                 backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])

@@ -51,7 +51,7 @@ class HFTokenizer:
         special = {token.content for token in added.values() if token.special}
         special.update(self._files.special_tokens.values())
         self._special = {self._added[name] for name in special if name in self._added}
-        # Added tokens may leave gaps, so the number of tokens is no bound on the ids.
+        # Added tokens may leave gaps, so the number of tokens is not a bound on the ids.
         self.vocab_size: int = max(self._backend.get_vocab().values(), default=-1) + 1
         self._own_template = self._files.templates.get("default")
         self.template = self._template(config)

@@ -38,7 +38,7 @@ class Intake:
 
     @property
     def digest(self) -> str:
-        """Of all that was given to ``digest_of``, in hexadecimal."""
+        """The digest of all that was given to ``digest_of``, in hexadecimal."""
         return self._content.hexdigest()[:DIGITS]
 
     def keep(self, place: int, position: int, problem_id: str) -> None:

@@ -41,7 +41,7 @@ class JsonlProblems:
         self._check_every_line()
         self._lines, self._offsets = self._intake.finish(lambda *row: self._read(*row).id)
         self.digest = self._intake.digest
-        """Of the file's content: a reordered or edited one has another."""
+        """The digest of the file's content: a reordered or edited one has another."""
 
     def __len__(self) -> int:
         return len(self._offsets)

@@ -30,14 +30,15 @@ CONVERSATION = (
 
 
 class Chat(Protocol):
-    """Of ``tokenizers.Tokenizer``, what the checks use."""
+    """The part of ``tokenizers.Tokenizer`` that the checks use."""
 
     def decode(self, ids: list[int]) -> str: ...
     def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]: ...
 
 
 def check_template(tokenizer: Chat) -> None:
-    """Raise UserError for a template that hides the question, or in which nobody may answer it."""
+    """Raise UserError for a template that hides the question, or which leaves no room for an
+    answer."""
     messages = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(messages)
     shown = tokenizer.decode(prompt)

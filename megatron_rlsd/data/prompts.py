@@ -34,7 +34,7 @@ class PromptTooLong(UserError):
 
 @dataclass(frozen=True)
 class Limit:
-    """Of the tokens in a prompt."""
+    """A limit on the tokens in a prompt."""
 
     tokens: int
     why: str
@@ -88,7 +88,7 @@ class PromptBuilder:
         self._served = tokens
 
     def limit(self, following: int | None = None) -> Limit:
-        """Of a student's prompt before ``following`` tokens (None: a whole response).
+        """The limit on a student's prompt before ``following`` tokens (None: a whole response).
 
         Raises UserError if a whole response leaves no room for any.
         """
@@ -145,7 +145,7 @@ class PromptBuilder:
         """The whole privileged information as ``teacher.hint`` asks for it.
 
         Empty with ``teacher.hint`` none, and for a problem that has nothing to tell. Hints that
-        come with a group of responses (``teacher.hints``) are no problem's own: its reference
+        come with a group of responses (``teacher.hints``) are not a problem's own: its reference
         solution stands in for them, for the supervised warm start.
         """
         if self._teacher.hint == "none":

@@ -20,7 +20,8 @@ from megatron_rlsd.types import Problem
 FIELDS = ("prompt", "messages", "answer", "reference_solution", "metadata", "id", "privileged")
 ROLES = ("system", "user", "assistant")
 MAX_DIGITS = 4300
-"""Of a numeric answer: Python makes no int of longer text, and neither do the verifiers."""
+"""The most digits of a numeric answer: Python makes no int of longer text, and neither do the
+verifiers."""
 
 
 class Malformed(ValueError):

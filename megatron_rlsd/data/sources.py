@@ -24,7 +24,7 @@ class ProblemTable(Protocol):
 
     name: str
     digest: str
-    """Of the content: problems that differ, or their order, make another one."""
+    """The digest of the content: problems that differ, or their order, make another one."""
 
     def __len__(self) -> int: ...
 

@@ -15,8 +15,8 @@ FILES = ("generation_config.json", "config.json")
 def end_tokens(folder: Path, vocab_size: int) -> list[int]:
     """eos_token_id of generation_config.json and config.json, where there are such files.
 
-    Raises UserError that names the file for what is no token id, no list of them, or beyond the
-    tokenizer's ``vocab_size`` ids.
+    Raises UserError that names the file for what is neither a token id nor a list of them, or
+    beyond the tokenizer's ``vocab_size`` ids.
     """
     found: dict[int, None] = {}
     for name in FILES:
@@ -31,7 +31,7 @@ def end_tokens(folder: Path, vocab_size: int) -> list[int]:
                 )
             if each >= vocab_size:
                 raise UserError(
-                    f"{path}: eos_token_id={value!r} is no id of the tokenizer, which has "
+                    f"{path}: eos_token_id={value!r} is not an id of the tokenizer, which has "
                     f"{vocab_size}"
                 )
             found[each] = None

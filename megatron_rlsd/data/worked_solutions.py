@@ -67,7 +67,7 @@ def arithmetic_solution(entry: dict[str, Any]) -> str | None:
 def evaluate_stepwise(expression: str) -> tuple[int, list[str]]:
     """Value and steps of integers joined by + - * / and parentheses, with the usual precedence.
 
-    Raises ValueError if the text is no such expression, ZeroDivisionError on division by zero.
+    Raises ValueError if the text is not such an expression, ZeroDivisionError on division by zero.
     """
     evaluation = _Evaluation(expression)
     value = evaluation.sum()

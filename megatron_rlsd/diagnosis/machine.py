@@ -20,7 +20,7 @@ from megatron_rlsd.runtime.machine import device
 GIB = 2**30
 SIZE = 512
 MOST_USED_SHARE = 0.1
-"""Of a GPU's memory that others may hold before a run starts."""
+"""The share of a GPU's memory that others may hold before a run starts."""
 
 
 def check_device() -> str:
@@ -111,7 +111,7 @@ def check_space(config: Config, model: ModelDims | None) -> str:
 
 
 def wanted_bytes(config: Config, model: ModelDims) -> int:
-    """Of the checkpoints kept, one more while it is written, and the final export."""
+    """The size of the checkpoints kept, one more while it is written, and the final export."""
     count = rank_parameters(model, type(config.parallel)(), 0).total
     item = 2 if config.model.dtype == "bfloat16" else 4
     state = count * (item + (12 if item == 2 else 8))

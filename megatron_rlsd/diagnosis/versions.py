@@ -61,7 +61,7 @@ OPTIONAL = {
 
 
 def version_checks() -> Iterator[Check]:
-    """Of everything that is not SGLang's."""
+    """Check the versions of everything but SGLang's packages."""
     yield run_check("version of python", check_python)
     for name in PACKAGES:
         yield run_check(f"version of {name}", partial(check_package, name))
@@ -131,7 +131,7 @@ def check_sglang(config: Config) -> str:
         )
         found = json.loads(answer.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise UserError(f"{python} is no usable Python: {error}") from error
+        raise UserError(f"{python} is not a usable Python: {error}") from error
     if not found:
         raise UserError(f"{python} has no package sglang")
     if config.rollout.colocated and not found["saver"] and not on_cpu(settings):
@@ -146,7 +146,7 @@ def _expect(name: str, found: str) -> str:
     try:
         supported = release(found) in MATRIX[name]
     except ValueError:
-        raise Doubt(f"{name} {found!r} is no version number; expected {MATRIX[name]}") from None
+        raise Doubt(f"{name} {found!r} is not a version number; expected {MATRIX[name]}") from None
     if not supported:
         raise UserError(f"{name} {found} is not supported; expected {MATRIX[name]}")
     return found

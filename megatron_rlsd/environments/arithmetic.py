@@ -10,9 +10,9 @@ from fractions import Fraction
 MAX_CHARACTERS = 200
 MAX_DEPTH = 120
 MAX_BITS = 1024
-"""Of any numerator or denominator on the way."""
+"""The most bits of any numerator or denominator on the way."""
 DIGITS = 15
-"""Significant digits of a result that is no whole number."""
+"""Significant digits of a result that is not a whole number."""
 REPLACED = {"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**"}
 UNDERSTOOD = "only numbers and + - * / // % ** ( ) are understood"
 
@@ -27,7 +27,7 @@ OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
 
 
 class CalculatorError(ValueError):
-    """The text is no expression that is understood, or its value is none or too large."""
+    """The text is not an expression that is understood, or its value is none or too large."""
 
 
 def calculate(text: str) -> str:
@@ -97,7 +97,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     bits = max(base.numerator.bit_length(), base.denominator.bit_length()) - 1
     if bits * abs(exponent.numerator) > MAX_BITS:
         raise CalculatorError("the number is too large")
-    # Of 1, -1 and 0 only the exponent's parity matters, and it may be huge.
+    # For 1, -1 and 0 only the exponent's parity matters, and it may be huge.
     return base ** (exponent.numerator if bits else 2 - exponent.numerator % 2)
 
 

@@ -84,7 +84,7 @@ class EnvironmentPool(WorkerPool):
 
         Raises UserError: a worker does not start; with on_error=stop, a call failed (but not for
         its time limit); more than max_error_share of the batch's episodes failed; a problem's
-        metadata is no JSON.
+        metadata is not JSON.
         """
         replies = _Replies(self._config, self._batch, calls)
         queues: list[deque[Job]] = [deque() for _ in range(self._config.workers)]

@@ -13,7 +13,7 @@ class Observation:
     """What an environment answers to one turn of the model."""
 
     text: str = ""
-    """The next message that the model reads; nobody reads it when ``done``."""
+    """The next message that the model reads; it is not read when ``done``."""
     done: bool = False
     """The episode is over."""
     reward: float = 0.0

@@ -20,7 +20,7 @@ from megatron_rlsd.workers import Calls, Progress, problem_of, serve
 
 
 class NotAnAnswer(TypeError):
-    """What the environment returned is no opening, or no answer."""
+    """What the environment returned is not an opening, or not an answer."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Player:
         if opening is None:
             opening = ""
         if not isinstance(opening, str):
-            raise NotAnAnswer(f"reset returned {opening!r:.80}, which is no text and not None")
+            raise NotAnAnswer(f"reset returned {opening!r:.80}, which is not text and not None")
         opening.encode()
         return OpenEpisode(environment, 0), opening
 
@@ -90,15 +90,15 @@ def checked(answer: Any) -> Observation:
     if isinstance(answer, str):
         answer = Observation(text=answer)
     if not isinstance(answer, Observation):
-        raise NotAnAnswer(f"step returned {answer!r:.80}, which is no Observation and no text")
+        raise NotAnAnswer(f"step returned {answer!r:.80}, which is neither an Observation nor text")
     if not isinstance(answer.text, str):
         raise NotAnAnswer(f"step returned the text {answer.text!r:.80}, which is none")
     answer.text.encode()  # half a surrogate pair has no tokens
     if isinstance(answer.reward, str | bytes) or not hasattr(answer.reward, "__float__"):
-        raise NotAnAnswer(f"step returned the reward {answer.reward!r:.80}, which is no number")
+        raise NotAnAnswer(f"step returned the reward {answer.reward!r:.80}, which is not a number")
     reward = float(answer.reward)
     if not math.isfinite(reward):
-        raise ValueError(f"step returned the reward {reward}, which is no finite number")
+        raise ValueError(f"step returned the reward {reward}, which is not a finite number")
     return Observation(answer.text, bool(answer.done), reward)
 
 

@@ -204,7 +204,7 @@ class Episodes:
             episode.finish_reason = episode.turn_reason
             return
         ids = self._between(episode.token_ids, reply.text)
-        # An answer that leaves no room for another turn would be read by nobody.
+        # An answer that leaves no room for another turn would not be read.
         last = len(episode.turns) == self._config.max_turns
         if last or len(episode.token_ids) + len(ids) >= max_tokens:
             episode.finish_reason = "length"

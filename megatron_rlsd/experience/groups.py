@@ -127,7 +127,7 @@ class GroupBuilder:
         return trajectory.reward.parts[self._config.reward.correctness_label]
 
     def solved(self, trajectory: Trajectory) -> bool | None:
-        """Is the response right? None: nobody knows."""
+        """Is the response right? None: not known."""
         value = self.correctness(trajectory)
         return None if value is None else value >= self._config.reward.solved_threshold
 

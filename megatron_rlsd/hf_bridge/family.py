@@ -50,14 +50,14 @@ class ParameterTable:
 
     first: tuple[ParameterRow, ...]
     layer: tuple[ParameterRow, ...]
-    """Of every layer."""
+    """The parameters of every layer."""
     last: tuple[ParameterRow, ...]
     dense_layer: tuple[ParameterRow, ...] = ()
-    """Of the layers without experts, after those of every layer."""
+    """The parameters of layers without experts, after those of every layer."""
     moe_layer: tuple[ParameterRow, ...] = ()
-    """Of the layers with experts, after those of every layer and before the experts."""
+    """The parameters of layers with experts, after those of every layer, before the experts'."""
     expert: tuple[ParameterRow, ...] = ()
-    """Of each routed expert."""
+    """The parameters of each routed expert."""
     megatron_layer_prefix: str = "decoder.layers.{layer}."
     hf_layer_prefix: str = "model.layers.{layer}."
     hf_expert_prefix: str = "mlp.experts.{expert}."

@@ -30,7 +30,8 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
         "train/dual_clip_share": sums["dual_clipped"] / tokens,
         "train/approx_kl": sums["approx_kl"] / tokens,
         "train/entropy": sums["entropy"] / tokens,
-        # Of the first update: later ones begin from a policy that has moved away from the engine's.
+        # This is the first update's: later ones begin from a policy that has moved away from the
+        # engine's.
         "train/rollout_log_prob_diff_mean": results[0].sums["rollout_diff_abs"]
         / max(1.0, results[0].sums["rollout_tokens"]),
         "train/rollout_log_prob_diff_max": results[0].maxima["rollout_diff_abs_max"],

@@ -111,7 +111,7 @@ class NoiseGauge:
         return on_tokens
 
     def metrics(self) -> dict[str, float]:
-        """Of all ranks, and equal on them; empty where none was due. Rank 0 warns."""
+        """The metrics over all ranks, equal on them; empty where none was due. Rank 0 warns."""
         if not self._is_due:
             return {}
         groups = self._actor.groups

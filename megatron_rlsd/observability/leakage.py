@@ -81,7 +81,7 @@ def leakage_metrics(trajectories: Iterable[Trajectory]) -> dict[str, float]:
 
 
 def _find_whole(part: str, text: str) -> tuple[int, int] | None:
-    """The first place of ``part`` in ``text`` that is no piece of a longer word or number."""
+    """The first place of ``part`` in ``text`` that is not a piece of a longer word or number."""
     pattern = rf"(?<![\w.,-]){re.escape(part)}(?![\w]|[.,]\d)"
     match = re.search(pattern, text)
     return match.span() if match else None

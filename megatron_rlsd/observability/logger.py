@@ -182,7 +182,7 @@ class MetricsLogger:
         step too) and, unless given, ``perf/tokens_per_second``: the step's sampled tokens
         (``rollout/response_tokens``), or else trained ones (``train/tokens``), over its time; and
         ``perf/<phase>_tokens_per_second`` for the phases of PHASE_TOKENS.
-        Raises TypeError for a metric that is no number.
+        Raises TypeError for a metric that is not a number.
         """
         self._profiler.end()
         self._in_step, self._next_step = False, step + 1

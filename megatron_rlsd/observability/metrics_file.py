@@ -57,7 +57,7 @@ def finite_or_none(value: float) -> float | None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a killed run left unfinished is dropped.
 
-    Raises ValueError that names the line for any other that is no JSON object with a step.
+    Raises ValueError that names the line for any other that is not a JSON object with a step.
     """
     lines = path.read_text(encoding="utf-8").split("\n")
     records = []
@@ -70,7 +70,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):  # every finished line ends in a line break
                 break
-            raise UserError(f"{path}:{number} is no line of metrics: {line[:80]!r}") from error
+            raise UserError(f"{path}:{number} is not a line of metrics: {line[:80]!r}") from error
         records.append(record)
     return records
 

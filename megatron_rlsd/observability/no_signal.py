@@ -10,7 +10,7 @@ from megatron_rlsd.runtime.warn import warn
 from megatron_rlsd.types import Group
 
 SHOWN_CHARACTERS = 300
-"""Of a sample's question and response."""
+"""The most characters of a sample's question and response."""
 Metrics = Mapping[str, float]
 
 

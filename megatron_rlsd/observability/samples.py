@@ -32,7 +32,7 @@ def write_samples(
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The lines of one step's file. Raises ValueError that names the line that is no sample."""
+    """The lines of one step's file. Raises ValueError that names the line that is not a sample."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line:
@@ -40,7 +40,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
                 row["response"], row["problem_id"]
             except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}:{number} is no sample: {line[:80]!r}") from error
+                raise UserError(f"{path}:{number} is not a sample: {line[:80]!r}") from error
             rows.append(row)
     return rows
 
@@ -86,7 +86,7 @@ def sample_row(
 def token_columns(
     trajectory: Trajectory, decode: Callable[[list[int]], str]
 ) -> dict[str, list[Any]]:
-    """Columns of one entry per response token; a number that nobody computed is null.
+    """Columns of one entry per response token; a number that was not computed is null.
 
     ``text`` (joined: the response), ``id``, ``rollout_log_probs`` of the engine, and where the
     update used the response those of TokenCredit. Where an environment wrote tokens also ``own``:
@@ -125,7 +125,7 @@ def _rounded(value: float) -> float | None:
 UNFINISHED = "\ufffd"
 """What decoders put in place of a character whose bytes are not all there yet."""
 MAX_PENDING = 8
-"""A character has at most four bytes; after so many tokens the bytes are no character at all."""
+"""A character has at most four bytes; after so many tokens the bytes are not a character at all."""
 
 
 def token_texts(decode: Callable[[list[int]], str], token_ids: list[int]) -> list[str]:
@@ -146,7 +146,7 @@ def token_texts(decode: Callable[[list[int]], str], token_ids: list[int]) -> lis
             texts.append("")
             continue
         texts.append(now[len(before) :])
-        if now != before or end - start > 2 * MAX_PENDING:  # a token without text is no context
+        if now != before or end - start > 2 * MAX_PENDING:  # a token without text is not context
             start = done
         done = end
     return texts

@@ -70,7 +70,7 @@ def check_token_inputs(tokens: TokenInputs, config: PolicyLossConfig, num_tokens
 
 
 def check_teacher(tokens: TokenInputs, config: PolicyLossConfig) -> None:
-    """Of the counted tokens."""
+    """Check the teacher's log-probabilities of the counted tokens."""
     if tokens.teacher_log_probs is None or config.unscored_is_neutral:
         return
     unscored = tokens.teacher_log_probs.isnan()

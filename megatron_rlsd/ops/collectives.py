@@ -54,7 +54,7 @@ def sum_and_scatter_rows(rows: Tensor, shard: VocabShard) -> Tensor:
 
 
 class LogSoftmax(NamedTuple):
-    """Of N rows, over the whole vocabulary; each tensor [N]."""
+    """The log-softmax of N rows over the whole vocabulary; each tensor is [N]."""
 
     log_probs: Tensor
     """log softmax of the target."""

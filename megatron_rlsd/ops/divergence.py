@@ -1,8 +1,8 @@
 """Divergence between two vocabulary distributions, from hidden states, without full logits.
 
 Shapes: N tokens of the student, M of them compared, C compared rows of a chunk, V vocabulary rows
-of this rank that are no padding, V_local with padding, D and E hidden sizes of student and teacher,
-R ranks of tp_group, k of the top-k.
+of this rank that are not padding, V_local with padding, D and E hidden sizes of student and
+teacher, R ranks of tp_group, k of the top-k.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ by the student's logits is
 
 since for any D = sum_v f(p_v, q_v), dD/dz_v = p_v (f'_v - sum_u p_u f'_u).
 
-Shapes: C rows, V vocabulary rows of this rank that are no padding, R ranks.
+Shapes: C rows, V vocabulary rows of this rank that are not padding, R ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_rlsd.ops.torch_products import product
 LOG_OF_ZERO = -1e3
 """Stands for log 0: its exp is 0, and 0 times it is 0."""
 NO_LOGIT = -1e30
-"""Largest logit of a shard without any: exp of it is 0, and 0 times it is no NaN."""
+"""Largest logit of a shard without any: exp of it is 0, and 0 times it is not NaN."""
 
 
 @dataclass(frozen=True)

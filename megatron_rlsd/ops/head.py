@@ -49,7 +49,7 @@ class VocabShard:
 
     @property
     def num_real(self) -> int:
-        """Rows of this rank that are no padding; padding lies at the end, so they are a prefix."""
+        """Rows of this rank that are not padding; padding lies at the end, so they are a prefix."""
         return min(max(self.vocab_size - self.first, 0), self.weight.shape[0])
 
 
@@ -72,17 +72,19 @@ class HeadInputs:
 
     @property
     def widest_dtype(self) -> torch.dtype:
-        """Of hidden and weight."""
+        """The wider dtype of hidden and weight."""
         return torch.promote_types(self.hidden.dtype, self.shard.weight.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all arithmetic and results: float64 where an input is float64, else float32."""
+        """The dtype of all arithmetic and results: float64 where an input is float64, else
+        float32."""
         return torch.float64 if self.widest_dtype == torch.float64 else torch.float32
 
     @property
     def d_hidden_dtype(self) -> torch.dtype:
-        """Of the gradient of hidden: its own dtype, but the wide one where ranks add theirs."""
+        """The dtype of the gradient of hidden: its own dtype, but the wide one where ranks add
+        theirs."""
         return self.hidden.dtype if self.shard.ranks == 1 else self.dtype
 
 

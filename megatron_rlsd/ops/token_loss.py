@@ -142,7 +142,7 @@ class TokenLoss:
     loss: Tensor
     """L, before loss_weights."""
     d_log_probs: Tensor
-    """d sum(loss_weights L) / dlog_prob without the entropy term, which is no function of the
+    """d sum(loss_weights L) / dlog_prob without the entropy term, which is not a function of the
     log-probability."""
     scored: Tensor
     """bool: the teacher scored this token."""

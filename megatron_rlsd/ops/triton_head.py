@@ -39,7 +39,7 @@ SUMS_BUDGET_BYTES = 2**27
 ROWS_ALIGNMENT = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_LOGIT = -1e30
-"""Largest logit of a shard that is all padding: exp of it is 0, and 0 times it is no NaN."""
+"""Largest logit of a shard that is all padding: exp of it is 0, and 0 times it is not NaN."""
 FLOAT16_PEAK = 2.0**14
 """What the largest possible dz is scaled to in float16, whose smallest number is 6e-8."""
 FLOAT16_BLOCK_BYTES = 2**26

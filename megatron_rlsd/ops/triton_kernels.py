@@ -1,6 +1,6 @@
 """The three Triton kernels of the fused head; ``triton_launch`` calls them.
 
-Shapes: C rows of a chunk, V vocabulary rows of this rank that are no padding, D hidden size, B
+Shapes: C rows of a chunk, V vocabulary rows of this rank that are not padding, D hidden size, B
 vocabulary blocks of BLOCK_V rows. C, V and D need be no multiple of anything.
 
 The product kernel never writes a logit. It writes E = exp(z - m_b), with m_b the row's largest
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 NO_LOGIT = tl.constexpr(-1e30)
-"""Largest logit of a block that has none; finite, so that a difference of two is no NaN."""
+"""Largest logit of a block that has none; finite, so that a difference of two is not NaN."""
 
 
 @triton.jit

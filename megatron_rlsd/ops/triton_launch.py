@@ -32,9 +32,9 @@ VOCAB_BLOCK = 32 if INTERPRETED else 128
 ROW_ALIGNMENT = 64
 """Numbers that a row of E is a multiple of: descriptors and cuBLAS want 16 bytes at the least."""
 ELEMENTS_PER_PROGRAM = 2048
-"""Of exp_to_gradient_kernel: 16 bytes a thread in bfloat16."""
+"""The elements that a program of exp_to_gradient_kernel takes: 16 bytes a thread in bfloat16."""
 MERGED_ROWS, MERGED_BLOCKS = 32, 32
-"""Of a program of merge_kernel, at a time."""
+"""What a program of merge_kernel takes at a time."""
 HOPPER = (9, 0)
 
 

@@ -13,11 +13,11 @@ from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.parallel.memory import layer_products
 
 COPY_BYTES = 2
-"""Of each weight: Transformer Engine keeps it in 8 bits as it is and transposed, from the first
-micro-batch of an update to the last; scales are a 64th of that at most. With fp8_parameters the
-first of the two is the parameter itself."""
+"""Bytes of each weight: Transformer Engine keeps it in 8 bits as it is and transposed, from the
+first micro-batch of an update to the last; scales are a 64th of that at most. With fp8_parameters
+the first of the two is the parameter itself."""
 SAVED_BYTES = 1
-"""Of each weight that is itself in 8 bits instead of bfloat16."""
+"""Bytes of each weight that is itself in 8 bits instead of bfloat16."""
 
 
 def eight_bit_layers(
@@ -33,7 +33,7 @@ def eight_bit_layers(
 def copy_bytes(
     model: ModelDims, parallel: ParallelConfig, precision: PrecisionConfig, layers: Iterable[int]
 ) -> int:
-    """Of the 8-bit copies of the weights of ``layers`` on a rank that holds them."""
+    """The bytes of the 8-bit copies of the weights of ``layers`` on a rank that holds them."""
     bytes_each = COPY_BYTES - 1 if precision.fp8_parameters else COPY_BYTES
     return bytes_each * _weights(model, parallel, precision, layers)
 
@@ -64,7 +64,7 @@ def check_eight_bit(model: ModelDims, parallel: ParallelConfig, precision: Preci
         raise LayoutError(
             "model.precision.fp8_parameters=true is not offered for mixtures of experts: how "
             "Transformer Engine's grouped weights are loaded and gathered in 8 bits differs "
-            "between releases, and nobody has followed it through"
+            "between releases, and this one was not followed through"
         )
     multiple = precision.token_multiple
     problems = [

@@ -23,7 +23,7 @@ Engine's layers."""
 FLOAT32 = 4
 INT64 = 8
 PACK_COLUMNS = 6
-"""Of actor.packing's table."""
+"""The columns of actor.packing's table."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Of one layer on one rank."""
+    """The bytes of one layer on one rank."""
 
     kept: int
     """From its forward pass to its backward pass."""
@@ -79,7 +79,7 @@ class ActivationCounter:
         self.split_tokens = self.tokens // self.tp if parallel.sequence else self.tokens
 
     def layer(self, number: int) -> LayerBytes:
-        """Of layer ``number`` (from 0), without recompute of whole layers."""
+        """The bytes of layer ``number`` (from 0), without recompute of whole layers."""
         has_experts = number in self._model.moe_layers
         modules = (
             self._settings.recompute_modules if self._settings.recompute == "selective" else []
@@ -105,7 +105,7 @@ class ActivationCounter:
         return LayerBytes(kept, recomputed)
 
     def stage(self, stage: int) -> LayerBytes:
-        """Of all layers of a pipeline stage, by one micro-batch; the head is left out."""
+        """The bytes of all layers of a pipeline stage for one micro-batch, without the head."""
         layers = layers_of_stage(self._parallel, self._model.num_layers, stage)
         each = [self.layer(number) for number in layers]
         if self._settings.recompute == "full":
@@ -237,7 +237,8 @@ class ActivationCounter:
         return total
 
     def _masks(self) -> int:
-        """Of two chunks of each sequence that meet all keys before them (context parallelism)."""
+        """The bytes of the masks: two chunks of each sequence meet all keys before them (context
+        parallelism)."""
         size = self._parallel.context
         if size == 1:
             return 0

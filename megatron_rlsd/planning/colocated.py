@@ -35,7 +35,7 @@ class ServerMemory:
     """Weights and cache: mem_fraction_static of the GPU. A bound: SGLang takes it of what is free
     when it starts."""
     cached_tokens: int
-    """Of one server, over all its GPUs; below 1 nothing can be generated."""
+    """The tokens that one server caches, over all its GPUs; below 1 nothing can be generated."""
     readers: int = 0
     """Server ranks on other GPUs that open rank 0's memory (weight_sync.transport=ipc)."""
 

@@ -61,9 +61,9 @@ class Workload:
 
     update: Pack
     score: Pack
-    """Of the teacher's pass, whose prompts hold the hint too."""
+    """The pack of the teacher's pass, whose prompts hold the hint too."""
     micro_batches: int
-    """Of one data-parallel rank and optimizer step."""
+    """The micro-batches of one data-parallel rank in one optimizer step."""
     responses: int = 0
     """Response tokens of one data-parallel rank and training step."""
     external_teacher: int = 0
@@ -79,7 +79,7 @@ def rank_memory(
     work: Workload,
     kernels: Kernels,
 ) -> RankMemory:
-    """Of a possible layout on ``world_size`` trainer processes."""
+    """The memory of a rank under a possible layout on ``world_size`` trainer processes."""
     parallel, settings = config.parallel, config.model
     whole_latents = kernels == "transformer_engine"
     state = state_bytes(
@@ -157,7 +157,7 @@ def rank_memory(
 
 
 def model_parameters(model: ModelDims, config: Config) -> int:
-    """Of the whole model, a tied embedding once."""
+    """The parameters of the whole model, a tied embedding once."""
     return rank_parameters(model, type(config.parallel)(), 0).total
 
 

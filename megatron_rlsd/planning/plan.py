@@ -29,9 +29,9 @@ class Machine:
     gpus: int
     gpus_per_node: int = 8
     memory_gib: float = 80.0
-    """Of one GPU, as its name says."""
+    """The memory of one GPU, as its name says."""
     reserve_gib: float = 6.0
-    """Of it, for the CUDA context, NCCL, and what the allocator cannot use."""
+    """What is kept of it for the CUDA context, NCCL, and what the allocator cannot use."""
     host_gib: float | None = None
     """Memory of one machine; None: not checked."""
     kernels: Kernels = "cuda"
@@ -55,7 +55,7 @@ class Plan:
     tokens: StepTokens
     work: Workload
     server: ServerMemory | None = None
-    """Of rollout.colocated."""
+    """The colocated server's memory (rollout.colocated)."""
 
     @cached_property
     def time(self) -> StepTime:

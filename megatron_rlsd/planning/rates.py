@@ -9,18 +9,18 @@ from megatron_rlsd.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one GPU, in the units of the name; defaults are those of an H100 SXM in an HGX machine."""
+    """The rates of one GPU, in the units of the names; defaults: an H100 SXM in an HGX machine."""
 
     peak_tflops: float = 989.0
     """Dense bfloat16."""
     product_efficiency: float = 0.6
-    """Of matrix products, as a share of the peak."""
+    """The speed of matrix products, as a share of the peak."""
     fp8_gain: float = 1.5
     """How much faster products in 8 bits are as a whole, quantising included; their peak is 2."""
     attention_efficiency: float = 0.4
     hbm_gbs: float = 3350.0
     hbm_efficiency: float = 0.6
-    """Of the engine's decoding, as a share of the memory's rate."""
+    """The rate of the engine's decoding, as a share of the memory's rate."""
     nvlink_gbs: float = 300.0
     """Each way between GPUs of one machine, as collectives reach it."""
     network_gbs: float = 40.0
@@ -28,9 +28,9 @@ class Rates:
     pcie_gbs: float = 25.0
     """Between a GPU and pinned host memory."""
     disk_gbs: float = 2.0
-    """Of a folder that all machines share, all readers together."""
+    """The rate of a folder that all machines share, all readers together."""
     decode_overhead_ms: float = 3.0
-    """Of one decoding step of the engine, whatever its batch."""
+    """The fixed time of one decoding step of the engine, whatever its batch."""
 
     def with_given(self, given: list[str]) -> Rates:
         """Replace rates by ``name=number`` texts; UserError names an unknown or bad one."""

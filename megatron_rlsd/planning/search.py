@@ -33,7 +33,7 @@ class Found:
     tried: int
     """Layouts that the model and the GPUs allow."""
     smallest: Plan | None
-    """Of those that do not fit, the one with the lowest peak."""
+    """Among those that do not fit, the one with the lowest peak."""
 
 
 def search(config: Config, model: ModelDims, machine: Machine, lengths: Lengths) -> Found:

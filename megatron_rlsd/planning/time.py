@@ -40,7 +40,8 @@ class StepTime:
     communication: float
     """Share of the update."""
     mfu: float
-    """Of the update: operations of one forward and one backward pass by the peak."""
+    """The update's model FLOP utilization: operations of one forward and one backward pass by the
+    peak."""
     overlaps: bool = False
     """Asynchronous: the next rollout runs while this step trains."""
 
@@ -131,7 +132,8 @@ class StepTimer:
         return seconds
 
     def verification(self) -> float:
-        """Of one comparison of all servers: hashing here; theirs is one pass over their memory."""
+        """The time of one comparison of all servers: hashing here; theirs is one pass over their
+        memory."""
         size = self._item * model_parameters(self._model, self._config)
         seconds = HASH_PASSES * size / (self._rates.hbm_gbs * GIGA)
         if self._config.weight_sync.transport == "disk":
@@ -178,7 +180,8 @@ class StepTimer:
         return seconds
 
     def _read_share(self, batch: int) -> float:
-        """Of the weights that one decoding step reads: experts that no token chose are not."""
+        """The share of the weights that a decoding step reads: not the experts that no token
+        chose."""
         model = self._model
         if not model.moe_layers:
             return 1.0

@@ -51,7 +51,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Of one training step, all ranks together."""
+    """The tokens of one training step, all ranks together."""
 
     trajectories: int
     prompt: float
@@ -118,7 +118,7 @@ def workload(config: Config, tokens: StepTokens, data_parallel: int) -> Workload
 
 @lru_cache
 def _parameters_of(hf_path: str | None) -> int:
-    """Of the model in a folder; its config.json must be of a known family."""
+    """The parameters of the model in a folder; its config.json must be of a known family."""
     if hf_path is None:
         return 0
     hf_config = load_hf_config(hf_path)

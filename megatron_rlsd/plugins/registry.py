@@ -122,7 +122,7 @@ class Registry(dict[str, Registered[Code]]):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         except (SyntaxError, UnicodeDecodeError) as error:
-            raise UserError(f"{about}: {path} is no valid Python: {error}") from error
+            raise UserError(f"{about}: {path} is not valid Python: {error}") from error
         defined = _names_bound_by(tree.body)
         # After a star import only running the file would tell; the worker will.
         if attribute not in defined and "*" not in defined:

@@ -40,7 +40,7 @@ class RecordedStep:
     rlsd_lambda: float
     batch: TrainBatch
     scores: Scores
-    """Of all trajectories, whichever rank they were on."""
+    """The scores of all trajectories, whichever rank they were on."""
     metrics: dict[str, float | None]
     """None: no finite number."""
 

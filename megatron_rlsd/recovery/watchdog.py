@@ -166,7 +166,7 @@ class Watchdog:
             try:
                 self._listen(others)
             except RuntimeError:
-                # Nobody else can be asked for.
+                # No other rank can be asked for.
                 others, gone = [], [f"  rank 0 is gone, and its store with it{self._known(0)}"]
                 lost = [0]
                 break

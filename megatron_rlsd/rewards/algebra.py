@@ -32,7 +32,7 @@ def equal_expressions(left: str, right: str, timeout_seconds: int) -> bool:
 
     if _squeezed(left) == _squeezed(right):
         return bool(left.strip())
-    # A time of day is no ratio, and two numbers side by side are no sum.
+    # A time of day is not a ratio, and two numbers side by side are not a sum.
     if any(_TIME.fullmatch(text) or _TWO_NUMBERS.search(text) for text in (left, right)):
         return False
     if left.count("'") != right.count("'"):  # math-verify drops the mark of a derivative
@@ -54,7 +54,7 @@ def _squeezed(text: str) -> str:
 
 @lru_cache(maxsize=64)
 def _read(text: str, timeout_seconds: int) -> Any:
-    """A sympy object with fractions for decimals; None for what is no mathematics."""
+    """A sympy object with fractions for decimals; None for what is not mathematics."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
     from sympy import Basic, MatrixBase

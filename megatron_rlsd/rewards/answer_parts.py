@@ -194,7 +194,8 @@ class Stated:
     names: tuple[str, ...]
     """Sides that name what the value is of; empty where the answer is the value alone."""
     value: str | None
-    """None: a chain of several values, such as 6 = 5, which is no answer; or a whole equation."""
+    """None: a chain of several values, such as 6 = 5, which is not an answer; or a whole
+    equation."""
     is_equation: bool = False
     """It is a relation between variables, such as x^2 + y^2 = 1: the answer is the equation."""
 

@@ -40,7 +40,7 @@ _FONT = re.compile(
     r"|mathtt|mbox|hbox|boldsymbol|bm|operatorname|emph|underline)\s*\{([^{}]*)\}"
 )
 _NOT_A_WORD = re.compile(r"\s*(?:\(?[a-zA-Z]\)?|\\\$|[^a-zA-Z]*)\s*")
-"""Content of a font command that is no text: a letter, a choice such as (B), digits, a sign."""
+"""Content of a font command that is not text: a letter, a choice such as (B), digits, a sign."""
 _UPRIGHT_UNITS = frozenset("msghLlNJKWVACFMT")
 """Letters that are a unit where they stand upright behind a value, and a variable elsewhere."""
 _KEPT_NAMES = {"lcm", "gcd", "tr", "rank", "arccot", "sgn", "Re", "Im"}

@@ -60,7 +60,7 @@ def equal_answers(left: str, right: str, timeout_seconds: int = 3) -> bool:
     - Words are compared as words, whatever their case: ``\text{East}`` is ``east``, not ``seat``.
     - A unit or currency that one of them lacks is ignored; two that differ are not. 5 % is 5 and
       0.05.
-    - ``x = 5`` is ``5`` but not ``y = 5``. A chain of values such as ``6 = 5`` is no answer: it
+    - ``x = 5`` is ``5`` but not ``y = 5``. A chain of values such as ``6 = 5`` is not an answer: it
       equals only itself.
     - One of several choices (A to J) is its letter, with or without its text.
 

@@ -52,7 +52,7 @@ class RewardPool(WorkerPool):
 
         Raises UserError: a worker does not start; with on_error=stop, a function failed (but not
         for a time limit); more than max_error_share of the calls failed, time limits included; a
-        problem's metadata is no JSON.
+        problem's metadata is not JSON.
         """
         tally = Tally(
             samples,

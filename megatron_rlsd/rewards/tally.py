@@ -86,7 +86,7 @@ class Tally:
             elif entry.weight:
                 return RewardResult(None, parts, errors)
         if not math.isfinite(total):
-            reason = f"is {total}, which is no finite number"
+            reason = f"is {total}, which is not a finite number"
             return RewardResult(None, parts, {**errors, "the weighted sum": reason})
         return RewardResult(total, parts, errors)
 

@@ -39,7 +39,7 @@ _POWERS = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "c
 def unit_name(text: str, power: str = "") -> str:
     """The one name of a unit: ``sq. ft`` and ``ft`` with power 2 are both ``foot ^2``.
 
-    power: an exponent that stands behind the text, empty for none. Words that are no known unit
+    power: an exponent that stands behind the text, empty for none. Words that are not a known unit
     are in lower case and without the s of a plural.
     """
     names: list[str] = []

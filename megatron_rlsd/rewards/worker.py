@@ -38,10 +38,10 @@ def call(function: RewardFunction, params: dict[str, Any], sample: RewardInput) 
     """What the function returned, if it is a finite number; else TypeError or ValueError."""
     value: Any = function(sample, **params)
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        raise TypeError(f"returned {value!r:.80}, which is no number")
+        raise TypeError(f"returned {value!r:.80}, which is not a number")
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"returned {number}, which is no finite number")
+        raise ValueError(f"returned {number}, which is not a finite number")
     return number
 
 

@@ -170,7 +170,7 @@ class DecodingBatch:
         return output.logits[:, -1]
 
     def _note_routes(self, rows: list[Row], source: Sequence[int], count: int) -> None:
-        """Of a pass over ``count`` sequences; ``source``: each row's among them."""
+        """Note the routes of a pass over ``count`` sequences; ``source``: each row's among them."""
         if self.recorder is not None:
             routes = self.recorder.take(count)
             for row, index in zip(rows, source, strict=True):

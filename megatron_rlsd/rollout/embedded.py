@@ -272,7 +272,7 @@ def model_name(name: str) -> str:
 
 
 def joined_name(name: str) -> str | None:
-    """The joined parameter that holds this expert's tensor; None: it is no expert's."""
+    """The joined parameter that holds this expert's tensor; None: it is not an expert's."""
     found = EXPERT.fullmatch(model_name(name))
     if found is None or found[3] not in PARTS:
         return None
@@ -281,7 +281,7 @@ def joined_name(name: str) -> str | None:
 
 def part(name: str, joined: Tensor) -> Tensor | None:
     """The view of ``joined`` [experts, rows, columns] that the tensor ``name`` fills; None: there
-    is no such expert."""
+    is not such an expert."""
     found = EXPERT.fullmatch(model_name(name))
     assert found is not None
     expert, half = int(found[2]), PARTS[found[3]][1]

@@ -20,7 +20,7 @@ class RoutesShape:
     """What a model's routes look like."""
 
     has_experts: tuple[bool, ...]
-    """Of each layer."""
+    """For each layer: does it have experts?"""
     num_experts: int
     experts_per_token: int
 
@@ -38,7 +38,7 @@ class RoutesShape:
         return None
 
     def text_bytes(self, tokens: int) -> int:
-        """Of the base64 that ``decode`` takes."""
+        """The length of the base64 that ``decode`` takes."""
         return -(-4 * tokens * len(self.has_experts) * self.experts_per_token // 3) * 4 + 4
 
     def decode(self, text: Any, tokens: int) -> Tensor | str:
@@ -81,7 +81,7 @@ class RouteRecorder:
         return note
 
     def take(self, rows: int) -> Tensor:
-        """Of the last forward pass: [rows, tokens of each row, layers, K] int16."""
+        """Take the routes of the last forward pass: [rows, tokens of each row, layers, K] int16."""
         some = next(iter(self._chosen.values()))
         routes = some.new_zeros(some.shape[0], len(self._layers), self._shape.experts_per_token)
         for layer, chosen in self._chosen.items():

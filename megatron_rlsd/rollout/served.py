@@ -38,7 +38,7 @@ class ServedEngine:
 
     @property
     def longest_prompt(self) -> int | None:
-        """Of the server that takes the least, on rank 0 once servers were ready."""
+        """The limit of the server that takes the least; known on rank 0 once servers were ready."""
         return None if self._servers is None else self._servers.longest_prompt
 
     def generate(self, requests: list[GenerationRequest]) -> list[Generation]:

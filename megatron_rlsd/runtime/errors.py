@@ -60,7 +60,7 @@ def mendable(error: BaseException) -> UserError | None:
 
 
 def _in_others_words(text: str) -> int | None:
-    """The system's answer in an error of a library that is no Python."""
+    """The system's answer in an error of a library that is not Python."""
     if found := re.search(r"\(os error (\d+)\)", text):  # Rust: safetensors
         return int(found[1])
     return next((number for number in WAYS_OUT if os.strerror(number) in text), None)  # C++: gloo

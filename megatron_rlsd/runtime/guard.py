@@ -55,7 +55,7 @@ def main(starter: int, grace_seconds: float, apart: bool, command: list[str]) ->
     while status is None and os.getppid() == starter:
         told = signal.sigtimedwait(heard, POLL_SECONDS)
         status = reap(child)
-        # After SIGSTOP and SIGCONT of this process, Python 3.11 returns a number nobody sent.
+        # After SIGSTOP and SIGCONT of this process, Python 3.11 returns a number that was not sent.
         if told is not None and told.si_signo in (END, END_NOW):
             grace_seconds *= told.si_signo == END
             break

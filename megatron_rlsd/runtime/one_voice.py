@@ -53,7 +53,7 @@ def is_first_to_say(text: str) -> bool:
 def after_rank_zero(patience: float) -> None:
     """On ranks other than 0: wait until rank 0 has found the run possible; it ends it otherwise.
 
-    patience: seconds to wait at most. Without a store nobody waits here.
+    patience: seconds to wait at most. Without a store there is no wait.
     """
     if rank() and (store := _store()) is not None:
         # If it does not come, the ranks meet again where they form their group, which is bounded.

@@ -190,7 +190,7 @@ class Claim:
         return "dead"
 
     def _unreadable(self) -> bool:
-        """What is there names nobody: it is just being written, or is damaged and goes away."""
+        """What is there names no owner: it is just being written, or is damaged and goes away."""
         end = time.monotonic() + 2 * BEAT_SECONDS
         while time.monotonic() < end:
             if read_owner(self._folder) is not None or not self._path.exists():
@@ -268,7 +268,7 @@ class Claim:
 
 
 def read_owner(folder: str | Path) -> Owner | None:
-    """Who owns a folder; None: nobody. Raises OSError."""
+    """The owner of a folder, or None. Raises OSError."""
     return _read(Path(folder) / OWNER_NAME)
 
 

@@ -9,9 +9,9 @@ from megatron_rlsd.runtime.errors import UserError
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """The file as text. Raises UserError if it is no file, too large or not UTF-8.
+    """The file as text. Raises UserError if it is not a file, too large or not UTF-8.
 
-    A device or a pipe is no file: reading one may never end.
+    A device or a pipe is not a file: reading one may never end.
     """
     try:
         if not path.is_file():
@@ -29,7 +29,7 @@ def own_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """Files in ``folder`` that match a pattern, those in matching subfolders included, by name.
 
     Raises UserError for a link that leads out of the folder, whose target a copy would give away,
-    and for what is no regular file. Links of a snapshot in the Hugging Face cache into its
+    and for what is not a regular file. Links of a snapshot in the Hugging Face cache into its
     ``blobs`` do not lead out.
     """
     found: dict[Path, None] = {}
@@ -52,4 +52,4 @@ def _check_own(file: Path, folder: Path) -> None:
             f"{file} is a link out of its folder, to {target}; put a copy of the file in its place"
         )
     if not target.is_file():
-        raise UserError(f"{file} is no regular file")
+        raise UserError(f"{file} is not a regular file")

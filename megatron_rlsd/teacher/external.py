@@ -24,7 +24,7 @@ class ExternalTeacher:
     """Holds the whole model on this rank; the ranks that share sequences share the work.
 
     Sequences are scored one at a time, from the last hidden states, without full logits. The model
-    is loaded in the student's precision; it is no part of checkpoints, since it never changes.
+    is loaded in the student's precision; it is not part of checkpoints, since it never changes.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def another_response(group: Group, eligible: Sequence[bool]) -> list[str | None]
     """For each response the text of the next eligible one, in a circle, never its own.
 
     A teacher that has read the very response that it scores only copies. Responses without text
-    are no hint.
+    are not hints.
     """
     texts = [t.told.strip() for t in group.trajectories]
     count = len(texts)

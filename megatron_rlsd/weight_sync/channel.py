@@ -142,7 +142,7 @@ def new_group(
     """Rank 0's end; waits for the others with gloo, and with nccl in the first collective.
 
     The store's prefixes are those that torch and SGLang's init_weights_update_group put before the
-    keys of their ends. The group is no part of torch's global registry.
+    keys of their ends. The group is not part of torch's global registry.
     """
     kind = next(iter(BackendConfig(Backend(backend)).get_device_backend_map()))
     for prefix in (name, f"{name}/", f"{kind}/"):
@@ -163,7 +163,8 @@ def new_group(
 
 
 def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
-    """Run blocking ``work`` in a thread that nobody has to wait for, not even the program's end."""
+    """Run blocking ``work`` in a thread that nothing has to wait for, not even the program's
+    end."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
 

@@ -52,7 +52,7 @@ class Rank:
     rank: int
     size: int
     kv_heads: int
-    """Of the whole model: ranks beyond their number hold copies."""
+    """The key-value heads of the whole model: ranks beyond their number hold copies."""
     intermediate_multiple: int = 1
     """What each rank's part of the intermediate size is filled up to."""
 
@@ -133,7 +133,7 @@ class ParameterHashes:
         Hugging Face name, are left out."""
         self._rank = rank
         self._elements: dict[str, int] = {}
-        """Of each parameter."""
+        """The number of elements of each parameter."""
         self._places: dict[str, list[tuple[str, int]]] = {}
         """Hugging Face name -> parameters that it is part of, and at which element it begins."""
         self._missing: dict[str, int] = {}
@@ -163,7 +163,7 @@ class ParameterHashes:
                 self._results[parameter] = self._hashes.pop(parameter).result()
 
     def digests(self) -> dict[str, str]:
-        """Of every parameter whose tensors have all come."""
+        """The digest of every parameter whose tensors have all come."""
         results = torch.stack(list(self._results.values())).tolist() if self._results else []
         return {name: digest(result) for name, result in zip(self._results, results, strict=True)}
 

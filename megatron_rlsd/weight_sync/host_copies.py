@@ -1,4 +1,4 @@
-"""Buckets on their way from the GPU to main memory, which nobody waits for."""
+"""Copies buckets from the GPU to main memory without waiting for them."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from megatron_rlsd.weight_sync.errors import WeightSyncError
 
 PARITY_PROMPTS = 4
 MAX_PARITY_TOKENS = 512
-"""Of the fixed text: training prompts, and tokens of each."""
+"""The size of the fixed text: training prompts, and tokens of each."""
 Scores = list[list[float]]
 """Per sequence, the log-probabilities of all its tokens but the first, at temperature 1."""
 

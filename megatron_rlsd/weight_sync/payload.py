@@ -72,7 +72,7 @@ def start_janitor() -> subprocess.Popen[bytes]:
 
 
 def _prefix() -> str:
-    """Of the names that readers are given."""
+    """The prefix of the names that readers are given."""
     return f"rlsd_{os.getpid()}_"
 
 

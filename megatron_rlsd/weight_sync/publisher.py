@@ -17,7 +17,7 @@ class Transport(Protocol):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of the last publication, on rank 0."""
+        """The metrics of the last publication, on rank 0."""
 
     def publish(self, tensors: Stream, version: int) -> None:
         """Called on every rank; each runs the stream to its end. The engine samples with these

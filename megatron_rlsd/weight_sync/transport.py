@@ -32,13 +32,13 @@ class SyncSettings:
     source: Path
     """The folder that the servers were started with: its shapes must be the stream's."""
     dtype: torch.dtype | None
-    """Of what is published (floating-point tensors); None: the stream's."""
+    """The dtype of published floating-point tensors; None: the stream's."""
     device: torch.device
     """The trainer's."""
     update_seconds: float
-    """Of each request to a server."""
+    """The limit for each request to a server."""
     bucket_bytes: int
-    """Of tensors that travel or are written together."""
+    """The bytes of tensors that travel or are written together."""
     verify_interval: int
     """Versions between comparisons of what the servers hold with what was sent, the first
     publication always; 0: none."""
@@ -53,7 +53,7 @@ class WeightTransport(ABC):
         self._version: int | None = None
         self._verifier = Verifier(settings.source, self._held, seconds=self._seconds)
         self.metrics: dict[str, float] = {}
-        """Of the last publication, on rank 0."""
+        """The metrics of the last publication, on rank 0."""
 
     def publish(self, tensors: Stream, version: int) -> None:
         """Called on every rank, at the same point of the program; each rank runs the stream to its

@@ -74,7 +74,7 @@ class Verifier:
         self._expected: dict[Key, asyncio.Task[dict[str, str]]] = {}
         """Servers alike share the work."""
         self._names: list[list[str]] = []
-        """Of each tensor-parallel rank, as a server reported them last."""
+        """The names on each tensor-parallel rank, as a server reported them last."""
         self._hashes: dict[Key, ParameterHashes] = {}
 
     def new_version(self, version: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2**24
-"""Of a piece that are hashed together; intermediate results take about six times as much."""
+"""The bytes that are hashed together; intermediate results take about six times as much."""
 
 _TILE = 8192
 _WORD = 2**32 - 1
@@ -23,7 +23,8 @@ _ROTATIONS = (15, 13)
 
 
 class WordHash:
-    """Of a parameter of ``nbytes``, the last word filled up with zeros; sums are on ``device``."""
+    """The hash of a parameter of ``nbytes``, the last word filled up with zeros; sums are on
+    ``device``."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._nbytes, self._device = nbytes, device

@@ -42,7 +42,7 @@ class Job:
     """The first call without an outcome."""
 
     def line(self) -> bytes:
-        """Raises TypeError or ValueError where the problem's metadata is no JSON."""
+        """Raises TypeError or ValueError where the problem's metadata is not JSON."""
         return encode(
             {
                 "job": self.number,

@@ -93,20 +93,20 @@ class WorkerPool:
         """Every call of these jobs gets its outcome. One caller at a time; others wait.
 
         Raises what an outcome raises, and UserError: a worker does not start; a problem's
-        metadata is no JSON.
+        metadata is not JSON.
         """
         if not any(queues):
             return
         with self._lock:
             for slot, worker in self._living():
-                if worker.has_exited():  # between two calls: nobody is to blame
+                if worker.has_exited():  # between two calls: no call is to blame
                     self._end(slot)
             try:
                 while any(queues) or any(worker.jobs for _, worker in self._living()):
                     self._start_missing_workers()
                     self._assign(queues)
                     self._serve(queues)
-            finally:  # after an error, calls nobody waits for any more
+            finally:  # after an error, calls whose results are no longer wanted
                 for slot, worker in self._living():
                     if worker.jobs:
                         self._end(slot)

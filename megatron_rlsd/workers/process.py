@@ -73,7 +73,7 @@ class WorkerProcess:
         return bool(self._outgoing)
 
     def give(self, job: Job, timeout_seconds: float) -> None:
-        """Raises TypeError or ValueError where the problem's metadata is no JSON."""
+        """Raises TypeError or ValueError where the problem's metadata is not JSON."""
         line = job.line()
         if not self.jobs:  # an idle worker takes it at once
             self.allow(timeout_seconds)

@@ -73,3 +73,14 @@ def test_the_rooms_and_their_arrows(graph: grimp.ImportGraph) -> None:
         for name in layer.split(" | "):
             to = sorted(arrows[name], key=listed.index)
             print(f"    {name} -> {', '.join(to) or 'nothing'}")
+
+
+def test_no_docstring_begins_with_a_genitive_fragment() -> None:
+    """A fragment such as "Of each layer." does not say what it documents."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / PACKAGE).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if line.lstrip().startswith(('"""Of ', "# Of "))
+    ]
+    assert not found

@@ -72,7 +72,7 @@ def test_settings_are_those_given_but_for_what_serving_needs(served: Callable[..
     assert settings.port in FREE_PORTS
     assert announced_urls(settings) == [f"http://127.0.0.1:{settings.port + i}" for i in range(3)]
     assert settings_to_serve(served(port=40000)).port == 40000
-    # What a server binds to be reached from anywhere is no address for anyone.
+    # What a server binds to be reached from anywhere is not an address for anyone.
     anywhere = SGLangConfig(host="0.0.0.0", port=7)
     assert announced_urls(anywhere) == [f"http://{socket.gethostname()}:7"]
 

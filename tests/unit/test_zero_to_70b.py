@@ -61,7 +61,7 @@ def check_sbatch(variables: dict[str, str], words: list[str]) -> None:
     at = words.index(SCRIPT)
     text = (ROOT / SCRIPT).read_text()
     for name in variables:
-        assert f"{name}=${{{name}:-" in text, f"{name} is no setting of {SCRIPT}"
+        assert f"{name}=${{{name}:-" in text, f"{name} is not a setting of {SCRIPT}"
     config = "tiny_slurm" if variables.get("TINY") == "1" else "llama_70b"
     load_config(ROOT / f"examples/configs/{config}.yaml", words[at + 1 :])
     check_options("sbatch", words[:at])

@@ -21,8 +21,8 @@ def closeness(sample: RewardInput, *, tolerance: float) -> float:
     """1 where the response's last number is the answer, falling to 0 where it is off by
     ``tolerance`` of it; 0 for a response that was cut off or has no number.
 
-    Raises ValueError where the problem's answer is no number: the response then has no verdict, and
-    the share of such calls is a metric.
+    Raises ValueError where the problem's answer is not a number: the response then has no verdict,
+    and the share of such calls is a metric.
     """
     found = NUMBER.findall(sample.response)
     if sample.finish_reason != "stop" or not found:

@@ -105,7 +105,7 @@ def head_dim(hf_config: HFConfig) -> int:
     hidden, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
     if hidden % heads:
         raise UserError(
-            f"head_dim is missing and hidden_size={hidden} is no multiple of "
+            f"head_dim is missing and hidden_size={hidden} is not a multiple of "
             f"num_attention_heads={heads}"
         )
     return int(hidden // heads)

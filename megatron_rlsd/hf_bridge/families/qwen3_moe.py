@@ -15,7 +15,7 @@ from megatron_rlsd.hf_bridge.family import Family, ParameterTable
 
 
 def _has_experts(hf_config: HFConfig) -> list[bool]:
-    """Of each layer."""
+    """For each layer: does it have experts?"""
     dense = hf_config.get("mlp_only_layers") or []
     step = hf_config.get("decoder_sparse_step") or 1
     layers = range(hf_config["num_hidden_layers"])

@@ -20,7 +20,7 @@ SCRIPTS = ("dom.js", "curves.js", "phases.js", "credit.js", "main.js")
 def report_page(run_dirs: Sequence[Path], limits: Limits = DEFAULT_LIMITS) -> str:
     """The page about these runs, in this order; it loads nothing from anywhere.
 
-    Raises ValueError that names a folder that is no run, or is given twice.
+    Raises ValueError that names a folder that is not a run, or is given twice.
     """
     runs = [
         {"name": name, **run_data(path, limits)}

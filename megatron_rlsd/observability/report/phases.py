@@ -22,7 +22,7 @@ def phase_data(records: list[dict[str, Any]], bars: int) -> dict[str, Any]:
     """
     steps = [record for record in records if record.get(STEP_TIME) is not None]
     names = list(dict.fromkeys(n for r in steps for n in r if n.startswith("time/")))
-    # What lies between steps is reported with the one that follows, but is no part of its time.
+    # What lies between steps is reported with the one that follows, but is not part of its time.
     between = {f"time/{name}_s" for name in BETWEEN_STEPS}
     inside = [name for name in names if name != STEP_TIME and name not in between]
     count = min(bars, len(steps))

@@ -54,7 +54,7 @@ def run_data(run_dir: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no metrics.jsonl")
+        raise UserError(f"{run_dir} is not a run folder: it has no metrics.jsonl")
     records = read_metrics(metrics)
     settings = _settings(run_dir / "config.yaml")
     return {
@@ -71,7 +71,7 @@ def run_data(run_dir: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
 
 
 def _series(records: list[dict[str, Any]], points: int) -> dict[str, list[list[float]]]:
-    """Metric -> [steps, values], without what is no finite number."""
+    """Metric -> [steps, values], without what is not a finite number."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for record in records:
         for name, value in record.items():

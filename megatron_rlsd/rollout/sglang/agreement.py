@@ -70,12 +70,12 @@ class Libraries:
 
 @cache
 def own_libraries() -> Libraries:
-    """Of this very process."""
+    """The libraries of this very process."""
     return Libraries.of(sys.executable, loaded_libraries())
 
 
 def server_libraries(config: SGLangConfig) -> Libraries:
-    """Of servers that ``config`` starts, asked of their Python in their environment.
+    """The libraries of servers that ``config`` starts: their Python, in their environment, says.
 
     Raises EngineError if that Python is missing or has no torch that can be imported.
     """

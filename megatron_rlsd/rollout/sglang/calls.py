@@ -86,7 +86,7 @@ class Stay:
     ) -> None:
         self.work, self.server, self.rid = work, server, rid
         self.version, self.publications = version, publications
-        """Of the weights when it began, and how many updates had begun by then."""
+        """The weights' version when it began, and how many updates had begun by then."""
         self.task: asyncio.Task[Generation] | None = None
         self.lost_reason: str | None = None
 

@@ -29,8 +29,8 @@ KEEP_ALIVE_SECONDS = 2.0
 """Shorter than the server's 5 s: a connection that it closes just as it is used again would look
 like a server that died."""
 CONTROL_BYTES = 1 << 24
-"""Of any answer but those to /generate. The longest has a checksum of about 100 bytes for each
-parameter."""
+"""The most bytes of any answer but those to /generate. The longest has a checksum of about 100
+bytes for each parameter."""
 
 
 class ServerFacts(Strict):
@@ -52,7 +52,7 @@ class ServerFacts(Strict):
 
     @property
     def max_tokens(self) -> int:
-        """Of one request, prompt and response, that it answers in full."""
+        """The most tokens of one request, prompt and response, that it answers in full."""
         return min(self.max_prompt, self.cache_tokens - 2 * self.page_size - 1)
 
 
@@ -107,7 +107,7 @@ class SGLangClient:
         return await self._request("POST", "/generate", body, timeout, max_bytes)
 
     async def abort(self, rid: str, *, timeout: float = 5.0) -> None:
-        """Stop a request that nobody waits for any more, if it still runs.
+        """Stop a request whose answer is no longer wanted, if it still runs.
 
         SGLang aborts every request whose id *begins* with ``rid``.
         """
@@ -261,7 +261,7 @@ class SGLangClient:
         return [rank.checksums for rank in told.ranks]
 
     async def _servers_behind(self, timeout: float) -> list[str]:
-        """The URLs that a router (sglang-router) lists; none: it is no router."""
+        """The URLs that a router (sglang-router) lists; none: it is not a router."""
         try:
             found = await self.call("GET", "/workers", timeout=timeout)
             return [str(worker["url"]) for worker in found["workers"]]

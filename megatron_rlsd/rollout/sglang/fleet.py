@@ -432,7 +432,7 @@ class Fleet:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            # Nobody awaits these tasks, and silence would look like a hang.
+            # These tasks are not awaited, and silence would look like a hang.
             for call in list(self._calls):
                 call.fail(_bug(error))
 

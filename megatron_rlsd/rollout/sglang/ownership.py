@@ -42,7 +42,7 @@ class Owner:
     """12 hexadecimal digits, new with each start of a trainer."""
     host: str
     address: str
-    """Of the trainer, on the way to this server."""
+    """The trainer's address on the way to this server."""
     port: int
 
     def label(self, version: str) -> str:
@@ -128,7 +128,7 @@ def address_towards(url: str) -> str:
         found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)
         family, kind, _, _, target = found[0]
         with socket.socket(family, kind) as probe:
-            # Of a datagram socket this sends nothing.
+            # With a datagram socket this sends nothing.
             probe.connect(target)
             return str(probe.getsockname()[0])
     except OSError as error:

@@ -39,7 +39,7 @@ expandable_segments, and SGLang chooses its own number of connections."""
 class ServerProcess:
     """Starts on construction; ``log`` gets its output, in addition to what is there already.
 
-    Nobody but the user may read the log: what servers print is not ours to judge.
+    Only the user may read the log: what servers print is not ours to judge.
     """
 
     def __init__(self, command: list[str], env: Mapping[str, str], log: Path) -> None:
@@ -210,7 +210,7 @@ def on_cpu(config: SGLangConfig) -> bool:
 
 
 def free_port(host: str, count: int = 1) -> int:
-    """The first of ``count`` neighbouring ports that nobody listens on just now."""
+    """The first of ``count`` neighbouring ports that are free just now."""
     reason: OSError | None = None
     for first in random.SystemRandom().sample(FREE_PORTS, 200):
         with contextlib.ExitStack() as probes:

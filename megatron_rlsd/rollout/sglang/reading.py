@@ -1,4 +1,4 @@
-"""Servers that run already and may be somebody else's: asked for responses, and left as they are.
+"""Samples from servers that run already, perhaps another run's, and leaves them as they are.
 
 Unlike ``SGLangEngine`` this neither pauses servers, nor lets paused ones go on, nor names their
 weights. Whoever owns them may give them other weights meanwhile, which shows in ``labels``.
@@ -48,7 +48,7 @@ class ReadingEngine:
 
     @property
     def weight_version(self) -> int:
-        """Of the weights that answered last, an index of ``labels``."""
+        """The version of the weights that answered last, an index of ``labels``."""
         return max(0, len(self.labels) - 1)
 
     def models(self) -> dict[str, str]:

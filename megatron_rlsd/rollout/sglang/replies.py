@@ -17,13 +17,13 @@ from megatron_rlsd.types import FinishReason, Generation, GenerationRequest
 ROUNDING = 1e-3
 """A log-probability may exceed 0 by rounding, not by more."""
 REPLY_BYTES = 1 << 16
-"""Of an answer without any token."""
+"""The size of an answer without any token."""
 TOKEN_BYTES = 256
 """Most that an answer says of one token: its id, its log-probability (about 50 bytes), its text
 where a server was started with a tokenizer, and a span of weight versions."""
 
 Count = Annotated[int, Field(ge=0)]
-# Of a million bad entries the first says enough; a list of all errors would fill the memory.
+# The first of a million bad entries says enough; a list of all errors would fill the memory.
 Ids = Annotated[list[Count], FailFast()]
 Entries = Annotated[list[tuple[float | None, int, Any]], FailFast()]
 """[log-probability or null, token id, text or null] each."""
@@ -131,8 +131,8 @@ def parse_generation(
 ) -> Generation:
     """The generation in a reply of POST /generate; one that was aborted has what there was by then.
 
-    An abort that comes with or after a response's last token is no interruption: the response is
-    finished, by the stop token that it ends in (``stop``) or with all its tokens (``length``).
+    An abort that comes with or after a response's last token is not an interruption: the response
+    is finished, by the stop token that it ends in (``stop``) or with all its tokens (``length``).
 
     versions: label -> weight version, for the weights that may have sampled it, oldest first.
     Raises ServerFault that names the server, the request and what was expected: for an answer to
@@ -206,7 +206,7 @@ def _routed_experts(
         return None
     found = routes.decode(text, tokens)
     if isinstance(found, str):
-        # Of a response that an update interrupts the next stay brings the routes as well.
+        # After an update interrupts a response, its next stay brings the routes as well.
         return None if finish == "abort" else bad(f"the routed experts of {tokens} tokens", found)
     return found
 

@@ -144,7 +144,7 @@ def test_megatron_takes_the_fields(fp8: str) -> None:
     ("fp8", "message"),
     [
         ("none", "needs fp8=blockwise, got fp8=none: there are no 8-bit products"),
-        ("current", "its scales are no powers of two"),
+        ("current", "its scales are not powers of two"),
         ("mxfp8", "gathers such weights in bfloat16"),
     ],
 )
@@ -175,7 +175,7 @@ def test_parameters_in_8_bits_need_a_release_and_powers_of_two(
     with pytest.raises(UserError, match=r"transformer-engine >= 2\.8, found 2\.7\.1"):
         check_fp8(precision, (9, 0), "2.7.1", "13.0")
     monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
-    with pytest.raises(UserError, match="SCALES unset or 0: with scales that are no powers"):
+    with pytest.raises(UserError, match="SCALES unset or 0: with scales that are not powers"):
         check_fp8(precision, (9, 0), "2.8.0", "13.0")
 
 

@@ -237,7 +237,9 @@ def test_a_chat_template_is_a_text_a_file_or_one_of_the_folders_names(tmp_path: 
     wanted = loaded(folder, chat_template=CHATML).apply_chat_template(user("x"))
     for given in ("rag", str(file)):
         assert loaded(folder, chat_template=given).apply_chat_template(user("x")) == wanted
-    with pytest.raises(UserError, match=r"'foo' is no Jinja template.*has the templates rag, tool"):
+    with pytest.raises(
+        UserError, match=r"'foo' is not a Jinja template.*has the templates rag, tool"
+    ):
         loaded(folder, chat_template="foo")
     with pytest.raises(UserError, match=r"/none/x\.jinja is missing"):
         loaded(folder, chat_template="/none/x.jinja")
@@ -304,12 +306,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("generation_config.json", {"eos_token_id": [2, None]}, r"eos_token_id must be a token id"),
     ("generation_config.json", {"eos_token_id": True}, r"eos_token_id must be a token id"),
     ("generation_config.json", {"eos_token_id": -1}, r"eos_token_id must be a token id"),
-    ("generation_config.json", {"eos_token_id": [2, 99999]}, r"no id of the tokenizer"),
+    ("generation_config.json", {"eos_token_id": [2, 99999]}, r"not an id of the tokenizer"),
     ("generation_config.json", [1], r"must hold an object, got list"),
     ("config.json", {"eos_token_id": {"a": 1}}, r"eos_token_id must be a token id"),
     ("tokenizer_config.json", {"eos_token": 2}, r"eos_token must be a token's text"),
     ("tokenizer_config.json", {"eos_token": {"lstrip": True}}, r"eos_token must be a token's"),
-    ("tokenizer_config.json", {"eos_token": "<none>"}, r"eos_token='<none>' is no token of"),
+    ("tokenizer_config.json", {"eos_token": "<none>"}, r"eos_token='<none>' is not a token of"),
     ("tokenizer_config.json", {"chat_template": 5}, r"chat_template must be a text"),
     ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, r"chat_template must be a text"),
     ("tokenizer_config.json", {"additional_special_tokens": 1}, r"additional_special_tokens must"),
@@ -320,8 +322,8 @@ WRONG: list[tuple[str, Any, str]] = [
         r"gives '<\|im_end\|>' the id 9, tokenizer\.json gives it 2",
     ),
     ("special_tokens_map.json", {"pad_token": []}, r"pad_token must be a token's text"),
-    ("tokenizer.json", {"model": 1}, "is no tokenizer"),
-    ("tokenizer.json", "[" * 100_000, "is no tokenizer"),
+    ("tokenizer.json", {"model": 1}, "is not a tokenizer"),
+    ("tokenizer.json", "[" * 100_000, "is not a tokenizer"),
     ("config.json", '{"a":' * 100_000, "nested too deep"),
     ("tokenizer_config.json", "\xff\xfe", "is not UTF-8|is not valid JSON"),
 ]

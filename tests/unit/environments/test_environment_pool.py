@@ -67,13 +67,13 @@ FAILURES = {
     "memory": "MemoryError",
     "raise": "KeyError: 'missing thing'",
     "leave": "SystemExit: leaving",
-    "none": "step returned None, which is no Observation and no text",
+    "none": "step returned None, which is neither an Observation nor text",
     "number": "step returned 7, which",
     "pair": "step returned ('a', False), which",
     "half": "UnicodeEncodeError",
-    "nan": "the reward nan, which is no finite number",
+    "nan": "the reward nan, which is not a finite number",
     "not text": "the text 3, which is none",
-    "no number": "the reward '1', which is no number",
+    "no number": "the reward '1', which is not a number",
 }
 
 Make = Callable[..., EnvironmentPool]

@@ -140,7 +140,7 @@ def test_what_leads_out_of_the_folder_is_refused_before_anything_is_written(
             save_hf_folder(tensors_of(source), tmp_path / "out", source)
         link.unlink()
         os.mkfifo(link)
-        with pytest.raises(UserError, match="is no regular file"):
+        with pytest.raises(UserError, match="is not a regular file"):
             save_hf_folder(tensors_of(source), tmp_path / "out", source)
         link.unlink()
         assert not (tmp_path / "out").exists()

@@ -303,7 +303,7 @@ def test_damaged_line_in_the_middle_is_reported(logger: MakeLogger) -> None:
     with logger() as log:
         log.step(0, {})
     log.metrics_path.write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2 is no line of metrics: 'nonsense'"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is not a line of metrics: 'nonsense'"):
         logger(resume_step=2).__enter__()
 
 

@@ -111,4 +111,4 @@ def test_chosen_steps_are_profiled_on_chosen_ranks(tmp_path: Path) -> None:
             e.get("name") for e in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
         }
         assert "aten::sin" in names
-        assert "aten::cos" not in names  # the evaluation is no part of the step
+        assert "aten::cos" not in names  # the evaluation is not part of the step

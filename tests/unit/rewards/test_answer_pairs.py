@@ -49,7 +49,7 @@ def test_every_pair_gets_its_verdict_in_both_directions(answer: Answer) -> None:
 @pytest.mark.parametrize(
     ("left", "right"),
     [
-        # Words are no products of letters.
+        # Words are not products of letters.
         ("east", "seat"),
         (r"\text{east}", "seat"),
         ("listen", "silent"),
@@ -62,7 +62,7 @@ def test_every_pair_gets_its_verdict_in_both_directions(answer: Answer) -> None:
         (r"(\frac{1}{2^{99}}, 1)", r"(\frac{1}{2^{98}}, 1)"),
         (r"\frac{10^{50}+1}{10^{50}}", "1"),
         ("0.1000000000000000000001", "0.1"),
-        # Chains of values are no answer, and an equation is not its right-hand side.
+        # Chains of values are not an answer, and an equation is not its right-hand side.
         ("5", "6=5"),
         ("5", "2+3=5"),
         ("5", "x = 6 = 5"),

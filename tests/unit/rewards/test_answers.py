@@ -51,7 +51,7 @@ def test_pattern_takes_group_1_of_its_last_match() -> None:
 def test_patterns_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="no group"):
         check_answer_pattern("answer")
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         check_answer_pattern("(answer")
 
 

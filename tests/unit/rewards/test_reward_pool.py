@@ -66,13 +66,13 @@ FAILURES = {
     "raise": "KeyError: 'missing thing'",
     "close": "its worker process died",
     "forge": "its worker broke the pool's protocol",
-    "nan": "ValueError: returned nan, which is no finite number",
-    "inf": "ValueError: returned inf, which is no finite number",
-    "none": "TypeError: returned None, which is no number",
-    "text": "TypeError: returned '1.0', which is no number",
-    "list": "TypeError: returned [1.0], which is no number",
+    "nan": "ValueError: returned nan, which is not a finite number",
+    "inf": "ValueError: returned inf, which is not a finite number",
+    "none": "TypeError: returned None, which is not a number",
+    "text": "TypeError: returned '1.0', which is not a number",
+    "list": "TypeError: returned [1.0], which is not a number",
     "huge": "OverflowError",
-    "complex": "TypeError: returned 1j, which is no number",
+    "complex": "TypeError: returned 1j, which is not a number",
 }
 
 
@@ -91,7 +91,7 @@ def test_each_failure_costs_its_own_call_only(pool: Pool, sample: Sample) -> Non
             assert result.errors == {}
             assert result.value == fine[response] + len(response)
         else:
-            # What the other function said of it is no verdict.
+            # What the other function said of it is not a verdict.
             assert result.value is None
             assert list(result.errors) == ["reward"]
             assert result.errors["reward"].startswith(FAILURES[response])

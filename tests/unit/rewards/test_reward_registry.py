@@ -23,7 +23,7 @@ def test_unknown_name_lists_the_known_ones(pool: Pool) -> None:
     [
         ({"name": "format"}, r"missing a required argument: 'pattern'; it is format_reward\("),
         ({"name": "exact_match", "params": {"numerc": True}}, "unexpected keyword argument 'num"),
-        ({"name": "exact_match", "params": {"pattern": "(a"}}, "is no regular expression"),
+        ({"name": "exact_match", "params": {"pattern": "(a"}}, "is not a regular expression"),
         ({"name": "reasoning_gym", "params": {"pattern": "a"}}, "group 1 is the answer"),
         ({"name": "length", "params": {"buffer_tokens": 0}}, "buffer_tokens must be"),
         ({"name": "math_verify", "params": {"timeout_seconds": 0.5}}, "whole seconds"),
@@ -40,7 +40,7 @@ def test_what_cannot_work_is_refused_when_the_pool_is_built(
 def test_missing_function_and_broken_file_are_refused_without_running_the_file(pool: Pool) -> None:
     with pytest.raises(UserError, match=r"does not define 'reward'; it defines: helper, other"):
         pool("reward", source="raise SystemExit\nimport os as helper\ndef other(s): return 1")
-    with pytest.raises(UserError, match=r"is no valid Python: .*line 1"):
+    with pytest.raises(UserError, match=r"is not valid Python: .*line 1"):
         pool("reward", source="def reward(:")
 
 

@@ -63,7 +63,7 @@ def test_a_complete_folder_is_left_as_it_is(model_folder: Path):
 
 def test_a_folder_with_something_else_in_it_is_not_touched(tool: ModuleType, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="no complete SmolLM2 folder"):
+    with pytest.raises(UserError, match="not a complete SmolLM2 folder"):
         tool.fetch(tmp_path, torch.float32)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -286,7 +286,7 @@ def test_the_credit_view_is_bounded_by_tokens(page_file: Path) -> None:
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, page_file: Path) -> None:
     ended = report(tmp_path)
     assert ended.returncode == 2
-    assert f"error: {tmp_path} is no run folder" in ended.stderr
+    assert f"error: {tmp_path} is not a run folder" in ended.stderr
     run = page_file.parent / "short"
     assert "is named twice" in report(run, run, "--out", tmp_path / "x.html").stderr
     assert not (tmp_path / "x.html").exists()
