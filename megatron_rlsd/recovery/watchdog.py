@@ -315,17 +315,37 @@ def _failed_collective(error: BaseException) -> str | None:
     while trace is not None:
         stack.append((trace.tb_frame, trace.tb_lineno))
         trace = trace.tb_next
-    return _innermost_call(stack)
+    if call := _innermost_call(stack):
+        return call
+    # What an asynchronous collective returns waits outside of Python.
+    failed = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
+    return f"wait (called in {_caller(stack)})" if failed else None
 
 
 def _innermost_call(stack: list[tuple[FrameType, int]]) -> str | None:
     """``stack`` is ordered from the outermost frame."""
-    caller, call = "", None
-    for frame, line in stack:
-        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if not module.startswith("torch"):
-            caller, call = f"{module}:{line}", None
-        elif call is None and module.startswith("torch.distributed"):
-            # Its public functions come wrapped for logging.
-            call = None if name.startswith(("_", "wrapper")) else f"{name} (called in {caller})"
+    call, is_public = None, False
+    for at, (frame, _) in enumerate(stack):
+        module, name = _module(frame), frame.f_code.co_name
+        if not module.startswith(("torch", "contextlib")):
+            call, is_public = None, False
+        elif module.startswith("torch.distributed") and not is_public:
+            # Its public functions come wrapped for logging; Megatron calls some that are not.
+            is_public = not name.startswith(("_", "wrapper"))
+            if is_public or call is None:
+                call = f"{name.lstrip('_')} (called in {_caller(stack[:at])})"
     return call
+
+
+def _caller(stack: list[tuple[FrameType, int]]) -> str:
+    """The innermost line that is not torch's."""
+    for frame, line in reversed(stack):
+        if not (module := _module(frame)).startswith(("torch", "contextlib")):
+            return f"{module}:{line}"
+    return ""
+
+
+def _module(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "")

@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_rlsd.config import ParallelConfig
@@ -27,14 +28,19 @@ from tests.distributed.ranks import DEFAULT, run_on_ranks
 from tests.unit.tiny_hf import tiny_config
 
 STALL_SECONDS = 3.0
-MOMENTS = ("before it comes", "before the groups", "between the groups", "after the groups")
+MOMENTS = (
+    "before it comes",
+    "before the groups",
+    "between the groups",
+    "after the groups",
+    "while gradients are summed",
+    "while a handle is waited for",
+)
 
 
 @pytest.mark.parametrize("dies", [0, 1])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_rank_that_dies_at_any_moment_of_the_start_is_named(
-    tmp_path: Path, moment: str, dies: int
-) -> None:
+def test_a_rank_that_dies_at_any_moment_is_named(tmp_path: Path, moment: str, dies: int) -> None:
     """Ranks as srun starts them: nobody ends the others, and rank 0 has the store."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -94,6 +100,15 @@ def start(rank: int, port: int, moment: str, dies: int, folder: str) -> None:
             stack.push(watch)
             at("after the groups")
             dist.barrier(groups.control)
+            # As Megatron sums gradients: by a private function, and by a handle of its own.
+            for each in MOMENTS[-2:]:
+                tensor = torch.ones(1)
+                at(each)
+                if each == "while gradients are summed":
+                    with dist.distributed_c10d._coalescing_manager(groups.control):
+                        dist.all_reduce(tensor, group=groups.control)
+                else:
+                    dist.all_reduce(tensor, group=groups.control, async_op=True).wait()
     except LostRankError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(EXIT_LOST_RANK)
