@@ -3,53 +3,78 @@
 from __future__ import annotations
 
 import statistics
+from typing import NamedTuple
 
 from megatron_rlsd.actor.outcome import UpdateResult
 
 
+class Mean(NamedTuple):
+    """A metric that is one sum of ``UpdateResult.sums`` by another; missing where that is 0."""
+
+    name: str
+    numerator: str
+    denominator: str
+
+
+class Largest(NamedTuple):
+    """A metric that is the largest of ``UpdateResult.maxima``; missing where nothing is counted."""
+
+    name: str
+    of: str
+    counted: str
+
+
+MEANS = (
+    Mean("train/ratio_mean", "ratio", "tokens"),
+    Mean("train/clip_low_share", "clipped_low", "tokens"),
+    Mean("train/clip_high_share", "clipped_high", "tokens"),
+    Mean("train/dual_clip_share", "dual_clipped", "tokens"),
+    Mean("train/approx_kl", "approx_kl", "tokens"),
+    Mean("train/entropy", "entropy", "entropy_tokens"),
+    Mean("train/ref_kl", "ref_kl", "ref_tokens"),
+    Mean("train/routing_mismatch_share", "rerouted", "replayed"),
+    Mean("algorithm/divergence_mean", "divergence", "divergence_tokens"),
+    Mean("algorithm/gain_mean", "gain", "teacher_tokens"),
+    Mean("algorithm/gain_abs_mean", "gain_abs", "teacher_tokens"),
+    Mean("algorithm/evidence_weight_mean", "evidence_weight", "teacher_tokens"),
+    Mean("algorithm/evidence_weight_clipped_mean", "clipped_evidence_weight", "teacher_tokens"),
+    Mean("algorithm/evidence_clip_low_share", "evidence_clipped_low", "teacher_tokens"),
+    Mean("algorithm/evidence_clip_high_share", "evidence_clipped_high", "teacher_tokens"),
+)
+"""Over all updates of a step."""
+FIRST_MEANS = (Mean("train/rollout_log_prob_diff_mean", "rollout_diff_abs", "rollout_tokens"),)
+"""Over a step's first update: later ones begin from a policy that has moved away from the
+engine's."""
+LARGEST = (
+    Largest("train/ratio_max", "ratio_max", "tokens"),
+    Largest("algorithm/gain_abs_max", "gain_abs_max", "teacher_tokens"),
+)
+FIRST_LARGEST = (
+    Largest("train/rollout_log_prob_diff_max", "rollout_diff_abs_max", "rollout_tokens"),
+)
+
+
 def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
     """Means over all tokens of all updates of a step; the norm and rate of its last update."""
-    names = results[0].sums
-    sums = {name: sum(r.sums[name] for r in results) for name in names}
-    maxima = {name: max(r.maxima[name] for r in results) for name in results[0].maxima}
-    tokens = max(1.0, sums["tokens"])
-    metrics = {
+    tokens = sum(r.tokens for r in results)
+    waiting = sum(r.waiting for r in results)
+    return {
         "train/loss": statistics.fmean(r.sums["weighted_loss"] for r in results),
         "train/grad_norm": results[-1].grad_norm,
         "train/lr": results[-1].learning_rate,
         "train/updates_skipped": sum(r.skipped for r in results),
-        "train/tokens": sum(r.tokens for r in results),
-        "train/padding_share": sum(r.padding for r in results)
-        / max(1, sum(r.tokens for r in results)),
-        "train/imbalance_share": sum(r.waiting for r in results)
-        / max(1, sum(r.tokens + r.waiting for r in results)),
-        "train/ratio_mean": sums["ratio"] / tokens,
-        "train/ratio_max": maxima["ratio_max"],
-        "train/clip_low_share": sums["clipped_low"] / tokens,
-        "train/clip_high_share": sums["clipped_high"] / tokens,
-        "train/dual_clip_share": sums["dual_clipped"] / tokens,
-        "train/approx_kl": sums["approx_kl"] / tokens,
-        "train/entropy": sums["entropy"] / tokens,
-        # This is the first update's: later ones begin from a policy that has moved away from the
-        # engine's.
-        "train/rollout_log_prob_diff_mean": results[0].sums["rollout_diff_abs"]
-        / max(1.0, results[0].sums["rollout_tokens"]),
-        "train/rollout_log_prob_diff_max": results[0].maxima["rollout_diff_abs_max"],
+        "train/tokens": tokens,
+        "train/padding_share": sum(r.padding for r in results) / max(1, tokens),
+        "train/imbalance_share": waiting / max(1, tokens + waiting),
+        **_over(results, MEANS, LARGEST),
+        **_over(results[:1], FIRST_MEANS, FIRST_LARGEST),
     }
-    if replayed := sums["replayed"]:
-        metrics["train/routing_mismatch_share"] = sums["rerouted"] / replayed
-    if compared := sums["divergence_tokens"]:
-        metrics["algorithm/divergence_mean"] = sums["divergence"] / compared
-    if sums["ref_tokens"]:
-        metrics["train/ref_kl"] = sums["ref_kl"] / sums["ref_tokens"]
-    if scored := sums["teacher_tokens"]:
-        metrics |= {
-            "algorithm/gain_mean": sums["gain"] / scored,
-            "algorithm/gain_abs_mean": sums["gain_abs"] / scored,
-            "algorithm/gain_abs_max": maxima["gain_abs_max"],
-            "algorithm/evidence_weight_mean": sums["evidence_weight"] / scored,
-            "algorithm/evidence_weight_clipped_mean": sums["clipped_evidence_weight"] / scored,
-            "algorithm/evidence_clip_low_share": sums["evidence_clipped_low"] / scored,
-            "algorithm/evidence_clip_high_share": sums["evidence_clipped_high"] / scored,
-        }
-    return metrics
+
+
+def _over(
+    results: list[UpdateResult], means: tuple[Mean, ...], largest: tuple[Largest, ...]
+) -> dict[str, float]:
+    sums = {name: sum(r.sums[name] for r in results) for name in results[0].sums}
+    found = {m.name: sums[m.numerator] / sums[m.denominator] for m in means if sums[m.denominator]}
+    maxima = {m.name: max(r.maxima[m.of] for r in results) for m in largest if sums[m.counted]}
+    return found | maxima
