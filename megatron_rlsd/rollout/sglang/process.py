@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.config.secrets import is_secret
 from megatron_rlsd.rollout.engine import EngineError
@@ -67,6 +69,16 @@ class ServerProcess:
     @property
     def running(self) -> bool:
         return self._guard.poll() is None
+
+    def listens_on(self, port: int) -> bool:
+        """Does the server, or a process that came of it, take connections on ``port``?"""
+        with contextlib.suppress(psutil.Error):
+            return any(
+                each.status == psutil.CONN_LISTEN and each.laddr.port == port
+                for process in psutil.Process(self._guard.pid).children(recursive=True)
+                for each in process.net_connections("tcp")
+            )
+        return False
 
     def kill(self) -> None:
         """End the server and all that came of it by force."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
@@ -233,7 +234,7 @@ class Supervisor:
         server, client = self._server, self._server.client
         seconds = self._config.update_timeout_seconds
         label = await client.weight_version(timeout=seconds)
-        if self._launch not in ("", label):
+        if self._launch not in ("", label) and not await asyncio.to_thread(self._listens):
             raise EngineError(
                 f"{server}: another server answers there, with the weights {label!r:.100}, and not "
                 "the one that was started; end it, or set another rollout.sglang.port"
@@ -256,6 +257,12 @@ class Supervisor:
                 raise ServerFault(
                     f"{server}: another run took it at the same time ({label!r:.100})"
                 )
+
+    def _listens(self) -> bool:
+        """Does the process that was started answer there? A run that knows the URL may have claimed
+        it before its first answer to us."""
+        process, port = self._server.process, urlsplit(self._server.url).port
+        return process is not None and port is not None and process.listens_on(port)
 
     async def _start_process(self) -> None:
         server, config = self._server, self._config

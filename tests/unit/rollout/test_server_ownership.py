@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.fleet import Fleet
 from megatron_rlsd.rollout.sglang.ownership import Doorbell, Owner
+from megatron_rlsd.rollout.sglang.process import free_port
 from megatron_rlsd.rollout.sglang.server import Server, State
 from tests.unit.rollout.stand_in import StandIn, answer, play, ready_fleet
 
@@ -171,6 +173,42 @@ def test_the_server_that_answers_must_be_the_one_that_was_started(
 
     run(work())
     assert foreign.label == label
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("label", [DEAD.label("claimed"), DEAD.label("3"), "default"])
+def test_a_started_server_that_a_run_claims_before_its_first_answer_to_us_is_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, label: str
+) -> None:
+    """A trainer knows the URL of a server that ``serve`` starts again."""
+    port = free_port("127.0.0.1")
+    stand_in = StandIn(label)
+    stand_in.paused = True
+    play(monkeypatch, {f"http://127.0.0.1:{port}": stand_in})
+    python = tmp_path / "python"
+    listening = f"import socket; s = socket.create_server(('127.0.0.1', {port})); s.accept()"
+    python.write_text(f'#!/bin/sh\n"{sys.executable}" -c "{listening}"\n')
+    python.chmod(0o755)
+
+    async def work() -> None:
+        fleet = Fleet(
+            SGLangConfig(port=port, python=str(python), device="cpu"),
+            model="unused",
+            dtype="float32",
+            vocab_size=40,
+            api_key=None,
+            run_dir=tmp_path,
+        )
+        await fleet.start()
+        (server,) = fleet.servers
+        while server.process is None or not server.process.listens_on(port):
+            await asyncio.sleep(0.05)
+        assert not server.process.listens_on(port + 1)
+        stand_in.paused = False
+        await fleet.wait_until_ready()
+        await fleet.close()
+
+    run(work())
 
 
 def test_a_doubted_server_is_not_trusted_with_weights_from_before_an_update_that_passed_it_by(
