@@ -8,6 +8,7 @@ ranks, which share those sequences, all give and get all R.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListOf
@@ -82,6 +83,8 @@ class Actor:
         total_updates: int | None,
     ) -> None:
         self.family, self.hf_config, self.groups = family, hf_config, groups
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        """Told of (micro-batches of a pass that went forward on this rank, all of them)."""
         self.vocab_size: int = hf_config["vocab_size"]
         self._max_tokens = config.train.max_tokens_per_microbatch
         self._pack_shape = pack_shape(
@@ -362,6 +365,8 @@ class Actor:
     ) -> list[Any]:
         """Megatron's schedule over the micro-batches; with ``forward_only`` the heads' results."""
 
+        chunks, passed = len(self._model), itertools.count(1)
+
         def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
             micro_batch = next(batches)
             output = model(
@@ -371,6 +376,8 @@ class Actor:
                 head=head_for(micro_batch),
                 routed_experts=micro_batch.routed_experts,
             )
+            if (count := next(passed)) % chunks == 0:
+                self.on_progress(count // chunks, len(micro_batches))
             return output, finish
 
         def finish(output: Tensor, non_loss_data: bool = False) -> Any:
@@ -380,7 +387,6 @@ class Actor:
             no_tokens = torch.zeros([], dtype=torch.int, device=output.device)
             return output, no_tokens, None
 
-        chunks = len(self._model)
         iterators = [iter(micro_batches) for _ in range(chunks)]
         return get_forward_backward_func()(
             forward_step_func=forward_step,

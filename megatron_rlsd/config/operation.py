@@ -51,6 +51,9 @@ class ObservabilityConfig(Section):
     tensorboard: bool = True
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()
+    prometheus_file: str | None = None
+    """A text file of the newest metrics for Prometheus, written anew at every step, as the textfile
+    collector of its node exporter reads them (``/DIR/rlsd.prom``); null: none."""
     trace: bool = False
     """Write the phases of every step on all ranks to run_dir/trace/trace.json (for Perfetto); costs
     one small gather a step."""

@@ -47,13 +47,15 @@ def build_collector(
     builder: GroupBuilder,
     engine: Submits,
     span: Callable[[str, int, int, int, int], None],
+    count: Callable[[int, int, str], None],
     *,
     beside_training: bool,
 ) -> Collector:
     """What ``rollout.asynchronous`` asks for.
 
+    ``span`` and ``count``: as for StreamCollector.
     ``beside_training`` False: nothing is trained, so that there is nothing to sample beside.
     """
     if beside_training and config.rollout.asynchronous.max_staleness:
-        return StreamCollector(config, questions, builder, engine, span)
+        return StreamCollector(config, questions, builder, engine, span, count)
     return StepCollector(config, questions, builder)

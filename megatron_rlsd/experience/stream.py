@@ -48,7 +48,8 @@ class StreamCollector:
 
     A thread hands out requests, takes in responses, and scores them. ``published`` tells it which
     weights the servers have; nothing is asked before the first call. ``span`` notes (name, step,
-    start in ns of time.time_ns, duration in ns, lane) for the trace.
+    start in ns of time.time_ns, duration in ns, lane) for the trace; ``count`` is told how many
+    groups of a batch that is waited for are ready.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class StreamCollector:
         builder: GroupBuilder,
         engine: Submits,
         span: Callable[[str, int, int, int, int], None] = lambda *_: None,
+        count: Callable[[int, int, str], None] = lambda *_: None,
     ) -> None:
-        self._config, self._engine, self._span = config, engine, span
+        self._config, self._engine, self._span, self._count = config, engine, span, count
         self._questions, self._builder = questions, builder
         self._rules = BatchRules(config, builder)
         self._batch = config.rollout.prompts_per_step
@@ -103,6 +105,7 @@ class StreamCollector:
                 self._drop_stale(step)
                 if len(self._ready) >= self._batch:
                     break
+                self._count(len(self._ready), self._batch, "groups")
                 left = waited_from + limit - time.monotonic()
                 if left <= 0:
                     raise EngineError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Literal
 
 from rich.console import Console, RenderableType
@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from megatron_rlsd.runtime.terminal_text import visible
 
-PLAIN_WIDTH = 110
-"""For tables where there is no terminal to ask for its width."""
+WIDTH = 100
+"""Columns that a step's line has at most, and tables where there is no terminal to ask."""
 
 
 @dataclass(frozen=True)
@@ -27,54 +27,74 @@ class Column:
     width: int
 
 
-ROLLOUT_COLUMNS = (
-    Column("reward", "rollout/reward_mean", ".3f", 7),
-    Column("solved", "rollout/solved_share", ".1%", 6),
-    Column("length", "rollout/response_tokens_mean", ".1f", 7),
-    Column("gain", "algorithm/gain_mean", "+.4f", 8),
-)
 COLUMNS = (
+    Column("reward", "rollout/reward_mean", ".3f", 6),
+    Column("solved", "rollout/solved_share", ".1%", 6),
+    Column("len", "rollout/response_tokens_mean", ".0f", 5),
+    Column("gain", "algorithm/gain_mean", "+.4f", 7),
     Column("loss", "train/loss", ".4f", 8),
-    Column("tok/s", "perf/tokens_per_second", ".0f", 7),
+    Column("tok/s", "perf/tokens_per_second", ".0f", 6),
 )
+"""The most telling first: those that find room are shown."""
 
 
 class StepLine:
-    """Formats one line a step; a run without rollouts (SFT) has no columns for them."""
+    """Formats one line a step, of the columns that the first step has values for and that fit."""
 
-    def __init__(self, total_steps: int) -> None:
-        self._total_steps = total_steps
-        self._columns: tuple[Column, ...] | None = None
+    def __init__(self, total_steps: int, clock: Callable[[], datetime] = datetime.now) -> None:
+        self._total_steps, self._clock = total_steps, clock
+        self._columns: list[Column] | None = None
 
     def __call__(
         self, done: int, metrics: Mapping[str, float], step_seconds: float, seconds_left: float
     ) -> str:
-        if self._columns is None:  # fixed by the first step, for the lines to stay aligned
-            with_rollouts = any(name.startswith("rollout/") for name in metrics)
-            self._columns = ROLLOUT_COLUMNS + COLUMNS if with_rollouts else COLUMNS
         digits = len(str(self._total_steps))
-        cells = [f"step {done:{digits}}/{self._total_steps}"]
+        cells = [f"{self._clock():%H:%M:%S} step {done:{digits}}/{self._total_steps}"]
+        ending = [f"{span(step_seconds):>6}", f"left {span(seconds_left):>6}"]
+        if self._columns is None:  # fixed by the first step, for the lines to stay aligned
+            room = WIDTH - len("  ".join([*cells, *ending]))
+            self._columns = []
+            for column in COLUMNS:
+                takes = 2 + len(column.label) + 1 + column.width
+                if column.metric in metrics and takes <= room:
+                    self._columns.append(column)
+                    room -= takes
         for column in self._columns:
             value = metrics.get(column.metric)
             text = "-" if value is None else format(value, column.form)
             cells.append(f"{column.label} {text:>{column.width}}")
-        cells.append(f"{step_seconds:6.1f} s")
-        cells.append(f"left {clock(seconds_left)}")
-        return " | ".join(cells)
+        return "  ".join([*cells, *ending])
 
 
 def clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def span(seconds: float) -> str:
+    """A duration in at most six characters: ``12.3s``, ``45m12s``, ``3h05m``, ``12d04h``."""
+    if seconds < 100:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 100 * 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    if whole < 100 * 86400:
+        return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+    return f"{whole // 86400}d"
+
+
 class Display:
     """Shows nothing; the others show more."""
 
-    def phase(self, name: str | None) -> None:
-        """What the run is doing now."""
+    def starting(self, part: str) -> None:
+        """This part of the start-up begins."""
 
-    def step(self, done: int, line: str) -> None:
-        """A step is complete."""
+    def phase(self, name: str | None) -> None:
+        """What the run is doing now, and how far it has come."""
+
+    def step(self, done: int, line: str, left: str) -> None:
+        """A step is complete; ``left``: the time that the others may take."""
 
     def show(self, content: RenderableType) -> None:
         """A table or a message."""
@@ -89,9 +109,12 @@ class Display:
 
 class PlainDisplay(Display):
     def __init__(self) -> None:
-        self._console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        self._console = Console(width=None if sys.stdout.isatty() else WIDTH)
 
-    def step(self, done: int, line: str) -> None:
+    def starting(self, part: str) -> None:
+        self.show(f"{datetime.now():%H:%M:%S} starting: {part}")
+
+    def step(self, done: int, line: str, left: str) -> None:
         self.show(line)
 
     def show(self, content: RenderableType) -> None:
@@ -120,13 +143,15 @@ class LiveDisplay(PlainDisplay):
         self._task = self._progress.add_task("starting", total=total_steps, completed=done, left="")
         self._progress.start()
 
+    def starting(self, part: str) -> None:
+        self.phase(f"starting: {part}")
+
     def phase(self, name: str | None) -> None:
         self._progress.update(self._task, description=name or "between steps")
 
-    def step(self, done: int, line: str) -> None:
-        left = line.rpartition(" | ")[2]
-        self._progress.update(self._task, completed=done, left=left)
-        super().step(done, line)
+    def step(self, done: int, line: str, left: str) -> None:
+        self._progress.update(self._task, completed=done, left=f"left {left}")
+        super().step(done, line, left)
 
     def close(self) -> None:
         self._progress.stop()

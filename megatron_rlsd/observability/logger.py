@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.config import ObservabilityConfig, flattened
-from megatron_rlsd.observability.display import Display, StepLine, make_display
+from megatron_rlsd.observability.display import Display, StepLine, make_display, span
+from megatron_rlsd.observability.gpu_memory import memory_metrics
 from megatron_rlsd.observability.metrics_file import (
     EVALUATION_PREFIX,
+    NO_METRICS,
     MetricsFile,
     finite_or_none,
     is_evaluation,
@@ -20,6 +22,7 @@ from megatron_rlsd.observability.metrics_file import (
     move_aside,
 )
 from megatron_rlsd.observability.profiler import StepProfiler
+from megatron_rlsd.observability.progress import PROGRESS_NAME, Progress
 from megatron_rlsd.observability.run_warnings import WARNINGS_NAME, RunWarnings
 from megatron_rlsd.observability.samples import drop_samples_from, write_samples
 from megatron_rlsd.observability.tables import evaluation_table, phase_lines, summary_table
@@ -51,9 +54,11 @@ class MetricsLogger:
     ``enabled=False`` (every rank but 0) writes and shows nothing; only a trace and a profile are
     made on other ranks too.
 
-    ``gather`` brings every rank's bytes to rank 0 for a trace (None: there is one rank only);
-    ``step`` and ``summary`` are then collective. ``settings`` is the configuration, shown by
-    trackers.
+    ``gather`` brings every rank's bytes to rank 0, for a trace and the GPUs' memory (None: there is
+    one rank only); ``step`` and ``summary`` are then collective. ``settings`` is the configuration,
+    shown by trackers. ``derive`` makes further metrics of a step's.
+
+    progress.json says meanwhile what the run does (``Progress``).
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class MetricsLogger:
         rank: int = 0,
         gather: Gather | None = None,
         settings: dict[str, Any] | None = None,
+        derive: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda _: {},
     ) -> None:
         run_dir = Path(run_dir)
         self.metrics_path = run_dir / "metrics.jsonl"
@@ -75,10 +81,11 @@ class MetricsLogger:
         self._run_dir = run_dir
         self._config = config
         self._settings = settings or {}
+        self._gather: Gather = gather or (lambda payload: [payload])
+        self._derive = derive
         self._trace: PhaseTrace | None = None
         if config.trace:
-            alone = gather or (lambda payload: [payload])
-            self._trace = PhaseTrace(run_dir / "trace" / "trace.json", alone)
+            self._trace = PhaseTrace(run_dir / "trace" / "trace.json", self._gather)
         profiled = config.profile_steps if rank in config.profile_ranks else ()
         self._profiler = StepProfiler(run_dir / "profile", profiled, rank)
         self._next_step = resume_step or 0
@@ -88,6 +95,8 @@ class MetricsLogger:
         self._enabled = enabled
         self._display: Display = Display()
         self._line = StepLine(total_steps)
+        self._progress: Progress | None = None
+        self._start_part: tuple[str, float] | None = None
         self._file: MetricsFile | None = None
         self._trackers: list[Tracker] = []
         self._warnings = RunWarnings(
@@ -116,12 +125,16 @@ class MetricsLogger:
         self._display = make_display(
             self._config.progress, self._total_steps, done=self._resume_step or 0
         )
+        self._progress = Progress(
+            self._run_dir / PROGRESS_NAME, self._total_steps, self._resume_step or 0
+        )
         self._warnings.__enter__()
         try:
             self._trackers = build_trackers(
                 self._config, self._run_dir, self._settings, self._resume_step
             )
         except BaseException:
+            self._progress.close()
             self._warnings.__exit__()
             raise
         if moved:
@@ -132,12 +145,34 @@ class MetricsLogger:
     def __exit__(self, _: object, error: BaseException | None, *trace: object) -> None:
         if self._enabled:
             self._warnings.__exit__()
+        if self._progress is not None:
+            self._progress.close()
         self._display.close()
         self._profiler.end()
         for tracker in self._trackers:
             tracker.close(failed=error is not None)
         if self._file is not None:
             self._file.close()
+
+    def starting(self, part: str) -> None:
+        """The start-up has come to ``part``, which lasts until the next one or the first phase."""
+        if self._enabled:
+            self._end_start()
+            self._start_part = (f"start: {part}", time.monotonic())
+            self._display.starting(part)
+            if self._progress is not None:
+                self._progress.phase(f"start: {part}")
+
+    def _end_start(self) -> None:
+        if self._start_part is not None:
+            name, since = self._start_part
+            self._run_phases[name] += time.monotonic() - since
+            self._start_part = None
+
+    def count(self, done: int, total: int, unit: str) -> None:
+        """The phase under way has come to ``done`` of ``total`` ``unit``s; in any thread."""
+        if self._progress is not None:
+            self._display.phase(self._progress.count(done, total, unit))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -159,12 +194,13 @@ class MetricsLogger:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
+        self._end_start()
         start = time.monotonic()
         if self._step_start is None and name not in BETWEEN_STEPS:
             self._step_start = start  # nor does the start-up belong to the step
         inner = bool(self._phases)
         self._phases.append(name)
-        self._display.phase(name)
+        self._show_phase()
         try:
             yield
         finally:
@@ -173,7 +209,13 @@ class MetricsLogger:
             if not inner:  # a phase within another is part of the outer one's share
                 self._run_phases[name] += seconds
             self._phases.pop()
-            self._display.phase(self._phases[-1] if self._phases else None)
+            self._show_phase()
+
+    def _show_phase(self) -> None:
+        name = self._phases[-1] if self._phases else None
+        self._display.phase(name)
+        if self._progress is not None:
+            self._progress.phase(name)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log step number ``step`` (from 0); adds the times since the step before.
@@ -181,13 +223,15 @@ class MetricsLogger:
         Adds ``time/step_s``, ``time/<phase>_s`` (that of an evaluation or a checkpoint before the
         step too) and, unless given, ``perf/tokens_per_second``: the step's sampled tokens
         (``rollout/response_tokens``), or else trained ones (``train/tokens``), over its time; and
-        ``perf/<phase>_tokens_per_second`` for the phases of PHASE_TOKENS.
+        ``perf/<phase>_tokens_per_second`` for the phases of PHASE_TOKENS; ``memory/...`` where
+        there are GPUs; and what ``derive`` makes of all that.
         Raises TypeError for a metric that is not a number.
         """
         self._profiler.end()
         self._in_step, self._next_step = False, step + 1
         if self._trace is not None:
             self._trace.flush()
+        memory = memory_metrics(self._gather)
         if not self._enabled:
             return
         now = time.monotonic()
@@ -196,7 +240,7 @@ class MetricsLogger:
         self._step_ends.append(now)
         timed = {"time/step_s": seconds}
         timed |= {f"time/{name}_s": spent for name, spent in self._step_phases.items()}
-        values = timed | _as_numbers(metrics)
+        values = memory | timed | _as_numbers(metrics)
         tokens = values.get("rollout/response_tokens", values.get("train/tokens"))
         if tokens is not None and seconds > 0:
             values.setdefault("perf/tokens_per_second", tokens / seconds)
@@ -204,10 +248,14 @@ class MetricsLogger:
             spent = values.get(f"time/{name}_s", 0.0)
             if counted in values and spent > 0:
                 values[f"perf/{name}_tokens_per_second"] = values[counted] / spent
+        values |= self._derive(values)
         self._write(step, values)
         self._steps.append({name: finite_or_none(value) for name, value in values.items()})
-        left = max(0, self._total_steps - step - 1) * self._recent_seconds_per_step(seconds)
-        self._display.step(step + 1, self._line(step + 1, values, seconds, left))
+        pace = self._recent_seconds_per_step(seconds)
+        left = max(0, self._total_steps - step - 1) * pace
+        self._display.step(step + 1, self._line(step + 1, values, seconds, left), span(left))
+        if self._progress is not None:
+            self._progress.step(step + 1, pace, left)
         self._step_phases.clear()
         self._step_start = None
 
@@ -280,7 +328,7 @@ class MetricsLogger:
 
     def _take_up_earlier_run(self, resume_step: int) -> None:
         for record in keep_before(self.metrics_path, resume_step):
-            values = {k: v for k, v in record.items() if k not in ("step", "non_finite")}
+            values = {k: v for k, v in record.items() if k not in NO_METRICS}
             if is_evaluation(values):
                 named = {k.removeprefix(EVALUATION_PREFIX): v for k, v in values.items()}
                 self._evaluations.append({k: v for k, v in named.items() if v is not None})

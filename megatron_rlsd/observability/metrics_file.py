@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ GROUP_ORDER = (
     "train",
     "eval",
     "perf",
+    "memory",
     "time",
 )
 EVALUATION_PREFIX = "eval/"
+NO_METRICS = ("step", "time", "non_finite")
+"""What a line holds beside its metrics; lines of release 0.1 have no ``time``."""
 
 
 class MetricsFile:
@@ -33,7 +37,7 @@ class MetricsFile:
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         with naming(self._path):
-            self._file.write(metrics_line(step, metrics))
+            self._file.write(metrics_line(step, metrics, time.time()))
             self._file.flush()
 
     def close(self) -> None:
@@ -41,10 +45,14 @@ class MetricsFile:
             self._file.close()
 
 
-def metrics_line(step: int, metrics: Mapping[str, float]) -> str:
-    """``step`` first, then by group; NaN and infinities become null, named in ``non_finite``."""
+def metrics_line(step: int, metrics: Mapping[str, float], now: float | None = None) -> str:
+    """``step`` and ``time`` (``now``, seconds since 1970) first, then by group; NaN and infinities
+    become null, named in ``non_finite``."""
     finite = {name: finite_or_none(metrics[name]) for name in sorted(metrics, key=_sort_key)}
-    record: dict[str, Any] = {"step": step, **finite}
+    record: dict[str, Any] = {"step": step}
+    if now is not None:
+        record["time"] = round(now, 3)
+    record |= finite
     if non_finite := [name for name, value in finite.items() if value is None]:
         record["non_finite"] = non_finite
     return json.dumps(record, allow_nan=False) + "\n"

@@ -92,9 +92,10 @@ def phase_lines(wall_seconds: float, phases: Mapping[str, float]) -> list[str]:
     lines = [f"wall time {clock(wall_seconds)}"]
     outside = max(0.0, wall_seconds - sum(phases.values()))
     ordered = sorted(phases.items(), key=lambda item: -item[1])
+    width = max(map(len, ["outside phases", *phases]))
     for name, seconds in [*ordered, ("outside phases", outside)]:
         share = seconds / wall_seconds if wall_seconds else 0.0
-        lines.append(f"  {name:<16} {share:6.1%}  {seconds:10.1f} s")
+        lines.append(f"  {name:<{width}} {share:6.1%}  {seconds:10.1f} s")
     return lines
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rlsd.config import MlflowConfig, ObservabilityConfig, WandbConfig, flattened
+from megatron_rlsd.observability.prometheus import PrometheusFile
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.warn import warn
 
@@ -41,6 +42,9 @@ def build_trackers(
         wanted["W&B"] = lambda: WandbTracker(config.wandb, run_dir, settings, resume_step)
     if config.mlflow.enabled:
         wanted["MLflow"] = lambda: MlflowTracker(config.mlflow, run_dir, settings, resume_step)
+    if config.prometheus_file is not None:
+        path = Path(config.prometheus_file)
+        wanted["the file for Prometheus"] = lambda: PrometheusFile(path, run_dir.name)
     trackers: list[Tracker] = []
     for name, build in wanted.items():
         try:

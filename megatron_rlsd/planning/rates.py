@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 
 from megatron_rlsd.runtime.errors import UserError
+
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "A800": 312.0,
+    "L4": 121.0,
+    "L40": 181.0,
+    "L40S": 362.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+}
+"""Dense bfloat16 of GPUs by a word of their name, from their data sheets."""
+H100_PCIE_TFLOPS = 756.0
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bfloat16 peak of the GPU that CUDA calls so; None: it is not known."""
+    words = set(re.split(r"[ -]", device_name.upper()))
+    if words & {"MIG", "NVL"}:  # a part of the chip, or another clock
+        return None
+    if {"H100", "PCIE"} <= words:
+        return H100_PCIE_TFLOPS
+    return next((PEAK_TFLOPS[word] for word in words if word in PEAK_TFLOPS), None)
 
 
 @dataclass(frozen=True)

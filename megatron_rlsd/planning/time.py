@@ -92,9 +92,9 @@ class StepTimer:
         compute, talk, bubble = self._passes(tokens.student, training=True)
         reduce = tokens.updates * (self._reduce_gradients() + self._optimizer())
         update = compute + talk + bubble + reduce
-        whole = self._forward(range(self._model.num_layers), tokens.prompt + tokens.response)
-        operations = 3 * tokens.student * (whole.products + whole.attention)
-        operations += 3 * tokens.responses * self._head()
+        operations = self.update_operations(
+            tokens.student, tokens.responses, tokens.prompt + tokens.response
+        )
         epochs = self._config.train.epochs_per_rollout
         return StepTime(
             rollout=self.rollout() if with_rollout else None,
@@ -106,6 +106,12 @@ class StepTimer:
             overlaps=self._config.rollout.asynchronous.max_staleness > 0,
             mfu=operations * epochs / peak / (epochs * (update - reduce) + reduce),
         )
+
+    def update_operations(self, tokens: float, responses: float, length: float) -> float:
+        """Floating-point operations of one forward and one backward pass over ``tokens`` tokens in
+        sequences of ``length``; the head works on ``responses`` of them."""
+        whole = self._forward(range(self._model.num_layers), length)
+        return 3 * (tokens * (whole.products + whole.attention) + responses * self._head())
 
     def weight_sync(self) -> float:
         """Until every server has the weights; colocated also to move the optimizer's state away and

@@ -31,11 +31,13 @@ from megatron_rlsd.parallel.groups import parallel_world
 from megatron_rlsd.recovery.continuity import continuity
 from megatron_rlsd.recovery.watchdog import Watchdog
 from megatron_rlsd.rewards import RewardPool
+from megatron_rlsd.rollout.engine import TrainerEngine
 from megatron_rlsd.rollout.sglang import set_nccl_switches
 from megatron_rlsd.run.colocation import Colocation
 from megatron_rlsd.run.folders import owned_folders
 from megatron_rlsd.run.model_files import ModelFiles, refuse_to_write_over_the_model
 from megatron_rlsd.run.run import Run
+from megatron_rlsd.run.speed import Speed
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import EXIT_LOST_RANK, write_status
 from megatron_rlsd.runtime.warn import warn
@@ -96,11 +98,14 @@ def assemble(
                 rank=groups.rank,
                 gather=partial(gather_bytes, group=groups.control),
                 settings=config.model_dump(mode="json"),
+                derive=Speed(config, family.dims(hf_config), groups.world_size, groups.device),
             )
         )
+        log.starting("rollout engine")
         engine, publisher = stack.enter_context(rollout_engine(config, groups, hf_config, prompts))
         rewards, environments, builder, collector, eval_problems = None, None, None, None, {}
         if groups.rank == 0:
+            log.starting("data and rewards")
             # Its workers import their libraries while the model is built.
             rewards = stack.enter_context(RewardPool(config.reward))
             source = build_sources(config.data.train, config.train.seed)
@@ -117,6 +122,7 @@ def assemble(
                 builder,
                 engine,
                 log.span,
+                log.count,
                 beside_training=program == "train",
             )
             stack.callback(collector.close)
@@ -126,15 +132,19 @@ def assemble(
                     config.data.eval, config.eval.num_problems
                 ).items()
             }
+        log.starting("model")
         actor = Actor(config, family, hf_config, groups, total_updates)
         if groups.rank == 0:
             warn_of_other_ids(tokenizer)
             for slow in slow_paths(config, groups.device):
                 warn(slow)
+            report_progress(log, engine, actor, config)
+            log.starting("reward workers")
         if rewards is not None:
             rewards.wait_until_ready()
         if environments is not None:
             environments.wait_until_ready()
+        log.starting("checkpoint and first weights")
         yield Run(
             *(config, groups, tokenizer, files, prompts, actor, log, engine),
             builder=builder,
@@ -146,3 +156,14 @@ def assemble(
             signal=SignalWatch(config, total_steps),
             colocation=Colocation(actor, engine, groups.control, shared=config.rollout.colocated),
         )
+
+
+def report_progress(
+    log: MetricsLogger, engine: TrainerEngine, actor: Actor, config: Config
+) -> None:
+    """Let what takes long within a phase count: responses, and micro-batches of a pass."""
+    # The embedded engine of each rank answers a share of the requests.
+    alone = config.rollout.engine == "sglang" or actor.groups.world_size == 1
+    responses = "responses" if alone else "responses of rank 0"
+    engine.on_progress = lambda done, total: log.count(done, total, responses)
+    actor.on_progress = lambda done, total: log.count(done, total, "micro-batches")

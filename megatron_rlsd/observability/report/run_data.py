@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_rlsd.config.secrets import masked
-from megatron_rlsd.observability.metrics_file import read_metrics
+from megatron_rlsd.observability.metrics_file import NO_METRICS, read_metrics
 from megatron_rlsd.observability.report.phases import phase_data, trace_data
 from megatron_rlsd.observability.report.reduce import evenly, keep_extremes, shorter
 from megatron_rlsd.observability.samples import read_samples, sample_files
@@ -75,7 +75,7 @@ def _series(records: list[dict[str, Any]], points: int) -> dict[str, list[list[f
     found: dict[str, tuple[list[float], list[float]]] = {}
     for record in records:
         for name, value in record.items():
-            if name not in ("step", "non_finite") and value is not None:
+            if name not in NO_METRICS and value is not None:
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(value)

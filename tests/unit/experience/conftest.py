@@ -90,7 +90,8 @@ def start(
             builder = GroupBuilder(config, prompts, tokenizer, engine, rewards)
             questions = Questions(source, prompts)
             collector = build_collector(
-                config, questions, builder, engine, lambda *_: None, beside_training=True
+                *(config, questions, builder, engine, lambda *_: None, lambda *_: None),
+                beside_training=True,
             )
             try:
                 yield collector, engine

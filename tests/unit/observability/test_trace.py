@@ -66,7 +66,10 @@ def test_without_the_switch_there_is_no_trace(tmp_path: Path) -> None:
     config = ObservabilityConfig(tensorboard=False, progress="none")
     with MetricsLogger(tmp_path, config, 2) as log:
         two_steps(log)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics.jsonl",
+        "progress.json",
+    ]
 
 
 def test_a_new_run_moves_the_old_trace_aside(tmp_path: Path) -> None:
