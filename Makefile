@@ -3,6 +3,7 @@
 # make check  set up .venv and run lint, types and the tests that start no process (3 minutes)
 # make test   set up .venv and run everything that CI runs
 # make gpu-wheels  files that a GPU machine without a package index needs for benchmarks/gpu_day.py
+# make site   the guides and the reference of the Python interface as pages, in build/site
 # make bench  side-by-side benchmarks on this machine
 # make sglang-cpu   set up .venv-sglang, in which SGLang serves small models without a GPU
 # make test-sglang  the tests against real SGLang servers alone
@@ -38,7 +39,7 @@ SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 
 .DEFAULT_GOAL := help
 .PHONY: help demo check test test-sglang test-vllm vllm-cpu test-te te-cpu test-slurm sglang-cpu \
-	try-sglang-cpu slurm try-slurm lint bench gpu-wheels clean
+	try-sglang-cpu slurm try-slurm lint site bench gpu-wheels clean
 
 help:
 	@sed -n "/^#/!q; s/^# \{0,1\}//p" Makefile
@@ -88,6 +89,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory site
+
+# Strictly: a link or an anchor that leads nowhere fails it.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 gpu-wheels:
 	bash benchmarks/gpu_wheels.sh
