@@ -145,6 +145,15 @@ class RewardInput:
     the model) and ``content``."""
     environment_reward: float | None = None
     """The sum of the environment's own rewards; None without an environment."""
+    turn: str | None = None
+    """The assistant's turn as the model had it, where ``response`` is only a part of that: what the
+    chat template wrote at its beginning (such as ``<think>``), then the response with its special
+    tokens, but for the stop token. None: the same as ``response``."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The response; and the whole turn, where that is another text."""
+        return (self.response,) if self.turn is None else (self.response, self.turn)
 
 
 @dataclass(frozen=True)
@@ -194,6 +203,8 @@ class Trajectory:
     response."""
     response_text: str = ""
     """All response tokens decoded."""
+    turn: str | None = None
+    """As in RewardInput: of several turns the last one."""
     reward: RewardResult | None = None
     advantage: float = 0.0
     contrast_prompt_ids: IntArray | None = None
@@ -221,6 +232,11 @@ class Trajectory:
         if not self.transcript:
             return self.response_text
         return "\n".join(m["content"] for m in self.transcript if m["role"] == "assistant")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """``own_text``; and the last turn as a whole, where that is another text."""
+        return (self.own_text,) if self.turn is None else (self.own_text, self.turn)
 
     @property
     def told(self) -> str:

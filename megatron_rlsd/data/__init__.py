@@ -1,6 +1,6 @@
 """Problem sources, tokenizers, and the prompts of student and teacher."""
 
-from megatron_rlsd.data.chat_turns import ChatTurns
+from megatron_rlsd.data.chat_turns import ChatTurns, TurnText
 from megatron_rlsd.data.conversations import Conversations
 from megatron_rlsd.data.evaluation_sets import evaluation_sets
 from megatron_rlsd.data.prompts import Privileged, PromptBuilder, PromptTooLong
@@ -37,6 +37,7 @@ __all__ = [
     "PromptTooLong",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "TurnText",
     "build_sources",
     "evaluation_problems",
     "evaluation_sets",

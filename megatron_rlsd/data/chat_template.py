@@ -103,6 +103,22 @@ class ChatTemplate:
             )
         return text
 
+    def prefill(self) -> str:
+        """What the template writes at the beginning of a turn that the model is to finish.
+
+        Some begin it with ``<think>``. Found by comparison with a past turn's beginning; empty for
+        a template that shows past turns in another form, or none.
+        """
+        content = "\ue000content\ue000"
+        question = {"role": "user", "content": "."}
+        past = [question, {"role": "assistant", "content": content}, question]
+        try:
+            before, found, _ = self.render(past, False).partition(content)
+            begun = self.render([question], True)
+        except UserError:  # of roles: such a template has no past turns
+            return ""
+        return begun.removeprefix(before) if found and begun.startswith(before) else ""
+
     def exported(self) -> str:
         """The template with this run's options as defaults, for programs that give it none."""
         if not self._options:

@@ -1,4 +1,4 @@
-"""What stands between two turns of the model: token ids that continue a sequence as it is."""
+"""The turns of a conversation: the model's as text, and as token ids what stands between them."""
 
 from __future__ import annotations
 
@@ -40,3 +40,18 @@ class ChatTurns:
 
     def _after_turn(self, text: str) -> list[int]:
         return self._tokenizer.after_turn([{"role": self._role, "content": text}])
+
+
+class TurnText:
+    """Decodes a turn of the model, without and with what is not in its response's text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._prefill = tokenizer, tokenizer.template.prefill()
+
+    def of(self, ids: list[int]) -> tuple[str, str | None]:
+        """``RewardInput.response`` and ``turn`` of these tokens."""
+        response = self._tokenizer.decode(ids)
+        if ids and ids[-1] in self._tokenizer.stop_token_ids:
+            ids = ids[:-1]
+        turn = self._prefill + self._tokenizer.decode(ids, special=True)
+        return response, None if turn == response else turn

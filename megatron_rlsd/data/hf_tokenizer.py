@@ -51,6 +51,7 @@ class HFTokenizer:
         special = {token.content for token in added.values() if token.special}
         special.update(self._files.special_tokens.values())
         self._special = {self._added[name] for name in special if name in self._added}
+        self.special_names = frozenset(t.content for t in added.values() if t.special)
         # Added tokens may leave gaps, so the number of tokens is not a bound on the ids.
         self.vocab_size: int = max(self._backend.get_vocab().values(), default=-1) + 1
         self._own_template = self._files.templates.get("default")
@@ -78,9 +79,9 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._encode(text, special_as_text=True)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
         return self._backend.decode(
-            [i for i in ids if i < self.vocab_size], skip_special_tokens=True
+            [i for i in ids if i < self.vocab_size], skip_special_tokens=not special
         )
 
     @property

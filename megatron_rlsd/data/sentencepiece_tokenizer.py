@@ -68,6 +68,7 @@ class SentencePieceTokenizer:
         self.bos_token_id = bos if bos >= 0 else None
         self.template = self._template(config)
         self._markers = self._find_markers()
+        self.special_names = frozenset(self._markers)
         self._marker_pattern = re.compile(
             "|".join(sorted(map(re.escape, self._markers), key=len, reverse=True))
         )
@@ -86,10 +87,18 @@ class SentencePieceTokenizer:
             ids += self._encode_without_markers(text[start:end])
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        return self._model.decode(
-            [i for i in ids if i < self.vocab_size and i not in self._never_text]
-        )
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        if not special:
+            return self._model.decode(
+                [i for i in ids if i < self.vocab_size and i not in self._never_text]
+            )
+        names = {number: name for name, number in self._markers.items()}
+        text, start = "", 0
+        for at, number in enumerate(ids):
+            if number in names:
+                text += self.decode(ids[start:at]) + names[number]
+                start = at + 1
+        return text + self.decode(ids[start:])
 
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True

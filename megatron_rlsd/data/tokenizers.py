@@ -41,12 +41,15 @@ class Tokenizer(Protocol):
     pad_token_id: int
     bos_token_id: int | None
     vocab_size: int
+    special_names: frozenset[str]
+    """Names of the tokens that ``decode`` leaves out."""
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids: nothing is added, and the name of a special token is only text."""
 
-    def decode(self, ids: list[int]) -> str:
-        """Ids to text; special tokens and ids beyond the vocabulary are left out."""
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        """Ids to text; ids beyond the vocabulary are left out, and special tokens unless
+        ``special``: then their names are written."""
 
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True

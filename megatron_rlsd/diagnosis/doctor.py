@@ -13,6 +13,7 @@ from megatron_rlsd.diagnosis import inputs, machine, model, servers, versions
 from megatron_rlsd.diagnosis.agreement import check_agreement
 from megatron_rlsd.diagnosis.check import Check, Doubt, Skip, run_check
 from megatron_rlsd.diagnosis.collective import check_collectives
+from megatron_rlsd.diagnosis.hidden_text import check_hidden_text
 from megatron_rlsd.hf_bridge import Family, ModelDims, family_for, load_hf_config
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.runtime import one_voice
@@ -88,6 +89,7 @@ class Doctor:
         if config.environment.name is not None:
             yield "environment", lambda: self._check_environment(config)
         yield "rewards", lambda: self._check_rewards(config)
+        yield "hidden text", lambda: check_hidden_text(config, _tokenizer(config))
         yield "servers", lambda: servers.check_servers(config)
         if self._deep:
             yield "engine against trainer", lambda: self._check_engine(config)

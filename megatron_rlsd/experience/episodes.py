@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_rlsd.config import Config
-from megatron_rlsd.data import ChatTurns, PromptBuilder, PromptTooLong, Tokenizer
+from megatron_rlsd.data import ChatTurns, PromptBuilder, PromptTooLong, Tokenizer, TurnText
 from megatron_rlsd.environments import Call, EnvironmentPool, Failure, Observation
 from megatron_rlsd.experience.seeds import sample_seed
 from megatron_rlsd.rollout.engine import RolloutEngine
@@ -50,6 +50,8 @@ class Episode:
     """The last turn's, whose prompt was everything before it."""
     turns: list[str] = field(default_factory=list)
     """The model's, decoded."""
+    last_turn: str | None = None
+    """As ``RewardInput.turn``."""
     answers: list[str] = field(default_factory=list)
     """The opening, and what was answered to each turn."""
     reward: float | None = 0.0
@@ -60,7 +62,7 @@ class Episode:
     finish_reason: FinishReason | None = None
     """None: the episode goes on."""
 
-    def add_turn(self, generation: Generation, text: str) -> None:
+    def add_turn(self, generation: Generation, text: str, whole: str | None) -> None:
         count = len(generation.token_ids)
         self.token_ids += generation.token_ids.tolist()
         self.log_probs += generation.log_probs.tolist()
@@ -70,6 +72,7 @@ class Episode:
             [generation.weight_version] * count if versions is None else versions.tolist()
         )
         self.turns.append(text)
+        self.last_turn = whole
         self.turn_reason = generation.finish_reason
         self.routed_experts = generation.routed_experts
 
@@ -122,6 +125,7 @@ class Episodes:
         self._prompts, self._tokenizer = prompts, tokenizer
         self._engine, self._pool = engine, pool
         self._between = ChatTurns(tokenizer, config.environment.role).between
+        self._texts = TurnText(tokenizer)
 
     def play(
         self, problems: list[Problem], n: int, params: SamplingParams, label: str
@@ -144,7 +148,7 @@ class Episodes:
         while going := [e for e in episodes if e.finish_reason is None]:
             requests = [self._request(each, params) for each in going]
             for each, generation in zip(going, self._engine.generate(requests), strict=True):
-                each.add_turn(generation, self._tokenizer.decode(generation.token_ids.tolist()))
+                each.add_turn(generation, *self._texts.of(generation.token_ids.tolist()))
                 if generation.finish_reason == "abort" or (
                     generation.finish_reason == "length"
                     and len(each.token_ids) >= self._most(each, params)
@@ -217,6 +221,7 @@ class Episodes:
             prompt_ids=np.asarray(episode.prompt_ids, np.int32),
             generation=episode.generation(self._engine.weight_version),
             response_text=self._tokenizer.decode(episode.token_ids),
+            turn=episode.last_turn,
             transcript=episode.transcript(self._config.role),
             environment_reward=episode.reward,
             environment_error=episode.error,

@@ -18,7 +18,7 @@ from megatron_rlsd.experience.accuracy import (
 from megatron_rlsd.experience.groups import GroupBuilder
 from megatron_rlsd.experience.rules import mean_of_known
 from megatron_rlsd.observability.leakage import leakage_metrics
-from megatron_rlsd.rewards.answers import extract_answer
+from megatron_rlsd.rewards.answers import first_answer
 from megatron_rlsd.types import Group, Problem, Trajectory
 
 
@@ -127,7 +127,7 @@ def sampled_accuracies(
     """pass@k, and for k > 1 maj@k where any response has an answer to vote for."""
     n = settings.n_samples
     verdicts = [[solved(t) for t in group.trajectories] for group in groups]
-    votes = [[vote(extract_answer(t.own_text, pattern)) for t in g.trajectories] for g in groups]
+    votes = [[vote(first_answer(t.texts, pattern)) for t in g.trajectories] for g in groups]
     anyone_votes = any(each is not None for row in votes for each in row)
 
     found: dict[str, Estimate | None] = {}

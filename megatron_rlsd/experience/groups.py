@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from megatron_rlsd.algorithms import evidence_span
 from megatron_rlsd.config import Config
-from megatron_rlsd.data import PromptBuilder, Tokenizer
+from megatron_rlsd.data import PromptBuilder, Tokenizer, TurnText
 from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.experience.seeds import sample_seed
 from megatron_rlsd.rollout.engine import RolloutEngine
@@ -54,6 +55,7 @@ class GroupBuilder:
         """``episodes``: where an environment answers the model; None: a response is one turn."""
         self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
         self._engine, self._rewards, self._episodes = engine, rewards, episodes
+        self._turns = TurnText(tokenizer)
         self._critique_seen = False
         self._without_critique = 0
         self.sampling = SamplingParams(
@@ -141,11 +143,13 @@ class GroupBuilder:
     def _trajectory(
         self, problem: Problem, prompt_ids: IntArray, generation: Generation
     ) -> Trajectory:
+        text, turn = self._turns.of(generation.token_ids.tolist())
         return Trajectory(
             problem=problem,
             prompt_ids=prompt_ids,
             generation=generation,
-            response_text=self._tokenizer.decode(generation.token_ids.tolist()),
+            response_text=text,
+            turn=turn,
         )
 
     def _reward(self, trajectories: list[Trajectory], max_tokens: int) -> None:
@@ -160,6 +164,7 @@ class GroupBuilder:
                     finish_reason=t.generation.finish_reason,
                     transcript=t.transcript,
                     environment_reward=t.environment_reward,
+                    turn=t.turn,
                 )
                 for t in played
             ]
@@ -197,11 +202,11 @@ class GroupBuilder:
                     trajectory.contrast_prompt_ids = ids
                     trajectory.hint_cut |= hint_cut
         if algorithm.span_start is not None or algorithm.span_end is not None:
+            # A mark may be a special token.
+            decode = partial(self._tokenizer.decode, special=True)
             for t in group.trajectories:
                 ids = t.generation.token_ids.tolist()
-                t.evidence_span = evidence_span(
-                    t.response_text, ids, self._tokenizer.decode, algorithm
-                )
+                t.evidence_span = evidence_span(decode(ids), ids, decode, algorithm)
         if self._config.teacher.hint == "critique" and not self._critique_seen:
             self._look_for_critiques(group)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 
 _BRACES = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]")
@@ -25,6 +26,13 @@ def extract_answer(response: str, pattern: str | None = None) -> str | None:
     for match in re.finditer(pattern, response):
         answer = match[1]
     return None if answer is None else answer.strip()
+
+
+def first_answer(texts: Iterable[str], pattern: str | None = None) -> str | None:
+    """The final answer of the first text that holds one: of a response, or else of its whole turn
+    (``RewardInput.texts``), whose beginning the chat template may have written."""
+    found = (extract_answer(text, pattern) for text in texts)
+    return next((answer for answer in found if answer is not None), None)
 
 
 def last_boxed(text: str) -> str | None:

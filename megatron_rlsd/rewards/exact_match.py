@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_rlsd.rewards.answers import (
     check_answer_pattern,
-    extract_answer,
+    first_answer,
     same_number,
     same_text,
 )
@@ -23,7 +23,7 @@ def exact_match(sample: RewardInput, pattern: str | None = None, numeric: bool =
     ``pattern``: regular expression whose last match's group 1 is the answer; default: the last
     ``\\boxed{...}``. ``numeric``: numbers of equal value are equal however they are written.
     """
-    answer = extract_answer(sample.response, pattern)
+    answer = first_answer(sample.texts, pattern)
     if answer is None:
         return 0.0
     expected = sample.problem.answer

@@ -12,7 +12,7 @@ from collections import Counter
 from megatron_rlsd.rewards.algebra import equal_expressions
 from megatron_rlsd.rewards.answer_parts import Parts, Stated, parts_of, read
 from megatron_rlsd.rewards.answer_spelling import tidy
-from megatron_rlsd.rewards.answers import boxed_answer, check_answer_pattern, extract_answer
+from megatron_rlsd.rewards.answers import boxed_answer, check_answer_pattern, first_answer
 from megatron_rlsd.rewards.errors import TimeLimitExceeded
 from megatron_rlsd.rewards.registry import register_reward
 from megatron_rlsd.types import RewardInput
@@ -43,10 +43,11 @@ def math_verify(sample: RewardInput, pattern: str | None = None, timeout_seconds
         raise ValueError(f"math-verify cannot read the answer {sample.problem.answer!r}")
     try:
         if pattern is not None:
-            answer = extract_answer(sample.response, pattern)
+            answer = first_answer(sample.texts, pattern)
             answer = answer and (boxed_answer(answer) or answer)
         else:
-            answer = boxed_answer(sample.response)
+            boxes = (boxed_answer(text) for text in sample.texts)
+            answer = next((each for each in boxes if each is not None), None)
             if answer is None:
                 answer = _stated_in(sample.response, timeout_seconds)
         return float(answer is not None and equal_answers(expected, answer, timeout_seconds))

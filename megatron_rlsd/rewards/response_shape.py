@@ -17,10 +17,12 @@ def _check_format(pattern: str) -> None:
 def format_reward(sample: RewardInput, pattern: str) -> float:
     """1.0 if the whole response matches the regular expression and ended by itself; else 0.0.
 
-    A dot matches no line break unless the pattern begins with ``(?s)``.
+    So does the whole turn, with what the chat template wrote at its beginning and with special
+    tokens: ``<think>`` may be either. A dot matches no line break unless the pattern begins with
+    ``(?s)``.
     """
     complete = sample.finish_reason == "stop"
-    return float(complete and re.fullmatch(pattern, sample.response) is not None)
+    return float(complete and any(re.fullmatch(pattern, text) for text in sample.texts))
 
 
 def _check_length(buffer_tokens: int) -> None:

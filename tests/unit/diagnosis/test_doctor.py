@@ -243,6 +243,7 @@ def test_a_healthy_configuration_passes(healthy: tuple[Path, Raw], tmp_path: Pat
         "run_dir",
         "data",
         "rewards",
+        "hidden text",
     }
 
 

@@ -203,3 +203,23 @@ def test_a_conversation_to_imitate_is_refused(start, staleness: int, tmp_path: P
         publish(collector, engine, 0)
         with pytest.raises(UserError, match="a conversation to imitate"):
             collector.collect(0)
+
+
+THINKS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+
+
+def test_rewards_see_what_the_template_wrote_of_the_turn(start, staleness, tmp_path: Path) -> None:
+    """In training and, by the same builder, in an evaluation; in a span's marks as well."""
+    source = "def judge(s):\n    return float(s.turn.startswith('<think>' + s.response[:1]))\n"
+    sections = {"reward": rewards(tmp_path, source, "judge")}
+    sections["tokenizer"] = {"chat_template": THINKS}
+    with start(staleness, **sections) as (collector, engine):
+        publish(collector, engine, 0)
+        groups, _ = collector.collect(0)
+        builder = collector._rules._builder if staleness else collector._builder
+        problems = [group.problem for group in groups]
+        groups += builder.respond(problems, 1, builder.sampling, "eval/some")
+    assert {t.reward.value for g in groups for t in g.trajectories} == {1.0}

@@ -21,10 +21,11 @@ def sample() -> Callable[..., RewardInput]:
         max_tokens: int = 100,
         finish_reason: FinishReason = "stop",
         metadata: dict | None = None,
+        turn: str | None = None,
     ) -> RewardInput:
         messages = ({"role": "user", "content": "?"},)
         problem = Problem(id=id, messages=messages, answer=answer, metadata=metadata or {})
-        return RewardInput(problem, response, num_tokens, max_tokens, finish_reason)
+        return RewardInput(problem, response, num_tokens, max_tokens, finish_reason, turn=turn)
 
     return make
 

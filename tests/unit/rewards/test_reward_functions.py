@@ -105,6 +105,27 @@ def test_format_wants_the_whole_response_and_its_own_end(sample: Sample) -> None
     assert format_reward(sample(good, finish_reason="length"), pattern) == 0.0
 
 
+TURNS = {
+    "the template began it": ("a</think>7", "<think>a</think>7", r"<think>.*</think>(.*)"),
+    "special tokens": ("a7", "a<answer>7</answer>", ".*<answer>(.*)</answer>"),
+    "an open box": ("7}", r"So \boxed{7}", None),
+}
+"""Response, whole turn, and the pattern that a user would write."""
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_rewards_find_in_the_turn_what_the_response_lacks(sample: Sample, name: str) -> None:
+    response, turn, pattern = TURNS[name]
+    for judge in (exact_match, math_verify):
+        assert judge(sample(response, turn=turn), pattern) == 1.0
+        assert judge(sample(response, "8", turn=turn), pattern) == 0.0
+        assert judge(sample(response), pattern) == float(judge is math_verify and pattern is None)
+    whole = pattern or r".*\\boxed\{.*\}"
+    assert format_reward(sample(response, turn=turn), whole) == 1.0
+    assert format_reward(sample(response), whole) == 0.0
+    assert format_reward(sample(response, turn=f"{turn}\n"), whole) == 0.0
+
+
 def test_length_penalty_falls_linearly_over_the_buffer(sample: Sample) -> None:
     def at(num_tokens: int, **kwargs: str) -> float:
         return length_penalty(sample("x", num_tokens=num_tokens, **kwargs), buffer_tokens=20)
