@@ -39,6 +39,7 @@ COMMANDS = {
     "doctor": Command("doctor", "is everything in order for a run"),
     "convert": Command("convert", "Hugging Face folders to Megatron checkpoints and back"),
     "report": Command("report", "one HTML file about one or several runs"),
+    "watch": Command("watch", "follow a run from another shell: phase, reward, speed, time left"),
     "inspect": Command("inspect", "a run's responses in the terminal, coloured by credit"),
     "replay": Command("replay", "make one recorded update again and compare"),
     "tiny-model": Command("tiny_model", "a small random model with a tokenizer of its own"),
