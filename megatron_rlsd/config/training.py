@@ -298,6 +298,8 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(100, ge=0)
     seed: int = 0
+    """Fixes the questions' order, the samples, and the generators of Python, NumPy and torch in
+    every trainer process."""
     global_batch_size: int | None = Field(None, ge=1)
     """Trajectories per optimizer step; default: all of a rollout, that is one update."""
     epochs_per_rollout: int = Field(1, ge=1)

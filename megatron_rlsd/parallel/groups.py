@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -148,6 +150,10 @@ def parallel_world(
             expert_tensor_parallel_size=parallel.expert_tensor_size,
             distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
         )
+        # Users' code may draw from these; a checkpoint holds their states, too.
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
         yield ParallelGroups(
             megatron=ProcessGroupCollection.use_mpu_process_groups(),
