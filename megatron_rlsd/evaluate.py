@@ -13,6 +13,11 @@ The results go to OUT/results.json and, response by response, to OUT/responses/N
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what may be missing is imported
+    from megatron_rlsd.runtime.missing import tell_missing
+
+    tell_missing()
+
 import argparse
 import hashlib
 import json

@@ -9,6 +9,11 @@ model.hf_path or of the checkpoint ``train.resume``; use a run_dir of its own.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what may be missing is imported
+    from megatron_rlsd.runtime.missing import tell_missing
+
+    tell_missing()
+
 import sys
 
 from megatron_rlsd.config import Config

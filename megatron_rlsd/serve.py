@@ -11,6 +11,11 @@ program was started with that signal ignored.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what may be missing is imported
+    from megatron_rlsd.runtime.missing import tell_missing
+
+    tell_missing()
+
 import math
 import os
 import signal

@@ -11,6 +11,11 @@ operator as the policy loss: with advantage 1 and ratio 1 the two have the same 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what may be missing is imported
+    from megatron_rlsd.runtime.missing import tell_missing
+
+    tell_missing()
+
 import random
 import sys
 from collections import Counter

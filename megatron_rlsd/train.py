@@ -8,6 +8,11 @@ prompt decides how much credit each token gets (arXiv:2604.03128).
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what may be missing is imported
+    from megatron_rlsd.runtime.missing import tell_missing
+
+    tell_missing()
+
 import sys
 
 from megatron_rlsd.algorithms import lambda_at

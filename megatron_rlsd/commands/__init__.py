@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import select
 import sys
 from dataclasses import dataclass
 
 from megatron_rlsd import __version__
-from megatron_rlsd.commands.missing import explained
 from megatron_rlsd.runtime.errors import UserError, tell
+from megatron_rlsd.runtime.missing import explained
 
 EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141
+STANDARD_OUTPUT = 1
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,32 @@ def run(name: str, argv: list[str]) -> int:
     """One command with its own arguments; also what the files in tools/ start."""
     try:
         module = importlib.import_module(f"megatron_rlsd.commands.{COMMANDS[name].module}")
-        return int(module.main(argv))
+        code = int(module.main(argv))
+        sys.stdout.flush()
+        return code
     except UserError as error:  # of an import: Megatron-Core is missing or not supported
         return tell(error)
     except ImportError as error:
         return tell(explained(error))
+    except BrokenPipeError:
+        return _reader_left()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _reader_left() -> int:
+    """The exit code where whoever read standard output has ended, as in ``rlsd plan ... | head``.
+
+    Raises the error at hand again where another pipe is the broken one.
+    """
+    output = select.poll()
+    output.register(STANDARD_OUTPUT, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        raise
+    # Python would flush, and complain, once more at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STANDARD_OUTPUT)
+    return EXIT_NO_READER
 
 
 def overview() -> str:

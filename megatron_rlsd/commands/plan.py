@@ -15,12 +15,22 @@ from megatron_rlsd.config import config_parser
 
 def arguments() -> argparse.ArgumentParser:
     parser = config_parser(__doc__, "rlsd plan")
-    parser.add_argument("--gpus", type=int, help="of the trainer; default: one model replica")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument(
+        "--gpus", type=positive, metavar="N", help="of the trainer; default: one model replica"
+    )
+    parser.add_argument("--gpus-per-node", type=positive, metavar="N", default=8)
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU")
     parser.add_argument("--reserve", type=float, default=6.0, help="GiB of it not to count on")
     parser.add_argument("--host-memory", type=float, help="GiB of one machine; default: any")
-    parser.add_argument("--servers", type=int, help="in place of rollout.sglang.num_servers")
+    servers = parser.add_mutually_exclusive_group()
+    servers.add_argument("--servers", type=positive, metavar="N", help="of all machines together")
+    servers.add_argument(
+        "--server-nodes",
+        type=positive,
+        metavar="N",
+        help="machines that start rollout.sglang.num_servers each; default: the trainer's own "
+        "where it has GPUs left, else one for every two of the trainer's",
+    )
     parser.add_argument(
         "--kernels",
         choices=("cuda", "transformer_engine"),
@@ -34,6 +44,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--search", action="store_true", help="go over all layouts")
     parser.add_argument("--best", type=int, default=5, help="layouts that --search prints")
     return parser
+
+
+def positive(text: str) -> int:
+    """A count of the command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 1")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,10 +20,9 @@ from megatron_rlsd.runtime.errors import UserError, tell
 def plan(args: argparse.Namespace) -> int:
     """Print the plan that the command line of plan.py asks for; the exit code."""
     try:
-        served = []
-        if args.servers:
-            served = [f"rollout.sglang.num_servers={args.servers}", "rollout.sglang.urls=[]"]
-        config = load_config(args.config, [*args.overrides, *served], needs_secrets=False)
+        config = load_config(args.config, args.overrides, needs_secrets=False)
+        if config.rollout.engine == "embedded" and (args.servers or args.server_nodes):
+            raise UserError("--servers and --server-nodes need rollout.engine=sglang")
         try:
             hf_config = load_hf_config(config.model.hf_path)
         except UserError as error:
@@ -47,6 +46,8 @@ def plan(args: argparse.Namespace) -> int:
         host_gib=args.host_memory,
         kernels=args.kernels or ("cuda" if precision.fp8 == "none" else "transformer_engine"),
         rates=rates,
+        servers=args.servers,
+        server_nodes=args.server_nodes,
     )
     lengths = assumed_lengths(args, config)
     if args.search:

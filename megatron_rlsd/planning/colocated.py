@@ -41,9 +41,9 @@ class ServerMemory:
 
 
 def server_memory(
-    config: Config, model: ModelDims, gpu_bytes: float, gpus_per_node: int
+    config: Config, model: ModelDims, gpu_bytes: float, gpus_per_node: int, servers: int
 ) -> ServerMemory:
-    """``gpu_bytes``: of a whole GPU."""
+    """``gpu_bytes``: of a whole GPU. ``servers``: how many there are."""
     settings, item = config.rollout.sglang, 2 if config.model.dtype == "bfloat16" else 4
     static = int(float(settings.args.get("mem_fraction_static", DEFAULT_FRACTION)) * gpu_bytes)
     size = settings.tensor_parallel
@@ -52,7 +52,7 @@ def server_memory(
     readers = 0
     if config.weight_sync.transport == "ipc":
         # On rank 0's machine; the one on its own GPU counts as a server anyway.
-        readers = min(settings.num_servers * size, gpus_per_node) - 1
+        readers = min(servers * size, gpus_per_node) - 1
     return ServerMemory(weights, static, cached, readers)
 
 

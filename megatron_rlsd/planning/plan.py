@@ -18,6 +18,7 @@ from megatron_rlsd.planning.activations import Kernels
 from megatron_rlsd.planning.colocated import ServerMemory, beside_server, server_memory
 from megatron_rlsd.planning.memory import GIB, RankMemory, Workload, rank_memory
 from megatron_rlsd.planning.rates import Rates
+from megatron_rlsd.planning.servers import Servers, servers_of
 from megatron_rlsd.planning.time import StepTime, StepTimer
 from megatron_rlsd.planning.work import Lengths, StepTokens, step_tokens, workload
 
@@ -36,6 +37,10 @@ class Machine:
     """Memory of one machine; None: not checked."""
     kernels: Kernels = "cuda"
     rates: Rates = field(default_factory=Rates)
+    servers: int | None = None
+    """Rollout servers in all; None: as the configuration means them."""
+    server_nodes: int | None = None
+    """Machines that start rollout.sglang.num_servers each; None: see servers_of."""
 
     @property
     def usable(self) -> float:
@@ -54,6 +59,7 @@ class Plan:
     timer: StepTimer
     tokens: StepTokens
     work: Workload
+    servers: Servers | None
     server: ServerMemory | None = None
     """The colocated server's memory (rollout.colocated)."""
 
@@ -64,6 +70,13 @@ class Plan:
     @cached_property
     def fullest(self) -> RankMemory:
         return max(self.ranks, key=lambda rank: rank.peak)
+
+    @property
+    def gpus(self) -> int | None:
+        """The trainer's and the servers'; None: nobody says how many the servers have."""
+        if self.servers is None:
+            return self.machine.gpus
+        return None if self.servers.beside is None else self.machine.gpus + self.servers.beside
 
     @property
     def host_bytes(self) -> int:
@@ -117,9 +130,18 @@ def make_plan(config: Config, model: ModelDims, machine: Machine, lengths: Lengt
         )
         for stage in range(parallel.pipeline)
     ]
+    servers = servers_of(
+        config,
+        gpus=machine.gpus,
+        gpus_per_node=machine.gpus_per_node,
+        given=machine.servers,
+        nodes=machine.server_nodes,
+    )
     server = None
-    if config.rollout.colocated:
-        server = server_memory(config, model, machine.memory_gib * GIB, machine.gpus_per_node)
+    if config.rollout.colocated and servers is not None:
+        server = server_memory(
+            config, model, machine.memory_gib * GIB, machine.gpus_per_node, servers.count
+        )
         ranks = [beside_server(rank, server) for rank in ranks]
     timer = StepTimer(
         config,
@@ -129,8 +151,10 @@ def make_plan(config: Config, model: ModelDims, machine: Machine, lengths: Lengt
         rates=machine.rates,
         lengths=lengths,
         tokens=tokens,
+        kernels=machine.kernels,
+        servers=servers,
     )
-    return Plan(config, machine, ranks, timer, tokens, work, server)
+    return Plan(config, machine, ranks, timer, tokens, work, servers, server)
 
 
 def changed(config: Config, overrides: dict[str, Any]) -> Config | None:

@@ -58,6 +58,9 @@ class Rates:
     """The rate of a folder that all machines share, all readers together."""
     decode_overhead_ms: float = 3.0
     """The fixed time of one decoding step of the engine, whatever its batch."""
+    expert_start_us: float = 50.0
+    """The time to start the kernels of one expert in one pass over a micro-batch, whatever its
+    rows: Megatron's local layers run one expert after the other."""
 
     def with_given(self, given: list[str]) -> Rates:
         """Replace rates by ``name=number`` texts; UserError names an unknown or bad one."""

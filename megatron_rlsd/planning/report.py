@@ -21,6 +21,7 @@ def layout_line(config: Config, gpus: int) -> str:
         "VPP": parallel.virtual_pipeline,
         "CP": parallel.context,
         "EP": parallel.expert,
+        "ETP": parallel.expert_tensor_size if parallel.expert_tensor or parallel.expert > 1 else 1,
         "DP": replicas,
     }
     parts = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "DP")]
@@ -34,9 +35,11 @@ def layout_line(config: Config, gpus: int) -> str:
 
 
 def plan_text(plan: Plan, model: ModelDims, lengths: Lengths) -> str:
-    """Everything about one plan, assumptions included."""
+    """Everything about one plan, the answer first, assumptions included."""
     config, machine = plan.config, plan.machine
     lines = [
+        *answer_lines(plan),
+        "",
         f"model      {config.model.hf_path}: {model_parameters(model, config) / 1e9:.2f} B "
         f"parameters, {config.model.dtype}{_products(config)}",
         f"layout     {layout_line(config, machine.gpus)} on {machine.gpus} GPUs",
@@ -51,6 +54,36 @@ def plan_text(plan: Plan, model: ModelDims, lengths: Lengths) -> str:
         *assumption_lines(machine, lengths),
     ]
     return "\n".join(lines)
+
+
+def answer_lines(plan: Plan) -> list[str]:
+    """The verdict, the servers, what a step costs and what it gets done."""
+    if plan.problems:
+        verdict = f"DOES NOT FIT: {'; '.join(plan.problems)}"
+    else:
+        spare = (plan.machine.usable - plan.fullest.peak) / GIB
+        verdict = f"FITS, {spare:.1f} GiB to spare on stage {plan.fullest.stage}"
+    lines, trainer = [verdict], plan.machine.gpus
+    servers, seconds = plan.servers, plan.time.total
+    if servers is None:
+        lines.append("servers    none: the trainer's processes sample")
+    else:
+        size = servers.tensor_parallel
+        each = "" if servers.beside is None else f" of {size} GPU{'s' * (size > 1)} each"
+        lines.append(f"servers    {servers.count}{each} ({servers.why})")
+    if plan.gpus is None or plan.time.rollout is None:
+        lines.append("cost       unknown: so are the GPUs and the time of servers that run already")
+        return lines
+    beside = plan.gpus - trainer
+    gpus = f"{plan.gpus} GPUs" + (f" ({trainer} trainer, {beside} servers)" if beside else "")
+    hours, steps = plan.gpus * seconds / 3600, plan.config.train.steps
+    tokens = plan.tokens.student / seconds / plan.gpus
+    return [
+        *lines,
+        f"cost       {gpus}, {seconds:.1f} s a step: {hours:.3g} GPU-hours; {steps * hours:,.0f} "
+        f"for train.steps={steps}, without evaluation, checkpoints and start",
+        f"speed      {tokens:,.0f} tokens per second per GPU, prompts and responses",
+    ]
 
 
 def _products(config: Config) -> str:
@@ -97,11 +130,6 @@ def memory_table(plan: Plan) -> list[str]:
     if plan.host_bytes:
         parts = ", ".join(_names(rank.host for rank in plan.ranks))
         lines.append(f"host       {plan.host_bytes / GIB:.1f} GiB pinned a machine ({parts})")
-    if plan.problems:
-        lines.append(f"DOES NOT FIT: {'; '.join(plan.problems)}")
-    else:
-        spare = usable - plan.fullest.peak / GIB
-        lines.append(f"FITS, {spare:.1f} GiB to spare on stage {plan.fullest.stage}")
     return lines
 
 

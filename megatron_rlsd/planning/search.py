@@ -101,12 +101,12 @@ def _layouts(
         for stages in _stages(model.num_layers, gpus // tensor):
             pipeline = stages["pipeline"]
             for context in _powers(min(8, gpus // tensor // pipeline)):
-                for expert in _expert_sizes(model, gpus // pipeline):
+                for expert, split in _expert_sizes(model, gpus // pipeline, tensor):
                     sizes = {"tensor": tensor, "context": context, "expert": expert, **stages}
                     try:
                         parallel = ParallelConfig(
                             **sizes,
-                            expert_tensor=None if expert == 1 else 1,
+                            expert_tensor=split,
                             sequence=tensor > 1,
                         )
                         check_layout(parallel, gpus, model)
@@ -127,8 +127,14 @@ def _stages(layers: int, most: int) -> Iterator[dict[str, int]]:
             yield {"pipeline": pipeline, "pipeline_last_stage_layers": last}
 
 
-def _expert_sizes(model: ModelDims, most: int) -> Iterator[int]:
-    return _divisors(model.num_experts, most) if model.moe_layers else iter((1,))
+def _expert_sizes(model: ModelDims, most: int, tensor: int) -> Iterator[tuple[int, int | None]]:
+    """Expert parallelism, and expert tensor parallelism: None where it is the tensor's."""
+    yield 1, None
+    if not model.moe_layers:
+        return
+    if tensor > 1:
+        yield 1, 1
+    yield from ((size, 1) for size in _divisors(model.num_experts, most) if size > 1)
 
 
 def _powers(most: int) -> Iterator[int]:

@@ -13,9 +13,12 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.eight_bit import eight_bit_layers
 from megatron_rlsd.parallel.layout import layers_of_stage
-from megatron_rlsd.parallel.memory import RankParameters, rank_parameters
+from megatron_rlsd.parallel.memory import RankParameters, rank_parameters, state_bytes
+from megatron_rlsd.planning.activations import Kernels
+from megatron_rlsd.planning.experts import ExpertLayer
 from megatron_rlsd.planning.memory import cache_bytes_per_token, model_parameters
 from megatron_rlsd.planning.rates import Rates
+from megatron_rlsd.planning.servers import Servers
 from megatron_rlsd.planning.work import Lengths, StepTokens
 
 TERA, GIGA = 1e12, 1e9
@@ -60,7 +63,9 @@ class _Layers:
     """Operations of one token's forward pass."""
 
     products: float
+    """Those of experts too."""
     attention: float
+    experts: float
 
 
 class StepTimer:
@@ -76,12 +81,16 @@ class StepTimer:
         rates: Rates,
         lengths: Lengths,
         tokens: StepTokens,
+        kernels: Kernels,
+        servers: Servers | None,
     ) -> None:
         self._config, self._model, self._rates = config, model, rates
         self._world, self._per_node = world_size, gpus_per_node
         self._lengths, self._tokens = lengths, tokens
+        self._servers = servers
         self._parallel = config.parallel
         self._item = 2 if config.model.dtype == "bfloat16" else 4
+        self._experts = ExpertLayer(model, config.parallel, self._item, kernels)
         self._replicas = world_size // (
             self._parallel.tensor * self._parallel.pipeline * self._parallel.context
         )
@@ -90,7 +99,7 @@ class StepTimer:
         """``with_rollout`` False leaves out what no layout of the trainer changes."""
         tokens, peak = self._tokens, self._rates.peak_tflops * TERA * self._world
         compute, talk, bubble = self._passes(tokens.student, training=True)
-        reduce = tokens.updates * (self._reduce_gradients() + self._optimizer())
+        reduce = tokens.updates * (self.gradients() + self._optimizer())
         update = compute + talk + bubble + reduce
         operations = self.update_operations(
             tokens.student, tokens.responses, tokens.prompt + tokens.response
@@ -119,9 +128,9 @@ class StepTimer:
         settings, rates = self._config.weight_sync, self._rates
         size = self._item * model_parameters(self._model, self._config)
         gather = self._gather_weights(size)
-        if self._config.rollout.engine == "embedded":
+        if self._servers is None:
             return gather
-        servers = len(self._config.rollout.sglang.urls) or self._config.rollout.sglang.num_servers
+        servers = self._servers.count
         to_host = size / (rates.pcie_gbs * GIGA)
         if settings.transport == "disk":
             # What was written is read once by each server, and by rank 0 to hash it.
@@ -149,19 +158,26 @@ class StepTimer:
     def _gather_weights(self, size: float) -> float:
         """Until every rank has had whole tensors: shards from their stage, then from each rank that
         splits them."""
-        tp, stages = self._parallel.tensor, self._parallel.pipeline
-        between = size / tp / self._bandwidth(tp * stages) if stages > 1 else 0.0
-        return between + (size * (tp - 1) / tp + size) / self._bandwidth(tp)
+        parallel = self._parallel
+        held = rank_parameters(self._model, type(parallel)(), 0)
+        experts = size * held.experts / held.total
+        spread = parallel.expert * parallel.expert_tensor_size
+        seconds = 0.0
+        for part, ranks in ((size - experts, parallel.tensor), (experts, spread)):
+            if parallel.pipeline > 1:
+                seconds += part / ranks / self._bandwidth(parallel.tensor * parallel.pipeline)
+            seconds += (part * (ranks - 1) / ranks + part) / self._bandwidth(ranks)
+        return seconds
 
     def rollout(self) -> float | None:
         """Until the last response ends; each engine decodes what fits it at once."""
         settings = self._config.rollout
-        if settings.engine == "embedded":
+        if self._servers is None:
             engines, gpus, at_once = self._world, 1, settings.embedded.max_batch_size
-        elif settings.sglang.urls:
+        elif self._servers.beside is None:
             return None
         else:
-            engines, gpus = settings.sglang.num_servers, settings.sglang.tensor_parallel
+            engines, gpus = self._servers.count, self._servers.tensor_parallel
             at_once = settings.sglang.max_in_flight
         count = math.ceil(self._tokens.trajectories / engines)
         waiting = self._lengths.responses(settings.max_response_tokens, count)
@@ -230,13 +246,13 @@ class StepTimer:
         if not training:
             batches = math.ceil(count)
         stages = range(parallel.pipeline)
-        compute = max(self._compute(stage, per_replica, training) for stage in stages)
+        compute = max(self._compute(stage, per_replica, batches, training) for stage in stages)
         talk = max(self._talk(stage, per_replica, training) for stage in stages)
         updates = self._tokens.updates if training else 1
         waits = updates * (parallel.pipeline - 1) / parallel.virtual_pipeline / batches
         return compute, talk, waits * (compute + talk)
 
-    def _compute(self, stage: int, tokens: float, training: bool) -> float:
+    def _compute(self, stage: int, tokens: float, batches: int, training: bool) -> float:
         rates, parallel = self._rates, self._parallel
         layers = layers_of_stage(parallel, self._model.num_layers, stage)
         length = self._tokens.prompt + self._tokens.response
@@ -244,7 +260,8 @@ class StepTimer:
         precision = self._config.model.precision
         eight_bit = eight_bit_layers(precision, self._model.num_layers, layers)
         # A faster product counts as fewer operations.
-        saved = self._forward(eight_bit, length).products * (1 - 1 / rates.fp8_gain)
+        faster = self._forward(eight_bit, length)
+        saved = (faster.products - faster.experts) * (1 - 1 / rates.fp8_gain)
         products, attention = (3.0, 3.0) if training else (1.0, 1.0)
         settings = self._config.model
         if training and settings.recompute == "full":
@@ -252,14 +269,20 @@ class StepTimer:
         elif training and settings.recompute == "selective":
             attention += "core_attn" in settings.recompute_modules
             products += 0.6 * bool({"mlp", "moe"} & set(settings.recompute_modules))
-        seconds = products * (forward.products - saved) / rates.product_efficiency
+        others = forward.products - forward.experts - saved
+        seconds = products * others / rates.product_efficiency
         seconds += attention * forward.attention / rates.attention_efficiency
         seconds *= tokens
         if stage == parallel.pipeline - 1:
             share = self._tokens.responses / max(1.0, self._tokens.student)
             head = tokens * share * self._head() * (3 if training else 1)
             seconds += head / rates.product_efficiency
-        return seconds / (parallel.tensor * parallel.context * rates.peak_tflops * TERA)
+        seconds /= parallel.tensor * parallel.context * rates.peak_tflops * TERA
+        for layer in self._model.moe_layers.intersection(layers):
+            gain = rates.fp8_gain if layer in eight_bit else 1.0
+            once = self._experts.pass_seconds(tokens / batches, rates, gain)
+            seconds += products * batches * once
+        return seconds
 
     def _talk(self, stage: int, tokens: float, training: bool) -> float:
         """Collectives within the layers, and messages between stages."""
@@ -270,33 +293,40 @@ class StepTimer:
         if training and self._config.model.recompute == "full":
             directions += 1
         hidden = self._item * tokens / cp * model.hidden_size
+        moe = len(model.moe_layers.intersection(layers))
         seconds = 0.0
         if tp > 1:
-            # Gather before and scatter after attention and feed-forward.
-            each = 4 * (tp - 1) / tp * hidden
-            seconds += len(layers) * directions * each / self._bandwidth(tp)
+            # Gather before and scatter after attention, and the same of a feed-forward part that
+            # all tokens meet.
+            parts = 2 * len(layers) - (0 if model.shared_expert_ffn_size else moe)
+            each = 2 * (tp - 1) / tp * hidden
+            seconds += parts * directions * each / self._bandwidth(tp)
         if cp > 1:
             keys = self._item * tokens * 2 * model.num_query_groups * model.head_dim / tp
             seconds += len(layers) * directions * (cp - 1) / cp * keys / self._bandwidth(tp * cp)
-        if ep > 1:
-            routed = hidden / tp * model.experts_per_token
-            moe = len(model.moe_layers.intersection(layers))
-            bandwidth = self._bandwidth(max(tp, ep * parallel.expert_tensor_size))
-            seconds += moe * directions * 2 * (ep - 1) / ep * routed / bandwidth
+        if moe:
+            split = parallel.expert_tensor_size
+            between, within = self._experts.exchanged(tokens)
+            exchange = between / self._bandwidth(max(tp, ep * split))
+            seconds += moe * directions * (exchange + within / self._bandwidth(split))
         if parallel.pipeline > 1:
             messages = directions * parallel.virtual_pipeline * hidden / tp
             seconds += messages / self._bandwidth(self._world)
         return seconds
 
-    def _reduce_gradients(self) -> float:
-        """Float32 gradients over the replicas; with the distributed optimizer weights come back."""
-        copies = self._replicas * self._parallel.context
-        if copies == 1:
-            return 0.0
-        held = max(self._held(stage).total for stage in range(self._parallel.pipeline))
+    def gradients(self) -> float:
+        """Seconds to add up float32 gradients over the ranks that hold the same parameters; with
+        the distributed optimizer weights come back."""
         # A gather of weights in place of the second half of an all-reduce.
-        size = held * (4 + (self._item if self._config.optimizer.distributed else 4))
-        return (copies - 1) / copies * size / self._bandwidth(self._world)
+        each = 4 + (self._item if self._config.optimizer.distributed else 4)
+        stage = self._world // self._parallel.pipeline
+        dense = stage // self._parallel.tensor
+        experts = stage // (self._parallel.expert * self._parallel.expert_tensor_size)
+        size = max(
+            (dense - 1) / dense * held.dense + (experts - 1) / experts * held.experts
+            for held in map(self._held, range(self._parallel.pipeline))
+        )
+        return size * each / self._bandwidth(self._world)
 
     def _optimizer(self) -> float:
         """Reads and writes all of the state once, and gradients."""
@@ -304,9 +334,17 @@ class StepTimer:
 
     def _state(self) -> float:
         """Bytes of a rank's float32 masters and moments."""
-        held = max(self._held(stage).total for stage in range(self._parallel.pipeline))
-        copies = self._replicas * self._parallel.context
-        return 12 * held / (copies if self._config.optimizer.distributed else 1)
+        return max(
+            state_bytes(
+                self._model,
+                self._parallel,
+                world_size=self._world,
+                stage=stage,
+                dtype=self._config.model.dtype,
+                distributed_optimizer=self._config.optimizer.distributed,
+            ).optimizer
+            for stage in range(self._parallel.pipeline)
+        )
 
     def _held(self, stage: int) -> RankParameters:
         return rank_parameters(self._model, self._parallel, stage)
@@ -330,10 +368,9 @@ class StepTimer:
         dense_width = 3 * model.hidden_size * model.ffn_hidden_size
         rest = held.dense - tied - (model.num_layers - moe) * dense_width
         each = rest / model.num_layers
-        parameters = 0.0
-        for layer in layers:
-            routed = layer in model.moe_layers
-            parameters += each + (model.experts_per_token * expert if routed else dense_width)
+        routed = len(model.moe_layers.intersection(layers))
+        experts = routed * model.experts_per_token * expert
+        parameters = len(layers) * each + experts + (len(layers) - routed) * dense_width
         heads = model.num_attention_heads
         latent = model.latent
         channels = (
@@ -342,4 +379,4 @@ class StepTimer:
             else 2 * model.head_dim
         )
         # Two products over the half of the keys that a causal mask leaves.
-        return _Layers(2 * parameters, len(layers) * heads * channels * length)
+        return _Layers(2 * parameters, len(layers) * heads * channels * length, 2 * experts)

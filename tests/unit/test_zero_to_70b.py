@@ -20,7 +20,7 @@ import pytest
 from megatron_rlsd.commands import plan
 from megatron_rlsd.config import load_config
 from tests.conftest import ROOT
-from tests.unit.planning.test_plan import LLAMA_70B
+from tests.unit.planning.seventy import LLAMA_70B
 
 PAGE = ROOT / "docs" / "zero_to_70b.md"
 SCRIPT = "examples/run_rlsd_70b.sh"

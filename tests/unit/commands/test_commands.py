@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_rlsd import __version__, commands
-from megatron_rlsd.commands import COMMANDS, launching, missing
+from megatron_rlsd.commands import COMMANDS, launching
 from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.config.listing import settings
+from megatron_rlsd.runtime import missing
 from megatron_rlsd.runtime.errors import UserError
 from tests.conftest import ROOT
 
@@ -161,3 +162,51 @@ def test_user_errors_at_import_are_told(
     monkeypatch.setattr(commands.importlib, "import_module", unsupported)
     assert commands.main(["replay", "run", "1"]) == 2
     assert capsys.readouterr().err == "error: megatron-core 0.9 is not supported\n"
+
+
+@pytest.mark.process
+def test_a_reader_that_leaves_ends_a_command_in_silence() -> None:
+    """As in ``rlsd settings | head``."""
+    command = [sys.executable, "-m", "megatron_rlsd", "settings"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.close()
+        assert child.stderr is not None
+        assert child.stderr.read() == b""
+        assert child.wait(timeout=60) == commands.EXIT_NO_READER
+
+
+def test_another_pipe_that_breaks_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setattr(commands.importlib, "import_module", broken)
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        commands.main(["train", "config.yaml"])
+
+
+WITHOUT = """
+import runpy, sys
+absent = sys.argv[1]
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+del sys.argv[0]
+runpy.run_module(f"megatron_rlsd.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("package", "program"), [("torch", "train"), ("megatron", "sft"), ("torch", "serve")]
+)
+def test_a_program_started_as_a_module_names_a_missing_package(package: str, program: str) -> None:
+    """What a venv without it would say; the finder in front hides it."""
+    config = str(ROOT / "examples/configs/tiny.yaml")
+    command = [sys.executable, "-c", WITHOUT, package, program, config]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {missing.DISTRIBUTIONS[package]} is not installed in ")

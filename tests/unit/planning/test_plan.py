@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_rlsd.config import Config, ParallelConfig, load_config, parse_config
-from megatron_rlsd.hf_bridge import ModelDims, family_for
+from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.eight_bit import check_eight_bit, copy_bytes
 from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.parallel.memory import layer_products, rank_parameters
@@ -26,62 +25,9 @@ from megatron_rlsd.planning.search import overrides, search
 from megatron_rlsd.planning.work import Lengths
 from megatron_rlsd.runtime.errors import UserError
 from tests.conftest import ROOT
+from tests.unit.planning.seventy import LENGTHS, plan_of, raw_config
 
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 64,
-    "num_hidden_layers": 80,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-}
 SHARE = "rollout.sglang.args.mem_fraction_static"
-LENGTHS = Lengths(prompt=500, hint=400, response=3000)
-
-
-def raw_config(folder: Path) -> dict[str, Any]:
-    return {
-        "run_dir": "runs/70b",
-        "model": {"hf_path": str(folder), "recompute": "full"},
-        "parallel": {"tensor": 8, "pipeline": 4, "sequence": True},
-        "data": {"train": [{"kind": "jsonl", "path": "problems.jsonl"}]},
-        "reward": {"functions": [{"name": "math_verify"}]},
-        "rollout": {
-            "engine": "sglang",
-            "prompts_per_step": 64,
-            "max_response_tokens": 8192,
-            "sglang": {"num_servers": 4, "tensor_parallel": 8},
-        },
-        "optimizer": {"distributed": True},
-        "train": {"max_tokens_per_microbatch": 16384},
-    }
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
-    return tmp_path
-
-
-@pytest.fixture
-def config(folder: Path) -> Config:
-    return parse_config(raw_config(folder))
-
-
-@pytest.fixture
-def model() -> ModelDims:
-    return family_for(LLAMA_70B).dims(LLAMA_70B)
-
-
-def plan_of(config: Config, model: ModelDims, gpus: int = 64, **machine: Any) -> Plan:
-    return make_plan(config, model, Machine(gpus=gpus, **machine), LENGTHS)
 
 
 def test_a_70b_layout_fits_and_its_parts_add_up(config: Config, model: ModelDims) -> None:
@@ -250,7 +196,14 @@ def test_the_tool_prints_a_plan_that_fits(folder: Path) -> None:
     done = run_tool(folder, "--gpus", "64", "--memory", "80", "--response-tokens", "3000")
     assert done.returncode == 0, done.stderr
     assert "TP8 PP4 DP2 SP full recompute distributed optimizer on 64 GPUs" in done.stdout
-    assert "FITS" in done.stdout
+    first, servers, cost, speed = done.stdout.splitlines()[:4]
+    assert first.startswith("FITS, ")
+    # Eight of the trainer's nodes, and one rollout node for every two.
+    assert servers.startswith(
+        "servers    16 of 8 GPUs each (4 nodes of rollout.sglang.num_servers=4"
+    )
+    assert cost.startswith("cost       192 GPUs (64 trainer, 128 servers)")
+    assert "tokens per second per GPU" in speed
     assert "assumed, not measured" in done.stdout
 
 
@@ -263,6 +216,9 @@ def test_the_tool_refuses_what_cannot_fit(folder: Path) -> None:
     done = run_tool(folder, "--gpus", "8", "--search")
     assert done.returncode == 1
     assert "NO LAYOUT FITS" in done.stdout
+    done = run_tool(folder, "--servers", "2", "rollout.engine=embedded")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "need rollout.engine=sglang" in done.stderr
     done = run_tool(folder, "--gpus", "64", "parallel.tensr=8")
     assert done.returncode == 2
     assert "parallel.tensr: unknown key" in done.stderr
@@ -370,7 +326,7 @@ def test_a_weight_sync_counts_every_servers_bytes_and_its_share_of_comparisons(
             },
         )
         assert other is not None
-        return plan_of(other, model).time.weight_sync
+        return plan_of(other, model, server_nodes=1).time.weight_sync
 
     size = 2 * 70.55e9
     # Rank 0 sends all servers the same bytes one after the other, at 40 GB/s.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from types import TracebackType
 
-from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.errors import UserError, tell
 
 DISTRIBUTIONS = {
     "torch": "torch",
@@ -34,3 +35,22 @@ def explained(error: ImportError) -> UserError:
         "pip install '.[cpu]' in a clone of the repository brings what is needed on a machine "
         "without a GPU, '.[gpu]' on one with GPUs (README.md)"
     )
+
+
+def tell_missing() -> None:
+    """From here on, a missing package that ends this program is told in one message, exit code 2.
+
+    For programs that are started as ``python -m megatron_rlsd.train``, before they import torch.
+    """
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            explanation = explained(error) if isinstance(error, ImportError) else None
+        except ImportError:
+            explanation = None
+        if explanation is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            sys.exit(tell(explanation))
+
+    sys.excepthook = told
