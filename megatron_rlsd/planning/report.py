@@ -77,12 +77,15 @@ def answer_lines(plan: Plan) -> list[str]:
     beside = plan.gpus - trainer
     gpus = f"{plan.gpus} GPUs" + (f" ({trainer} trainer, {beside} servers)" if beside else "")
     hours, steps = plan.gpus * seconds / 3600, plan.config.train.steps
-    tokens = plan.tokens.student / seconds / plan.gpus
+    sampled, processed = (
+        tokens / seconds / plan.gpus for tokens in (plan.tokens.responses, plan.tokens.student)
+    )
     return [
         *lines,
         f"cost       {gpus}, {seconds:.1f} s a step: {hours:.3g} GPU-hours; {steps * hours:,.0f} "
         f"for train.steps={steps}, without evaluation, checkpoints and start",
-        f"speed      {tokens:,.0f} tokens per second per GPU, prompts and responses",
+        f"speed      {sampled:,.0f} sampled tokens per second per GPU "
+        f"(perf/tokens_per_second_per_gpu), {processed:,.0f} with prompts",
     ]
 
 

@@ -81,8 +81,8 @@ class StepTimer:
         rates: Rates,
         lengths: Lengths,
         tokens: StepTokens,
-        kernels: Kernels,
-        servers: Servers | None,
+        kernels: Kernels = "cuda",
+        servers: Servers | None = None,
     ) -> None:
         self._config, self._model, self._rates = config, model, rates
         self._world, self._per_node = world_size, gpus_per_node
