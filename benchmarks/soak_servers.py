@@ -59,7 +59,7 @@ def settings(out: Path, updates: int) -> dict[str, Any]:
             "engine": "sglang",
             "prompts_per_step": 4,
             "n_samples_per_prompt": 4,
-            "max_response_tokens": 96,
+            "max_response_tokens": 400,
             "asynchronous": {"max_staleness": STALENESS},
             "sglang": {
                 "device": "cpu",
@@ -78,7 +78,7 @@ def settings(out: Path, updates: int) -> dict[str, Any]:
         },
         "algorithm": {"tis": "sequence"},
         "optimizer": {"lr": 1e-3},
-        "train": {"steps": updates, "max_tokens_per_microbatch": 1024},
+        "train": {"steps": updates, "max_tokens_per_microbatch": 4096},
         "checkpoint": {"interval": 10},
         "weight_sync": {"parity_interval": 0},
         "observability": {"tensorboard": False, "progress": "plain"},

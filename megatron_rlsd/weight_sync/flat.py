@@ -132,7 +132,7 @@ class FlatWeights(Mapping[str, Tensor]):
     def _empty(self, spare: list[Tensor], nbytes: int) -> FlatBucket:
         buffer = spare.pop(0) if spare else None
         if buffer is None or buffer.numel() < nbytes:
-            # Memory that is never written costs nothing: the last bucket may be small.
+            # The last bucket may be small; main memory that is never written costs nothing.
             buffer = self._allocate(nbytes)
         on_device = None
         if self._device is not None:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import uuid
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.lifecycle import STOP_SIGNALS, unheard_by_children
 from megatron_rlsd.weight_sync.flat import FlatBucket
 
@@ -43,14 +46,27 @@ CUDA_DEVICE = 6
 
 
 def shared_buffer(nbytes: int) -> Tensor:
-    """uint8 [nbytes] in shared memory that ``payload`` can refer to; unwritten pages cost nothing.
+    """uint8 [nbytes] in shared memory that ``payload`` can refer to, all of it reserved at once.
 
     The memory is free when the tensor is gone or the trainer has ended, however it ends.
+
+    Raises UserError where /dev/shm has no room for it.
     """
     # torch's bookkeeper starts with the first. Were it to end before us, letting go of the memory
     # would abort this process.
     with unheard_by_children(*STOP_SIGNALS):
-        storage = torch.UntypedStorage._new_using_filename_cpu(nbytes)
+        try:
+            storage = torch.UntypedStorage._new_using_filename_cpu(nbytes)
+        except RuntimeError as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            free = shutil.disk_usage(SHARED_MEMORY).free
+            raise UserError(
+                f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB left, and weight_sync.transport=ipc "
+                f"needs {nbytes / 2**20:.0f} MiB more there for a bucket of weights: free some, "
+                "give the container more (--shm-size, or --ipc=host), make weight_sync.bucket_mib "
+                "smaller, or use the transport disk or broadcast"
+            ) from error
     # Never taken back: a reader that lets go after us must not be the last. It would remove its
     # name, which is gone already, and end on that.
     storage._shared_incref()
