@@ -52,7 +52,7 @@ class Responses:
             "truncated_share": reasons.count("length") / len(reasons),
             "format_rate": mean_of_known(map(_formatted, trajectories)),
             "reward_error_share": statistics.fmean(
-                bool(t.reward and t.reward.errors) for t in trajectories
+                t.reward is not None and t.reward.value is None for t in trajectories
             ),
             **{name.replace("/", "_"): share for name, share in leaks.items()},
         }

@@ -82,7 +82,7 @@ class BatchRules:
             "rollout/zero_advantage_share": statistics.fmean(
                 t.advantage == 0 for t in trajectories
             ),
-            "rollout/reward_error_share": statistics.fmean(bool(r.errors) for r in results),
+            "rollout/reward_error_share": statistics.fmean(r.value is None for r in results),
             "rollout/response_tokens": sum(lengths),
             "teacher/without_hint_share": statistics.fmean(map(self._without_hint, trajectories)),
             "teacher/hint_cut_share": statistics.fmean(t.hint_cut for t in trajectories),

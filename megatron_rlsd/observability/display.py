@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,12 +28,13 @@ class Column:
     width: int
 
 
+LOSS = "train/loss"
 COLUMNS = (
     Column("reward", "rollout/reward_mean", ".3f", 6),
     Column("solved", "rollout/solved_share", ".1%", 6),
     Column("len", "rollout/response_tokens_mean", ".0f", 5),
     Column("gain", "algorithm/gain_mean", "+.4f", 7),
-    Column("loss", "train/loss", ".4f", 8),
+    Column("loss", LOSS, ".4f", 8),
     Column("tok/s", "perf/tokens_per_second", ".0f", 6),
 )
 """The most telling first: those that find room are shown."""
@@ -61,7 +63,10 @@ class StepLine:
                     room -= takes
         for column in self._columns:
             value = metrics.get(column.metric)
-            text = "-" if value is None else format(value, column.form)
+            # NaN: nothing was counted, such as a reward where no response was judged. A loss is
+            # always counted.
+            missing = value is None or (math.isnan(value) and column.metric != LOSS)
+            text = "-" if missing else format(value, column.form)
             cells.append(f"{column.label} {text:>{column.width}}")
         return "  ".join([*cells, *ending])
 

@@ -105,9 +105,13 @@ def _mean(steps: Sequence[Mapping[str, float | None]], name: str) -> float | Non
 
 
 def _cells(before: float | None, after: float | None) -> tuple[str, str, str]:
-    change = "-" if before is None or after is None else f"{after - before:+.4g}"
+    if before is None or after is None or math.isnan(after - before):
+        change = "-"
+    else:
+        change = f"{after - before:+.4g}"
     return _number(before), _number(after), change
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    """NaN: nothing was counted, such as an accuracy where no response was judged."""
+    return "-" if value is None or math.isnan(value) else f"{value:.4g}"

@@ -81,12 +81,14 @@ def judge(sample):
     if size % 3 == 0: raise TimeoutError("the judge is busy")
     if size % 3 == 1: return -1.0
     return -0.2
+def broken(sample): raise RuntimeError("never")
 """
 
 
 def test_a_failed_judge_is_no_verdict(start, staleness: int, tmp_path: Path) -> None:
     """Among penalties a failed call that counted 0 would be the best response of its group."""
-    section = rewards(tmp_path, SHAKY, "judge")
+    section = rewards(tmp_path, SHAKY, "judge", "broken")
+    section["functions"][1]["weight"] = 0  # no part of the verdict
     rollout = {"n_samples_per_prompt": 8}
     with start(staleness, reward=section, rollout=rollout) as (collector, engine):
         publish(collector, engine, 0)

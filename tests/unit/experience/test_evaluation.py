@@ -43,8 +43,9 @@ def test_an_evaluation_counts_what_was_not_judged(start, tmp_path: Path) -> None
         "    return 1.0\n"
         "def dead(sample): raise RuntimeError('gone')\n"
     )
+    watched = {"name": f"{tmp_path}/judge.py:dead", "weight": 0}  # no part of the verdict
     for judge, share, passed in (("judge", 0.5, 1.0), ("dead", 1.0, None)):
-        functions = [{"name": f"{tmp_path}/judge.py:{judge}"}]
+        functions = [{"name": f"{tmp_path}/judge.py:{judge}"}, watched]
         section = {"functions": functions, "workers": 1, "max_error_share": 1.0}
         with start(0, reward=section) as (collector, _):
             problems = {"some": build_sources(collector._config.data.train, 1).next(4)}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from megatron_rlsd.config import ObservabilityConfig
 from megatron_rlsd.observability import MetricsLogger, gpu_memory
 from megatron_rlsd.observability.display import WIDTH, StepLine, span
 from megatron_rlsd.observability.progress import Progress, phase_text, read_progress
 from megatron_rlsd.observability.prometheus import exposition
+from megatron_rlsd.observability.tables import evaluation_table
 
 
 def test_a_phase_counts_its_units_and_rounds(tmp_path: Path) -> None:
@@ -89,6 +92,20 @@ def test_step_lines_fit_and_say_when(steps: int, kind: str) -> None:
         assert text.startswith(f"03:04:05 step {steps}/{steps}  ")
         assert ("tok/s 123456" in text) is (kind == "sft")
         assert ("reward -1.250  solved 100.0%  len 32768  gain -0.0123" in text) is (kind == "rl")
+
+
+def test_what_nothing_was_counted_for_is_a_dash_and_a_loss_is_shown_as_it_is() -> None:
+    nan = float("nan")
+    metrics = {"rollout/reward_mean": nan, "rollout/solved_share": 0.5, "train/loss": nan}
+    text = StepLine(9)(1, metrics, 1.0, 2.0)
+    assert "reward      -  solved  50.0%  loss      nan" in text
+    shown = io.StringIO()
+    table = evaluation_table(4, {"set/pass@1": nan, "set/tokens": 3.0}, {"set/pass@1": 0.5})
+    Console(file=shown, width=100).print(table)
+    rows = [line.split("\u2502")[1:-1] for line in shown.getvalue().splitlines()]
+    cells = [[cell.strip() for cell in row] for row in rows if row]
+    assert ["set/pass@1", "0.5", "-", "-"] in cells
+    assert ["set/tokens", "-", "3", "-"] in cells
 
 
 def test_spans_are_short() -> None:
