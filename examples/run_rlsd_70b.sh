@@ -30,7 +30,8 @@ fail() { # fail MESSAGE [LOG...]: the message, and the end of each log
     for log in "${@:2}"; do
         [[ -s $log ]] || continue
         printf -- '---- the end of %s\n' "$log" >&2
-        tail -n "$TAIL_LINES" "$log" | sed 's/^/    /' >&2
+        # A terminal that shows this acts on nothing that a log holds.
+        tail -n "$TAIL_LINES" "$log" | LC_ALL=C tr '\000-\010\013-\037\177' '?' | sed 's/^/    /' >&2
     done
     exit 1
 }
@@ -39,14 +40,13 @@ settings() {
     TINY=${TINY:-0}
     TAIL_LINES=${TAIL_LINES:-20}
     [[ -n ${SLURM_JOB_ID:-} ]] || fail "no Slurm allocation: use sbatch, or salloc and then bash"
-    local here
-    here=$(dirname "${BASH_SOURCE[0]}")
-    # sbatch runs a copy of this file, far from the repository.
-    [[ -f $here/../megatron_rlsd/train.py ]] || here=${SLURM_SUBMIT_DIR:-.}/examples
-    REPO=$(realpath "${REPO:-$here/..}")
-    [[ -f $REPO/megatron_rlsd/train.py ]] ||
-        fail "REPO=$REPO is not this repository; submit from there, or set REPO"
+    # An array's last element has the array's own number: Slurm would take all of them for it.
+    JOB=$SLURM_JOB_ID
+    [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    check_numbers
+    find_repository
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    count_cores
     [[ $TINY != 1 ]] || nodes=("${nodes[@]:0:2}")
     # Slurm's defaults for srun; every step says itself what it takes.
     unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET
@@ -87,17 +87,22 @@ settings() {
     CACHE_DIR=${CACHE_DIR:-${TMPDIR:-/tmp}/rlsd_cache_$UID}
     CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     # Or each of a node's tasks would take all of its cores.
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores_of "$TRAINER_TASKS_PER_NODE")}
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(cores_of "$TRAINER_TASKS_PER_NODE" \
+        "${nodes[@]:0:TRAINER_NODES}")}
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 8000))}
     START_SECONDS=${START_SECONDS:-1800}
     STOP_SECONDS=${STOP_SECONDS:-30}
     LATE_SECONDS=${LATE_SECONDS:-900}
     WAIT_SECONDS=${WAIT_SECONDS:-600}
+    STATUS_SECONDS=${STATUS_SECONDS:-60}
     RUN_DIR=$(realpath -m "$RUN_DIR") MODEL=$(realpath -m "$MODEL") CONFIG=$(realpath -m "$CONFIG")
     LOG_DIR=${LOG_DIR:-$RUN_DIR/logs/job_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}}
 
-    say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on ${nodes[*]}"
+    # srun reads it as "take % for what it is".
+    [[ $LOG_DIR != *\\* ]] || fail "LOG_DIR=$LOG_DIR: srun writes to no path with a backslash"
+
+    say "job $JOB, start ${SLURM_RESTART_COUNT:-0}, on ${nodes[*]}"
     printf '  %s\n' "TINY=$TINY" "REPO=$REPO" "CONFIG=$CONFIG" "MODEL=$MODEL" "RUN_DIR=$RUN_DIR" \
         "PYTHON=$PYTHON" \
         "SGLANG_PYTHON=$SGLANG_PYTHON  (of the servers; empty: the configuration's)" \
@@ -116,9 +121,56 @@ settings() {
         "STOP_SECONDS=$STOP_SECONDS  (a part has to end once it is told)" \
         "LATE_SECONDS=$LATE_SECONDS  (before the job's time limit it does not start anew)" \
         "WAIT_SECONDS=$WAIT_SECONDS  (after the first trainer task ended, for the others)" \
+        "STATUS_SECONDS=$STATUS_SECONDS  (until the status of a trainer that ended is seen here)" \
         "CONTAINER_IMAGE=$CONTAINER_IMAGE  (empty: no container)" \
         "CONTAINER_MOUNTS=$CONTAINER_MOUNTS" \
         "LOG_DIR=$LOG_DIR" "TAIL_LINES=$TAIL_LINES" "arguments: ${arguments[*]}"
+}
+
+check_numbers() { # of what is given: bash reads anything else in a sum as the name of a variable
+    local name
+    for name in TINY TAIL_LINES NODES GPUS_PER_NODE TRAINER_NODES ROLLOUT_NODES COLOCATED \
+        TRAINER_TASKS_PER_NODE OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS MASTER_PORT \
+        START_SECONDS STOP_SECONDS LATE_SECONDS WAIT_SECONDS STATUS_SECONDS; do
+        [[ -z ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
+            fail "$name=${!name}: expected a whole number"
+    done
+}
+
+find_repository() {
+    local place submitted places=("$(dirname "${BASH_SOURCE[0]}")/..")
+    # sbatch runs a copy of this file, far from the repository, and Slurm knows of which file.
+    submitted=$(scontrol show job --oneliner "$JOB" |
+        sed -n 's/.* Command=\([^ ]*\) .*/\1/p') || true
+    [[ -z $submitted ]] || places+=("$(dirname "$submitted")/..")
+    places+=("${SLURM_SUBMIT_DIR:-.}")
+    [[ -z ${REPO:-} ]] || places=("$REPO")
+    for place in "${places[@]}"; do
+        REPO=$(realpath -m "$place")
+        [[ ! -f $REPO/megatron_rlsd/train.py ]] || return 0
+    done
+    fail "REPO=$REPO is not this repository; submit from there, or set REPO"
+}
+
+count_cores() { # in $cores, of each node: Slurm's "64(x2),48" counts those of $nodes in their order
+    local part i=0 end
+    declare -gA cores=()
+    for part in ${SLURM_JOB_CPUS_PER_NODE//,/ }; do
+        [[ $part =~ ^([0-9]+)(\(x([0-9]+)\))?$ ]] ||
+            fail "SLURM_JOB_CPUS_PER_NODE=$SLURM_JOB_CPUS_PER_NODE: expected counts like 64(x2),48"
+        for ((end = i + ${BASH_REMATCH[3]:-1}; i < end; i++)); do
+            cores[${nodes[i]}]=${BASH_REMATCH[1]}
+        done
+    done
+}
+
+cores_of() { # cores_of TASKS NODE...: of each task, where so many are on each of the nodes
+    local node least=''
+    for node in "${@:2}"; do
+        ((${least:-cores[$node]} < cores[$node])) || least=${cores[$node]}
+    done
+    least=$((${least:-1} / ($1 > 0 ? $1 : 1)))
+    printf '%s' $((least > 0 ? least : 1))
 }
 
 check_sizes() {
@@ -138,12 +190,22 @@ its first node alone"
 $trainer leave the servers none of the $GPUS_PER_NODE GPUs of a node"
 }
 
-# The parts of the job: each is one srun in the background, known by its step's name.
-
-cores_of() { # cores_of TASKS: of each, where so many share a node
-    local cores=$((${SLURM_JOB_CPUS_PER_NODE%%[^0-9]*} / ($1 > 0 ? $1 : 1)))
-    printf '%s' $((cores > 0 ? cores : 1))
+check_folders() { # srun starts no task, and says nothing, on a node that it cannot log from
+    local all=("${trainer_nodes[@]}") list blind node
+    for node in "${rollout_nodes[@]}"; do
+        [[ " ${all[*]} " == *" $node "* ]] || all+=("$node")
+    done
+    list=$(IFS=,; printf '%s' "${all[*]}")
+    # shellcheck disable=SC2016
+    blind=$(srun --job-name=look --nodelist="$list" --nodes="${#all[@]}" --ntasks="${#all[@]}" \
+        --ntasks-per-node=1 --cpus-per-task=1 --overlap --chdir=/ bash -c 'for folder in "$@"; do
+            [[ -d $folder ]] || echo "$SLURMD_NODENAME does not see $folder"
+        done' look "$LOG_DIR" "$REPO") || fail "srun starts nothing on $list"
+    [[ -z $blind ]] || fail "${blind//$'\n'/, }: RUN_DIR, LOG_DIR and REPO must be on a file \
+system that all nodes share"
 }
+
+# The parts of the job: each is one srun in the background, known by its step's name.
 
 start_part() { # start_part NAME NODELIST TASKS_PER_NODE COMMAND...; logs are NAME_TASK.log
     local name=$1 list=$2 tasks=$3 names container=() gpus=()
@@ -164,9 +226,9 @@ start_part() { # start_part NAME NODELIST TASKS_PER_NODE COMMAND...; logs are NA
     # shellcheck disable=SC2016
     srun --job-name="$name" --nodelist="$list" --nodes="${#names[@]}" \
         --ntasks=$((${#names[@]} * tasks)) --ntasks-per-node="$tasks" \
-        --cpus-per-task="$(cores_of "$tasks")" --cpu-bind=none --distribution=block --overlap \
+        --cpus-per-task="$(cores_of "$tasks" "${names[@]}")" --cpu-bind=none --distribution=block --overlap \
         --export=ALL --disable-status --kill-on-bad-exit=0 --wait="$WAIT_SECONDS" --chdir="$REPO" \
-        --output="$LOG_DIR/${name}_%t.log" "${gpus[@]}" "${container[@]}" \
+        --output="${LOG_DIR//%/%%}/${name}_%t.log" "${gpus[@]}" "${container[@]}" \
         bash -c 'trap "" TERM USR1
             export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
             cache=$1 && shift
@@ -212,7 +274,7 @@ end_parts() { # end_parts SIGNAL NAME...: within STOP_SECONDS in order, then by 
         while running "$name" && ((SECONDS < deadline)); do pause; done
         running "$name" || continue
         say "$name did not end within STOP_SECONDS=$STOP_SECONDS; killed"
-        id=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' |
+        id=$(squeue --noheader --steps --jobs="$JOB" --format='%i %j' |
             awk -v name="$name" '$2 == name { print $1 }')
         # Without its step, srun has nothing left to do but to end.
         [[ -n $id ]] && scancel --signal=KILL "$id" 2>/dev/null || true
@@ -228,7 +290,7 @@ end_everything() {
 
 seconds_left() { # of the job, as Slurm limits it; much if it has no limit
     local end
-    end=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null) ||
+    end=$(date -d "$(squeue --noheader --jobs="$JOB" --format=%e)" +%s 2>/dev/null) ||
         end=$((EPOCHSECONDS + 1000000))
     printf '%s' "$((end - EPOCHSECONDS))"
 }
@@ -270,7 +332,7 @@ check_layout() { # before anything large starts
 submit_again() { # as this job was submitted, but for NODES nodes and no fewer
     local job field again=() options=(Account=account Partition=partition QOS=qos Features=constraint
         TimeLimit=time Reservation=reservation WorkDir=chdir StdOut=output JobName=job-name)
-    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    job=$(scontrol show job --oneliner "$JOB")
     for field in "${options[@]}"; do
         # shellcheck disable=SC2076
         [[ " $job " =~ " ${field%%=*}="([^ ]+)" " ]] || continue
@@ -363,11 +425,21 @@ telling_logs() { # the trainer's logs that say why it ended, at most three
 }
 
 job_says() { # job_says FIELD=VALUE: is it so?
-    [[ " $(scontrol show job --oneliner "$SLURM_JOB_ID") " == *" $1 "* ]]
+    [[ " $(scontrol show job --oneliner "$JOB") " == *" $1 "* ]]
+}
+
+trainer_says() { # trainer_says STATUS: is it so? Its word is its own, whatever srun's exit code
+    local deadline=$((SECONDS + STATUS_SECONDS))
+    # It was written on another node: without a look at the folder NFS may not show it for long.
+    until ls "$RUN_DIR" >/dev/null 2>&1 && [[ -s $RUN_DIR/status.json ]]; do
+        ((code == 0 && SECONDS < deadline)) || return 1
+        pause
+    done
+    grep -q "^{\"status\": \"$1\"" "$RUN_DIR/status.json"
 }
 
 requeue() { # requeue WHAT: the job starts again, unless Slurm ends it for good
-    if job_says BatchFlag=1 && job_says JobState=RUNNING && scontrol requeue "$SLURM_JOB_ID"; then
+    if job_says BatchFlag=1 && job_says JobState=RUNNING && scontrol requeue "$JOB"; then
         say "$1 and requeued: the next start goes on"
     else
         say "$1: the next start with RUN_DIR=$RUN_DIR goes on"
@@ -386,6 +458,7 @@ main() {
         server_arguments=("rollout.sglang.first_gpu=$TRAINER_TASKS_PER_NODE")
     fi
     mkdir -p "$LOG_DIR"
+    check_folders
     declare -gA parts=()
     stop=''
     trap 'stop=SIGTERM' TERM
@@ -406,11 +479,13 @@ main() {
     start_trainer
     wait_for_trainer
     end_everything
-    if ((code == 0)); then
+    if ((code == 0)) && trainer_says finished; then
         say "finished"
-    elif ((code == 75)) || grep -qs '"status": "preempted"' "$RUN_DIR/status.json"; then
+    elif ((code == 75)) || trainer_says preempted; then
         requeue saved
     else
+        ((code)) || fail "the trainer's tasks ended with exit code 0, but $RUN_DIR/status.json does \
+not say that it finished" "$LOG_DIR/trainer_0.log"
         mapfile -t logs < <(telling_logs)
         fail "the trainer ended with exit code $code" "${logs[@]}"
     fi

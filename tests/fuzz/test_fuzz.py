@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
 from megatron_rlsd.checkpoint import start
 from megatron_rlsd.data.control_text import ControlText
+from megatron_rlsd.rollout.sglang import client
+from megatron_rlsd.rollout.sglang.answers import raise_for_status
 from tests.fuzz.driver import fuzz
-from tests.fuzz.targets import TARGETS, chat_templates, checkpoint_bytes
+from tests.fuzz.targets import TARGETS, chat_templates, checkpoint_bytes, server_replies
 
 SECONDS = 10
 
@@ -33,3 +38,27 @@ def test_without_its_mend_a_message_writes_control_tokens(monkeypatch: pytest.Mo
     monkeypatch.setattr(ControlText, "mark", lambda self, messages: messages)
     outcome = fuzz("chat_templates", chat_templates, seconds=20, stop_at_first=True)
     assert any("a message wrote the token" in each.trouble for each in outcome.findings)
+
+
+async def read_to_the_end(response: Any, where: str, max_bytes: int) -> bytes:
+    return b"".join([part async for part in response.aiter_raw()])
+
+
+def every_3xx_is_fine(response: Any, content: bytes, where: str, secret: str | None = None) -> None:
+    if response.status_code >= 400:
+        raise_for_status(response, content, where, secret)
+
+
+@pytest.mark.parametrize(
+    ("mend", "without", "says"),
+    [
+        ("received", read_to_the_end, r"Read: \d+ bytes of an answer that may have \d+"),
+        ("raise_for_status", every_3xx_is_fine, r"HTTP 30\d was taken for an answer"),
+    ],
+)
+def test_without_its_mend_a_server_is_read_without_end_or_believed(
+    monkeypatch: pytest.MonkeyPatch, mend: str, without: Any, says: str
+) -> None:
+    monkeypatch.setattr(client, mend, without)
+    outcome = fuzz("server_replies", server_replies, seconds=20, stop_at_first=True)
+    assert any(re.search(says, each.trouble) for each in outcome.findings)

@@ -21,6 +21,8 @@ from pathlib import Path
 import psutil
 
 NODES = ("n1", "n2")
+BLIND = "blind"
+"""A folder of the cluster's that n2 sees as an empty one, as if it were not shared."""
 PR_SET_PDEATHSIG = 1
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 SLURM_CONF = """
@@ -52,7 +54,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=30
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -80,7 +82,7 @@ class Cluster:
 
     def __init__(self, folder: Path, seconds: float = 60.0) -> None:
         self.folder = folder
-        for name in ("state", "spool.n1", "spool.n2"):
+        for name in ("state", "spool.n1", "spool.n2", BLIND):
             (folder / name).mkdir(parents=True)
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
@@ -92,6 +94,9 @@ class Cluster:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
         self.env = {**inherited, "SLURM_CONF": str(conf)}
         self._daemons: list[subprocess.Popen[bytes]] = []
+        tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
+        self.hides = tried.returncode == 0
+        """May a process have mounts of its own here? A container may not grant it."""
         try:
             files = {"socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log"}
             files |= {"seed-file": "munged.seed", "key-file": key.name}
@@ -100,7 +105,8 @@ class Cluster:
             self._wait(lambda: (folder / "munge.socket").exists(), seconds, "munged listens")
             self._start("slurmctld", "-D", "-c")
             for node in NODES:
-                self._start("slurmd", "-D", "-N", node)
+                blind = folder / BLIND if node == "n2" and self.hides else None
+                self._start("slurmd", "-D", "-N", node, blind=blind)
             self._wait(self._all_idle, seconds, "both nodes are idle")
         except BaseException:
             self.stop()
@@ -123,7 +129,7 @@ class Cluster:
             raise ClusterError(f"{' '.join(command)}: {ended.stderr}{ended.stdout}")
         return ended.stdout
 
-    def job(self, number: int) -> dict[str, str]:
+    def job(self, number: int | str) -> dict[str, str]:
         """``scontrol show job`` as a mapping."""
         shown = self.run("scontrol", "show", "job", "--oneliner", str(number))
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
@@ -168,14 +174,19 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
 
-    def _start(self, program: str, *arguments: str) -> None:
+    def _start(self, program: str, *arguments: str, blind: Path | None = None) -> None:
+        """blind: a folder in whose place the program and its children see an empty one."""
         path = find(program)
         assert path is not None
+        command = [path, *arguments]
+        if blind is not None:
+            hide = 'mount -t tmpfs none "$0" && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", hide, str(blind), *command]
         output = (self.folder / f"{program}.{len(self._daemons)}.output").open("wb")
         with output:
             self._daemons.append(
                 subprocess.Popen(
-                    [path, *arguments],
+                    command,
                     env=self.env,
                     stdin=subprocess.DEVNULL,
                     stdout=output,

@@ -271,18 +271,24 @@ class SGLangClient:
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float
     ) -> Any:
-        """One HTTP request within ``timeout`` seconds; the JSON of the answer, None if empty."""
+        """One HTTP request within ``timeout`` seconds; the JSON of the answer, None if empty.
+
+        ServerFault for an answer that says, whatever its status, that it was no success.
+        """
         content = await self._request(method, path, body, timeout, CONTROL_BYTES)
         if not content:
             return None
         try:
-            return json.loads(content)
+            told = json.loads(content)
         except (ValueError, RecursionError) as error:
             if path in ("/ready", "/health", "/flush_cache"):
                 return None
             raise ServerFault(
                 f"{self.url}{path}: expected JSON, got {shown(content, self._api_key)}"
             ) from error
+        if isinstance(told, dict) and told.get("success", True) is not True:
+            raise ServerFault(f"{self.url}{path}: no success: {shown(content, self._api_key)}")
+        return told
 
     async def _told(
         self,
