@@ -278,9 +278,14 @@ def kill_server(cluster: Cluster) -> int:
     ],
 )
 def test_what_cannot_work_is_refused_by_name(
-    finished: Job, cluster: Cluster, tmp_path: Path, settings: dict[str, str], reason: str
+    cluster: Cluster,
+    tmp_path: Path,
+    settings: dict[str, str],
+    reason: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     if settings.get("MODEL") == "finished":
+        finished: Job = request.getfixturevalue("finished")
         settings = {**settings, "MODEL": str(finished.run_dir / "model")}
     if settings.get("RUN_DIR") == "blind":
         if not cluster.hides:
