@@ -25,6 +25,10 @@ UNHEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 POLL_SECONDS = 0.25
 LAST_SECONDS = 5.0
 """Bound on ending the descendants; one that waits for a device may take longer to go."""
+TRACKER = b"multiprocessing.resource_tracker"
+"""In the command line of Python's own process that frees the shared memory and semaphores of those
+who ended without doing so; then it ends."""
+TRACKER_SECONDS = 2.0
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -113,10 +117,14 @@ def end(child: int, grace_seconds: float) -> int:
 
 
 def end_descendants() -> None:
-    """Kill every descendant, also those that appear meanwhile."""
-    limit = time.monotonic() + LAST_SECONDS
-    while (left := descendants()) and time.monotonic() < limit:
-        for pid in left:
+    """Kill every descendant, also those that appear meanwhile.
+
+    What frees the others' shared memory has TRACKER_SECONDS for it, once it is alone.
+    """
+    begun = time.monotonic()
+    while (left := descendants()) and time.monotonic() < begun + LAST_SECONDS:
+        late = time.monotonic() > begun + TRACKER_SECONDS
+        for pid in left if late else [each for each in left if not frees_memory(each)]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except OSError:  # gone, or another user's by now
@@ -139,6 +147,13 @@ def descendants() -> list[int]:
     for pid in found:
         found += children.get(pid, [])
     return found[1:]
+
+
+def frees_memory(pid: int) -> bool:
+    try:
+        return TRACKER in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def end_as(status: int) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -83,6 +84,43 @@ def test_a_guard_that_was_stopped_and_goes_on_leaves_its_command_alone() -> None
             os.killpg(group, signal.SIGCONT)
             time.sleep(2 * POLL_SECONDS)
         assert len(alive(group)) == 3
+    finally:
+        starter.kill()
+        starter.wait()
+        wait_for_size(group, 0)
+
+
+SHARING = """
+import multiprocessing, os, time
+from multiprocessing import resource_tracker, shared_memory
+
+lock = multiprocessing.get_context("spawn").Lock()
+memory = shared_memory.SharedMemory(create=True, size=64)
+print(lock._semlock.name, memory.name, os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("killed", ["command", "starter"])
+def test_what_a_killed_command_left_in_shared_memory_goes_with_it(killed: str) -> None:
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER.replace("grace_seconds=5", "grace_seconds=0"), SHARING],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert starter.stdout is not None
+    group = int(starter.stdout.readline())
+    try:
+        lock, memory, pid = starter.stdout.readline().split()
+        names = [Path("/dev/shm") / f"sem.{lock.lstrip('/')}", Path("/dev/shm") / memory]
+        assert all(name.exists() for name in names)
+        if killed == "command":
+            os.kill(int(pid), signal.SIGKILL)
+        else:
+            starter.kill()
+        wait_for_size(group, 0)
+        assert not [name for name in names if name.exists()]
     finally:
         starter.kill()
         starter.wait()
