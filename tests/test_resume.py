@@ -70,7 +70,7 @@ def interrupting_reward(folder: Path, run_dir: str, step: int, action: str) -> P
 def lines_of(config: Config) -> list[dict[str, Any]]:
     """metrics.jsonl without timings."""
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))}
+        {k: v for k, v in line.items() if not k.startswith(("time", "perf/", "memory/"))}
         for line in read_metrics(Path(config.run_dir) / "metrics.jsonl")
     ]
 

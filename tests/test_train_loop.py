@@ -16,7 +16,7 @@ from megatron_rlsd.checkpoint.manifest import whole_checkpoints
 from megatron_rlsd.observability import read_metrics
 from tests.full_logits import full_logits_in_the_actor
 
-TIMINGS = ("time/", "perf/")
+TIMINGS = ("time", "perf/", "memory/")
 
 
 def steps_of(config) -> list[dict[str, float]]:

@@ -124,7 +124,7 @@ def state_of(pid: int) -> str:
 
 def lines_of(config: Config) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))}
+        {k: v for k, v in line.items() if not k.startswith(("time", "perf/", "memory/"))}
         for line in read_metrics(Path(config.run_dir) / "metrics.jsonl")
     ]
 
