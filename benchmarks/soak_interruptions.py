@@ -251,7 +251,11 @@ class Soak:
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without timings."""
     return [
-        {key: value for key, value in line.items() if not key.startswith(("time", "perf/", "memory/"))}
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("time", "perf/", "memory/"))
+        }
         for line in read_metrics(run_dir / "metrics.jsonl")
     ]
 
