@@ -206,6 +206,8 @@ class Trajectory:
     turn: str | None = None
     """As in RewardInput: of several turns the last one."""
     reward: RewardResult | None = None
+    solved: bool | None = None
+    """Is the response right, as ``reward.correctness`` says? None: not known."""
     advantage: float = 0.0
     contrast_prompt_ids: IntArray | None = None
     """[P''] int32, the prompt with a wrong hint. None: there is none, or none is asked for."""
@@ -274,6 +276,7 @@ class RowOutline:
     trained_tokens: int
     """The sum of the row's loss mask."""
     advantage: float
+    solved: bool | None
     teacher_prompt_tokens: int | None
     """None: there is no hint for this response."""
     contrast_prompt_tokens: int | None
@@ -294,6 +297,8 @@ class TrainRow:
     rollout_log_probs: FloatArray
     """[T] float32, the engine's. Means nothing where loss_mask is False."""
     advantage: float
+    solved: bool | None = None
+    """As in Trajectory."""
     teacher_prompt_ids: IntArray | None = None
     """[P'] int32, the privileged prompt. None: there is no hint for this response."""
     contrast_prompt_ids: IntArray | None = None
@@ -312,6 +317,7 @@ class TrainRow:
             response_tokens=len(self.response_ids),
             trained_tokens=int(self.loss_mask.sum()),
             advantage=self.advantage,
+            solved=self.solved,
             teacher_prompt_tokens=None if teacher is None else len(teacher),
             contrast_prompt_tokens=None if contrast is None else len(contrast),
             has_evidence_span=self.evidence_span is not None,

@@ -76,7 +76,9 @@ def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
         return A * ((1 - lam) + lam * w)
 
     extra = torch.zeros_like(lp)
-    if name == "rlsd":
+    if name == "h2sd" and lp_T is not None and A > 0:
+        A_hat = reweighted(lp_T - lp.detach())
+    elif name == "rlsd":
         lam = algorithm.rlsd_lambda * (1 - 1 / algorithm.lambda_decay_steps)
         A_hat = reweighted(lp_T - lp.detach())
     elif name == "rlrt" and lp_T is not None and A > 0:
@@ -105,7 +107,8 @@ def divergence(config: Config, log_p: Tensor, log_q: Tensor) -> Tensor:
         p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
     m = algorithm.jsd_beta * q + (1 - algorithm.jsd_beta) * p
     forward, backward = q * (q / m).log(), p * (p / m).log()
-    return {
+    entropy = -torch.special.xlogy(q, q).sum(1)
+    return (-algorithm.divergence_confidence * entropy).exp() * {
         "forward_kl": q * (q / p).log(),
         "reverse_kl": p * (p / q).log(),
         "jsd": algorithm.jsd_beta * forward + (1 - algorithm.jsd_beta) * backward,
@@ -114,20 +117,28 @@ def divergence(config: Config, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def expected_loss(config: Config, rows: list[Row], S: Scorer, Q: Scorer) -> Tensor:
     algorithm, B = config.algorithm, len(rows)
-    terms = [token_terms(config, row, S, Q) for row in rows]
+
+    def distance(row: Row) -> Tensor:
+        with torch.no_grad():
+            log_q = Q(row.teacher_prompt_ids, row.response_ids)
+        return divergence(config, S(row.prompt_ids, row.response_ids), log_q)
+
+    if algorithm.divergence_rows == "failed":
+        terms = [
+            algorithm.divergence_coef * distance(row)
+            if row.solved is False and row.teacher_prompt_ids
+            else token_terms(config, row, S, Q)
+            for row in rows
+        ]
+    else:
+        terms = [token_terms(config, row, S, Q) for row in rows]
     loss = {
         "token_mean": lambda: torch.cat(terms).mean(),
         "sequence_mean": lambda: sum(t.mean() for t in terms) / B,
         "fixed_length": lambda: sum(t.sum() for t in terms) / (B * 10),
     }[algorithm.loss_aggregation]()
-    if algorithm.divergence_coef:
-        distances = []
-        for row in rows:
-            if row.teacher_prompt_ids:
-                with torch.no_grad():
-                    log_q = Q(row.teacher_prompt_ids, row.response_ids)
-                log_p = S(row.prompt_ids, row.response_ids)
-                distances.append(divergence(config, log_p, log_q))
+    if algorithm.divergence_coef and algorithm.divergence_rows == "hinted":
+        distances = [distance(row) for row in rows if row.teacher_prompt_ids]
         loss = loss + algorithm.divergence_coef * torch.cat(distances).mean()
     return loss
 
@@ -154,6 +165,9 @@ def test_a_step_has_the_loss_and_the_gradient_of_the_formula(
     )
     rows, metrics = run_one_step(config)
     assert name in ("opd", "opsd", "sdpo") or any(row.advantage for row in rows)
+    if config.algorithm.divergence_rows == "failed":
+        hinted = {(row.solved, bool(row.teacher_prompt_ids)) for row in rows if row.advantage}
+        assert {(True, True), (False, True)} <= hinted
     student = Scorer(tiny_model)
     teacher = Scorer(other_model) if name == "opd" else student
     loss = expected_loss(config, rows, student, teacher)

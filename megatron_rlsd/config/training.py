@@ -120,6 +120,11 @@ class AlgorithmConfig(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share of jsd's mixture."""
+    divergence_rows: Literal["hinted", "failed"] = "hinted"
+    """Which responses D is over: all that have a hint, beside their policy loss | those of them
+    that are known to be wrong, in place of their policy loss (SRPO)."""
+    divergence_confidence: float = Field(0.0, ge=0)
+    """b: each token's D is weighted by exp(-b H(q)), H(q) the teacher's entropy in nats; 0: not."""
     divergence_top_k: int | None = Field(None, ge=1)
     """Compare over the teacher's k likeliest tokens, renormalised; None: over the vocabulary."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
@@ -153,6 +158,8 @@ class AlgorithmConfig(Section):
                 "algorithm.advantage=none leaves nothing to learn from: set opd_coef, sdar_coef or "
                 "divergence_coef, or another advantage"
             )
+        if self.divergence_rows == "failed" and not self.divergence_coef:
+            problems.append("algorithm.divergence_rows=failed needs divergence_coef above 0")
         problems += self._problems_of_corrections()
         if self.importance_ratio == "sequence" and self.objective != "clipped_ratio":
             problems.append(
@@ -237,11 +244,18 @@ class TeacherConfig(Section):
     place of the student's own weights. Every rank of the last pipeline stage holds all of it."""
     sglang: TeacherServerConfig = TeacherServerConfig()
     """The same, behind a server."""
-    hint: Literal["reference_solution", "answer", "own_correct_response", "critique", "none"] = (
-        "reference_solution"
-    )
+    hint: Literal[
+        "reference_solution",
+        "answer",
+        "own_correct_response",
+        "own_correct_or_reference",
+        "critique",
+        "none",
+    ] = "reference_solution"
     """Privileged information in the teacher's prompt. reference_solution: problems without one use
-    the answer. own_correct_response: another solved response of the same group. critique: the
+    the answer. own_correct_response: another solved response of the same group.
+    own_correct_or_reference: that for responses that are right, and reference_solution for the
+    others. critique: the
     problem's metadata under ``critique_key``. Responses for which there is none get no signal from
     the teacher and are counted. none: both prompts are identical, so that the gain shows the noise
     floor."""

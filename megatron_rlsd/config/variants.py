@@ -254,6 +254,44 @@ alpha is ``kl_coef`` and beta ``divergence_coef``. The divergence is over the to
 with a hint, the quadratic term over all.
 """
 
+ROUTED = {
+    "divergence_rows": ("failed", "its failed responses learn from the teacher's distribution")
+}
+
+SRPO = Variant(
+    fixed=NO_EVIDENCE | WHOLE_DISTRIBUTIONS | CLIPPED_RATIO | ROUTED,
+    defaults={"divergence_coef": 1.0, "divergence_confidence": 1.0},
+    teacher_defaults={"hint": "own_correct_response", "mode": "ema"},
+)
+"""Sample-routed policy optimization (arXiv:2604.02288): the verdict decides which term a response
+gets.
+
+    right, or without a hint   L = max(-A rho, -A clip(rho))
+    wrong, with a hint         L = c sg(exp(-b H(q))) jsd(p, q),  b 1 (``divergence_confidence``)
+
+Both share one mean over the batch, which is our reading: the authors' formula does not say. The
+moving average of the teacher is SDPO's.
+"""
+
+H2SD = Variant(
+    fixed=WHOLE_DISTRIBUTIONS
+    | CLIPPED_RATIO
+    | ROUTED
+    | {"divergence": ("reverse_kl", "its distillation is KL(student, teacher)")},
+    defaults={"divergence_coef": 1.0, "positive_only": True},
+    teacher_fixed={
+        "hint": ("own_correct_or_reference", "its hints depend on whether the response is right")
+    },
+)
+"""H2SD (arXiv:2607.18955): RLSD under another right response of the group where the response is
+right, the reverse KL to the teacher that sees the reference where it is wrong.
+
+    right   L as RLSD, lp_T under another right response; without one A^ = A
+    wrong   L = c KL(p | sg q),  q under the reference solution
+
+Both share one mean over the batch, with c 1: our choices where the formula does not say.
+"""
+
 VARIANTS: dict[str, Variant] = {
     "rlsd": RLSD,
     "grpo": GRPO,
@@ -270,6 +308,8 @@ VARIANTS: dict[str, Variant] = {
     "sdpo": SDPO,
     "grpo_opsd": GRPO_OPSD,
     "sdpg": SDPG,
+    "srpo": SRPO,
+    "h2sd": H2SD,
 }
 
 

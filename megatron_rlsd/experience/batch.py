@@ -33,6 +33,7 @@ def _row(trajectory: Trajectory, mask_truncated: bool) -> TrainRow:
         loss_mask=mask,
         rollout_log_probs=generation.log_probs,
         advantage=trajectory.advantage,
+        solved=trajectory.solved,
         teacher_prompt_ids=trajectory.teacher_prompt_ids,
         contrast_prompt_ids=trajectory.contrast_prompt_ids,
         evidence_span=trajectory.evidence_span,

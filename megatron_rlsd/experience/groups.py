@@ -14,7 +14,7 @@ from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.experience.seeds import sample_seed
 from megatron_rlsd.rollout.engine import RolloutEngine
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.teacher import response_hints, wrong_hints
+from megatron_rlsd.teacher import Hint, Source, response_hints, wrong_hints
 from megatron_rlsd.types import (
     Generation,
     GenerationRequest,
@@ -184,15 +184,13 @@ class GroupBuilder:
         algorithm, problem = self._config.algorithm, group.problem
         solved = [self.solved(t) for t in group.trajectories]
         hints = response_hints(group, solved, self._config.teacher)
-        if hints is None:
-            # One array for all of them.
-            prompts = [self._teacher_prompt(problem)] * len(group.trajectories)
-        else:
-            prompts = [
-                (None, False) if h is None else self._teacher_prompt(problem, h) for h in hints
-            ]
-        for trajectory, prompt in zip(group.trajectories, prompts, strict=True):
-            trajectory.teacher_prompt_ids, trajectory.hint_cut = prompt
+        prompts: dict[Hint, tuple[IntArray | None, bool]] = {None: (None, False)}
+        for trajectory, is_solved, hint in zip(group.trajectories, solved, hints, strict=True):
+            if hint not in prompts:  # one array for all that share it
+                text = None if isinstance(hint, Source) else hint
+                prompts[hint] = self._teacher_prompt(problem, text)
+            trajectory.teacher_prompt_ids, trajectory.hint_cut = prompts[hint]
+            trajectory.solved = is_solved
         if algorithm.contrasts_hints:
             for trajectory, hint in zip(
                 group.trajectories, wrong_hints(group, solved), strict=True

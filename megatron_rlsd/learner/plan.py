@@ -30,7 +30,8 @@ class MiniBatch:
     """Row -> the weight of each of its trained tokens, for all rows of the mini-batch: those
     without a gradient are part of the mean."""
     divergence_weights: dict[int, float]
-    """The same of the divergence, whose mean is over the rows that have a hint."""
+    """The same of the divergence: its mean is over the rows that have a hint; with
+    ``divergence_rows`` failed it shares the policy loss's mean, and each row has one of the two."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,6 +73,18 @@ class Plan:
         ]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows of a batch have which part in its updates."""
+
+    active: frozenset[int]
+    """They have a gradient."""
+    judged: frozenset[int]
+    """Their policy loss depends on the teacher's log-probabilities."""
+    distilled: frozenset[int]
+    """They are drawn to the teacher's distribution."""
+
+
 def make_plan(
     config: Config, batch: TrainBatch, step: int, rlsd_lambda: float, *, dp_rank: int, dp_size: int
 ) -> Plan:
@@ -89,23 +102,28 @@ def make_plan(
         algorithm,
         rlsd_lambda,
         # Rightly so: there is no hint, or the evidence has a place.
-        unscored_is_neutral=any(row.has_evidence_span for row in outlines) or not all(hinted),
+        unscored_is_neutral=any(row.has_evidence_span for row in outlines)
+        or not all(hinted)
+        or algorithm.divergence_rows == "failed",
     )
     can_score = torch.tensor([a and b for a, b in zip(hinted, trained, strict=True)])
     advantages = torch.tensor([row.advantage for row in outlines], dtype=torch.float64)
-    reads = can_score & teacher_is_needed(advantages, loss)
-    learns = torch.tensor(trained) & has_policy_loss(advantages, can_score, loss)
-    if algorithm.divergence_coef:
-        reads, learns = can_score, learns | can_score
-    active, teacher_rows = _chosen(learns), _chosen(reads)
+    distilled = can_score & bool(algorithm.divergence_coef)
+    has_policy_term = torch.tensor(trained)
+    if algorithm.divergence_rows == "failed":
+        distilled &= torch.tensor([row.solved is False for row in outlines])
+        has_policy_term &= ~distilled
+    reads = can_score & has_policy_term & teacher_is_needed(advantages, loss)
+    learns = distilled | (has_policy_term & has_policy_loss(advantages, can_score, loss))
+    rows = _Rows(_chosen(learns), _chosen(reads), _chosen(distilled))
     return Plan(
         step=step,
         rlsd_lambda=rlsd_lambda,
         batch=batch,
-        mini_batches=_mini_batches(config, outlines, step, active, _chosen(can_score), dp_size),
-        wanted=_wanted(config, loss, teacher_rows, active),
+        mini_batches=_mini_batches(config, outlines, step, rows, dp_size),
+        wanted=_wanted(config, loss, rows),
         loss=loss,
-        teacher_skipped_share=1 - len(teacher_rows) / max(1, len(batch)),
+        teacher_skipped_share=1 - len(rows.judged | rows.distilled) / max(1, len(batch)),
         dp_rank=dp_rank,
     )
 
@@ -121,9 +139,7 @@ def _chosen(rows: torch.Tensor) -> frozenset[int]:
     return frozenset(rows.nonzero()[:, 0].tolist())
 
 
-def _wanted(
-    config: Config, loss: PolicyLossConfig, teacher_rows: frozenset[int], active: frozenset[int]
-) -> dict[ScoreKind, frozenset[int]]:
+def _wanted(config: Config, loss: PolicyLossConfig, rows: _Rows) -> dict[ScoreKind, frozenset[int]]:
     """The passes that something needs.
 
     The old policy is not scored where each rollout is used for one update, since the ratio is then
@@ -132,25 +148,26 @@ def _wanted(
     algorithm = config.algorithm
     by_token = bool(loss.rlsd_lambda or loss.opd_coef or loss.sdar_coef)
     has_ratio = loss.objective != "log_prob"
-    needed: dict[ScoreKind, bool] = {
-        "teacher": by_token,
-        "contrast": by_token and algorithm.contrasts_hints,
-        "teacher_states": algorithm.divergence_coef != 0,
-        "old": has_ratio
+    needs_old = (
+        has_ratio
         and algorithm.off_policy.old_log_probs == "trainer"
-        and (config.updates_per_step > 1 or algorithm.weighs_before_update),
-        "ref": loss.kl_coef != 0,
+        and (config.updates_per_step > 1 or algorithm.weighs_before_update)
+    )
+    needed: dict[ScoreKind, tuple[bool, frozenset[int]]] = {
+        "teacher": (by_token, rows.judged),
+        "contrast": (by_token and algorithm.contrasts_hints, rows.judged),
+        "teacher_states": (algorithm.divergence_coef != 0, rows.distilled),
+        "old": (needs_old, rows.active),
+        "ref": (loss.kl_coef != 0, rows.active),
     }
-    rows = {kind: active if kind in ("old", "ref") else teacher_rows for kind in needed}
-    return {kind: rows[kind] for kind, is_needed in needed.items() if is_needed and rows[kind]}
+    return {kind: chosen for kind, (is_needed, chosen) in needed.items() if is_needed and chosen}
 
 
 def _mini_batches(
     config: Config,
     outlines: list[RowOutline],
     step: int,
-    active: frozenset[int],
-    can_score: frozenset[int],
+    chosen: _Rows,
     dp_size: int,
 ) -> list[MiniBatch]:
     order = list(range(len(outlines)))
@@ -163,17 +180,21 @@ def _mini_batches(
         costs = {
             row: outlines[row].prompt_tokens + outlines[row].response_tokens
             for row in members
-            if row in active
+            if row in chosen.active
         }
         parts = balanced_partition(list(costs.values()), dp_size)
         rows = list(costs)
-        divergence = {}
-        if config.algorithm.divergence_coef:
-            divergence = _loss_weights(config, outlines, [r for r in members if r in can_score])
+        loss_weights = _loss_weights(config, outlines, members)
+        distilled = [row for row in members if row in chosen.distilled]
+        if config.algorithm.divergence_rows == "failed":
+            divergence = {row: loss_weights[row] for row in distilled}
+            loss_weights |= dict.fromkeys(distilled, 0.0)
+        else:
+            divergence = _loss_weights(config, outlines, distilled)
         mini_batches.append(
             MiniBatch(
                 by_rank=[[rows[at] for at in part] for part in parts],
-                loss_weights=_loss_weights(config, outlines, members),
+                loss_weights=loss_weights,
                 divergence_weights={
                     row: config.algorithm.divergence_coef * weight
                     for row, weight in divergence.items()

@@ -133,6 +133,7 @@ class TokenValueMaker:
                 kind=self._algorithm.divergence,
                 jsd_beta=self._algorithm.jsd_beta,
                 top_k=self._algorithm.divergence_top_k,
+                confidence=self._algorithm.divergence_confidence,
             ),
         )
 

@@ -113,6 +113,8 @@ HINT_CAUSES = {
     "reference_solution": "the problems have neither reference_solution nor answer",
     "answer": "the problems have no answer",
     "own_correct_response": "no question had another solved response, which is the hint",
+    "own_correct_or_reference": "no question had another solved response, and the problems have "
+    "neither reference_solution nor answer",
     "critique": "no problem has a text under teacher.critique_key",
 }
 """teacher.hint -> why there may be none."""

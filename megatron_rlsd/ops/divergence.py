@@ -78,7 +78,8 @@ def divergence_loss(
 
     Returns:
         loss: 0-d, float32 (float64 if an input is), equal on all ranks of tp_group.
-        divergence: [M] of each token in nats, without gradient; 0 where loss_weights is 0.
+        divergence: [M] of each token in nats, with its weight of ``config.confidence``, without
+            gradient; 0 where loss_weights is 0.
 
     Raises:
         ValueError: a shape, dtype or setting does not fit; the message names it.

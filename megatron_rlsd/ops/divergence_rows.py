@@ -42,6 +42,8 @@ class DivergenceConfig:
     """b, in (0, 1)."""
     top_k: int | None = None
     """Only the teacher's k likeliest tokens count, both distributions renormalised over them."""
+    confidence: float = 0.0
+    """b >= 0: a token's D is weighted by exp(-b H(q)), with the teacher's entropy H(q) in nats."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("forward_kl", "reverse_kl", "jsd"):
@@ -50,6 +52,8 @@ class DivergenceConfig:
             raise ValueError(f"jsd_beta must be in (0, 1), got {self.jsd_beta}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be None or at least 1, got {self.top_k}")
+        if not 0 <= self.confidence < math.inf:
+            raise ValueError(f"confidence must be finite and at least 0, got {self.confidence}")
 
 
 def logits_of(scaled_hidden: Tensor, shard: VocabShard, block: int) -> Tensor:
@@ -84,8 +88,23 @@ def top_k_only(z: Tensor, z_teacher: Tensor, k: int, shard: VocabShard) -> None:
 def row_divergence(
     z: Tensor, z_teacher: Tensor, config: DivergenceConfig, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """D [C], equal on all ranks, and this shard's dD/dz [C, V]; both logits are overwritten."""
+    """D [C], equal on all ranks, and this shard's dD/dz [C, V]; both logits are overwritten.
+
+    With ``confidence`` both are weighted by exp(-b H(q)), in which nothing flows to the student.
+    """
     log_p, log_q = _log_softmax(z, z_teacher, shard)
+    if not config.confidence:
+        return _row_divergence(log_p, log_q, config, shard)
+    minus_entropy = sum_over_ranks((log_q.exp() * log_q).sum(1), shard)
+    weight = (config.confidence * minus_entropy).exp()
+    D, d_logits = _row_divergence(log_p, log_q, config, shard)
+    return D * weight, d_logits.mul_(weight[:, None])
+
+
+def _row_divergence(
+    log_p: Tensor, log_q: Tensor, config: DivergenceConfig, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """The same without the weight; overwrites both [C, V]."""
     if config.kind == "forward_kl":
         p, q = log_p.exp(), log_q.exp()
         D = sum_over_ranks((q * log_q.sub_(log_p)).sum(1), shard)

@@ -48,6 +48,9 @@ def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
         | _optional("teacher_prompt_ids", [row.teacher_prompt_ids for row in rows])
         | _optional("contrast_prompt_ids", [row.contrast_prompt_ids for row in rows])
     )
+    if solved := _present(row.solved for row in rows):
+        tensors["solved.rows"] = torch.tensor(list(solved), dtype=torch.int64)
+        tensors["solved"] = torch.tensor(list(solved.values()), dtype=torch.bool)
     if spans:
         tensors["evidence_spans.rows"] = torch.tensor(list(spans), dtype=torch.int64)
         tensors["evidence_spans"] = torch.tensor(list(spans.values()), dtype=torch.int64)
@@ -65,6 +68,9 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
     teacher = _read_optional("teacher_prompt_ids", tensors)
     contrast = _read_optional("contrast_prompt_ids", tensors)
     spans = _read_spans(tensors)
+    solved: dict[int, bool] = {}
+    if "solved" in tensors:  # release 0.1 has none
+        solved = dict(zip(tensors["solved.rows"].tolist(), tensors["solved"].tolist(), strict=True))
     # An engine routes all tokens but each sequence's last.
     inputs = [len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)]
     routes = _read_routes(tensors, inputs)
@@ -76,6 +82,7 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
                 loss_mask=masks[number],
                 rollout_log_probs=log_probs[number],
                 advantage=advantage,
+                solved=solved.get(number),
                 teacher_prompt_ids=teacher.get(number),
                 contrast_prompt_ids=contrast.get(number),
                 evidence_span=spans.get(number),

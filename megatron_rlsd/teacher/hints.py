@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 
 from megatron_rlsd.config import TeacherConfig
 from megatron_rlsd.types import Group
 
 
+class Source(Enum):
+    """Where a hint is that is not a text of the group."""
+
+    PROBLEM = "problem"
+    """The problem's own answer or solution, which ``PromptBuilder.privileged`` finds itself."""
+
+
+Hint = str | Source | None
+"""None: there is none."""
+
+
 def response_hints(
     group: Group, solved: Sequence[bool | None], teacher: TeacherConfig
-) -> list[str | None] | None:
-    """The hint for each response of the group as ``teacher.hint`` asks; None where there is none.
-
-    Returns None where the hint is the problem's own (its answer or solution), which
-    ``PromptBuilder.teacher`` finds itself.
+) -> list[Hint]:
+    """The hint for each response of the group as ``teacher.hint`` asks.
 
     Args:
         group: G responses to one question.
         solved: [G], which of them the verifier accepted; None: it gave no verdict.
     """
-    if teacher.hint == "own_correct_response":
-        return another_response(group, [each is True for each in solved])
+    if teacher.hint in ("own_correct_response", "own_correct_or_reference"):
+        own: list[Hint] = [*another_response(group, [each is True for each in solved])]
+        if teacher.hint == "own_correct_response":
+            return own
+        return [hint if s else Source.PROBLEM for hint, s in zip(own, solved, strict=True)]
     if teacher.hint == "critique":
         critique = group.problem.metadata.get(teacher.critique_key)
         text = critique.strip() if isinstance(critique, str) else ""
         return [text or None] * len(group.trajectories)
-    return None
+    return [Source.PROBLEM] * len(group.trajectories)
 
 
 def wrong_hints(group: Group, solved: Sequence[bool | None]) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,6 +96,31 @@ def test_the_mean_is_over_all_rows_but_those_that_are_left_out() -> None:
     (mini_batch,) = plan_of(config_of(loss_aggregation="sequence_mean")).mini_batches
     weights = mini_batch.loss_weights
     assert [weights[row] for row in range(6)] == pytest.approx([1 / 15, 1 / 5, 0.1, 0.1, 0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("srpo", {"teacher_states": {1}}),
+        ("h2sd", {"teacher": {0}, "teacher_states": {1}}),
+    ],
+)
+def test_the_verdict_decides_which_term_a_response_has(
+    name: str, wanted: dict[str, set[int]]
+) -> None:
+    """Of the hinted rows 0 to 2 one is right, one wrong and one without a verdict; 3 has no hint
+    and is wrong."""
+    verdicts = [True, False, None, False, True, True]
+    rows = [replace(BATCH.rows[n], solved=solved) for n, solved in enumerate(verdicts)]
+    config = config_of(name)
+    rlsd_lambda = config.algorithm.rlsd_lambda
+    plan = make_plan(config, TrainBatch.of(rows), 3, rlsd_lambda, dp_rank=0, dp_size=1)
+    (mini_batch,) = plan.mini_batches
+    assert mini_batch.by_rank == [[0, 1, 3, 5]]
+    assert plan.wanted == wanted
+    # One mean over all trained tokens, whichever term they have.
+    assert mini_batch.divergence_weights == {1: 1 / 10}
+    assert [mini_batch.loss_weights[row] for row in (0, 1, 2, 3, 5)] == [0.1, 0, 0.1, 0.1, 0.1]
 
 
 def test_mini_batches_share_out_all_rows_and_ask_for_the_old_policy() -> None:

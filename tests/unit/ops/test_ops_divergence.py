@@ -20,6 +20,8 @@ CONFIGS = [
     DivergenceConfig("jsd", top_k=7),
     DivergenceConfig("forward_kl", top_k=1),
     DivergenceConfig("reverse_kl", top_k=V),
+    DivergenceConfig("jsd", confidence=1.0),
+    DivergenceConfig("reverse_kl", top_k=7, confidence=0.3),
 ]
 
 
@@ -59,6 +61,7 @@ def definition(inputs: dict[str, Any], config: DivergenceConfig) -> tuple[torch.
         b = config.jsd_beta
         m = b * q + (1 - b) * p
         each = (b * q * (q / m).log() + (1 - b) * p * (p / m).log()).sum(1)
+    each = each * (config.confidence * (q * q.log()).sum(1)).exp()
     return (inputs["loss_weights"] * each).sum(), each.detach()
 
 

@@ -15,8 +15,8 @@ from tests.batches import plain_rows, rows_of, train_row
 
 ROWS = [
     train_row([1, 2], [6, 7, 8], 1.5, loss_mask=[1, 0, 1], rollout_log_probs=[-0.5, 0, -1.5]),
-    train_row([3], [9], -1.0, teacher_prompt_ids=[4, 5], evidence_span=(0, 0)),
-    train_row([3], [2, 2], 0.0, contrast_prompt_ids=[9, 9, 9], evidence_span=(1, 2)),
+    train_row([3], [9], -1.0, teacher_prompt_ids=[4, 5], evidence_span=(0, 0), solved=False),
+    train_row([3], [2, 2], 0.0, contrast_prompt_ids=[9, 9, 9], evidence_span=(1, 2), solved=True),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_rlsd.config import TeacherConfig
-from megatron_rlsd.teacher import response_hints, wrong_hints
+from megatron_rlsd.teacher import Source, response_hints, wrong_hints
 from megatron_rlsd.types import Generation, Group, Problem
 from tests.batches import trajectory
 
@@ -22,7 +22,15 @@ def hints(group: Group, solved: list[bool | None], hint: str, **teacher: object)
 
 @pytest.mark.parametrize("hint", ["none", "answer", "reference_solution"])
 def test_the_problems_own_hints_are_left_to_the_prompts(hint):
-    assert hints(group("a", "b"), [True, False], hint) is None
+    assert hints(group("a", "b"), [True, False], hint) == [Source.PROBLEM] * 2
+
+
+def test_the_hint_may_depend_on_whether_the_response_is_right() -> None:
+    chosen = hints(group("a", "b", "c"), [True, False, True], "own_correct_or_reference")
+    assert chosen == ["c", Source.PROBLEM, "a"]
+    # Without a verdict a response is not known to be right.
+    chosen = hints(group("a", "b", "c"), [True, None, False], "own_correct_or_reference")
+    assert chosen == [None, Source.PROBLEM, Source.PROBLEM]
 
 
 def test_another_correct_response_never_its_own():
