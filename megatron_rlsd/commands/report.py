@@ -1,7 +1,9 @@
 """Write one HTML file about one or several runs: curves, phases, and the credit of every token.
 
-    rlsd report RUN [RUN ...] [--out report.html]
+    rlsd report RUN [RUN ...] [--out report.html] [--live]
 
+Of several runs it also prints the settings in which they differ. With --live the file is written
+anew while the runs go on, and the page in the browser follows; Ctrl-C ends that.
 The file needs nothing else: open it in any browser, offline. Long runs are cut down to what a
 browser can take; metrics.jsonl and samples/ hold everything.
 """
@@ -9,11 +11,16 @@ browser can take; metrics.jsonl and samples/ hold everything.
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_rlsd.observability.report import Limits, report_page
-from megatron_rlsd.runtime.errors import UserError, tell
+from megatron_rlsd.observability.report import Limits, report, short_names
+from megatron_rlsd.runtime.durable import write_whole
+from megatron_rlsd.runtime.errors import UserError, mendable, tell
+from megatron_rlsd.runtime.terminal_text import visible
+
+LIVE_SECONDS = 15
 
 SETTABLE = {
     "credit_steps": "steps in the credit view",
@@ -34,17 +41,46 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=_positive, default=defaults[name], help=text
         )
+    parser.add_argument("--live", action="store_true", help="go on until all runs have ended")
+    parser.add_argument(
+        "--every", type=_positive, default=LIVE_SECONDS, help="seconds between two looks of --live"
+    )
     options = parser.parse_args(arguments)
     out = options.out or options.runs[0] / "report.html"
+    limits = Limits(**{name: getattr(options, name) for name in SETTABLE})
+    live = options.every if options.live else None
     try:
-        page = report_page(
-            options.runs, Limits(**{name: getattr(options, name) for name in SETTABLE})
-        )
+        made = report(options.runs, limits, live=live)
+        write_whole(out, made.page)
+        print(f"{visible(str(out))}  {out.stat().st_size / 1e6:.1f} MB", flush=True)
+        print_differing(options.runs, made.differing)
+        while live and not made.all_ended:
+            time.sleep(live)
+            made = report(options.runs, limits, live=live)
+            write_whole(out, made.page)
     except UserError as error:
         return tell(error)
-    out.write_text(page, encoding="utf-8")
-    print(f"{out}  {out.stat().st_size / 1e6:.1f} MB")
+    except OSError as error:
+        return tell(mendable(error) or UserError(f"{out}: {error}"))
+    except KeyboardInterrupt:
+        if not live:
+            raise
     return 0
+
+
+def print_differing(runs: list[Path], differing: dict[str, list[str]]) -> None:
+    if len(runs) < 2:
+        return
+    if not differing:
+        print("the runs do not differ in any setting that both have")
+        return
+    print("settings that differ:")
+    names = short_names(runs)
+    width = max(map(len, names))
+    for key, values in differing.items():
+        print(f"  {visible(key)}")
+        for name, value in zip(names, values, strict=True):
+            print(f"    {visible(name):<{width}}  {visible(value)}")
 
 
 def _positive(text: str) -> int:

@@ -30,19 +30,22 @@ function showCredit(runs) {
     byId("credit-legend").replaceChildren(...colour.legend);
     const cut = step.responses.length < step.in_file ? ` (the page holds ${step.responses.length} of ${step.in_file})` : "";
     byId("credit-count").textContent = `${shown.length} of ${step.responses.length} responses${cut}`;
+    byId("pair").hidden = true;
     byId("responses").replaceChildren();
-    for (const response of shown) byId("responses").append(card(response, colour, filter));
+    for (const response of shown) byId("responses").append(card(response, colour, filter, step));
   }
 
-  function card(response, colour, filter) {
+  function card(response, colour, filter, step) {
     const leaks = leakSpans(response);
     const head = element("div", { class: "head" },
       element("span", {}, "reward ", element("b", { class: "reward" }, number(response.reward))),
       element("span", {}, "advantage ", element("b", {}, number(response.advantage))),
       element("span", { class: "muted" }, `${response.tokens} tokens, ${response.finish_reason}`),
       element("span", { class: "muted" }, visible(response.problem_id)),
-      leaks.length ? element("span", { class: "flag" }, "speaks of a solution") : null);
-    const tokens = element("div", { class: "tokens" }, tokenSpans(response, colour, filter, leaks));
+      leaks.length ? element("span", { class: "flag" }, "speaks of a solution") : null,
+      step && hasPair(step, response) ? element("button", { type: "button", class: "compare",
+        onclick: () => showPair(step, response, (each) => card(each, colour, filter, null)) }, "side by side") : null);
+    const tokens = element("div", { class: "tokens", tabindex: 0, role: "group", "aria-label": "tokens of the response: arrow keys" }, tokenSpans(response, colour, filter, leaks));
     tokens.addEventListener("mousemove", (event) => {
       const at = event.target.closest(".token");
       if (at && !kept) tip.show(event, ...tokenDetails(response, Number(at.dataset.index)));
@@ -53,14 +56,32 @@ function showCredit(runs) {
       const again = at === kept;
       release();
       if (!at || again) return;
-      kept = at;
-      at.classList.add("kept");
-      tip.show(event, ...tokenDetails(response, Number(at.dataset.index)));
+      keep(at, response, event);
       event.stopPropagation();
+    });
+    tokens.addEventListener("keydown", (event) => {
+      const spans = tokens.querySelectorAll(".token");
+      const moves = { ArrowRight: 1, ArrowDown: 10, ArrowLeft: -1, ArrowUp: -10 };
+      if (event.key === "Escape") release();
+      else if (event.key in moves && spans.length) {
+        const from = kept && tokens.contains(kept) ? Number(kept.dataset.index) + moves[event.key] : 0;
+        release();
+        keep(spans[Math.min(spans.length - 1, Math.max(0, from))], response, null);
+      } else return;
+      event.preventDefault();
     });
     const question = element("details", {}, element("summary", { class: "muted" }, `question, answer ${visible(response.answer)}`),
       element("div", { class: "question" }, visible(response.question)));
     return element("div", { class: "card response", "data-reward": response.reward }, head, question, tokens);
+  }
+
+  // Without an event (from the keyboard) the numbers stand at the token.
+  function keep(token, response, event) {
+    kept = token;
+    token.classList.add("kept");
+    if (!event) token.scrollIntoView({ block: "nearest" });
+    const box = token.getBoundingClientRect();
+    tip.show(event ?? { clientX: box.left, clientY: box.bottom }, ...tokenDetails(response, Number(token.dataset.index)));
   }
 
   function release() {
@@ -70,6 +91,7 @@ function showCredit(runs) {
   }
 
   document.addEventListener("click", release);
+  byId("pair-close").addEventListener("click", () => { byId("pair").hidden = true; });
   byId("credit-run").addEventListener("change", chooseRun);
   for (const id of ["credit-step", "credit-colour", "leaks-only", "credit-order"]) byId(id).addEventListener("change", draw);
   for (const id of ["reward-min", "reward-max", "gain-min"]) byId(id).addEventListener("input", draw);

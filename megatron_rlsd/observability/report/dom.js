@@ -1,7 +1,7 @@
 // Elements, numbers and the tooltip: what every part of the page uses.
 
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#7f7f7f"];
-const colourOf = (index) => COLOURS[index % COLOURS.length];
+const COLOURS = 8;
+const colourOf = (index) => `var(--run-${index % COLOURS})`;  // by light and dark: style.css
 const byId = (id) => document.getElementById(id);
 
 function element(tag, attributes = {}, ...children) {

@@ -13,6 +13,7 @@ from megatron_rlsd.config.secrets import masked
 from megatron_rlsd.observability.metrics_file import NO_METRICS, read_metrics
 from megatron_rlsd.observability.report.phases import phase_data, trace_data
 from megatron_rlsd.observability.report.reduce import evenly, keep_extremes, shorter
+from megatron_rlsd.observability.report.summary import axes, summary
 from megatron_rlsd.observability.samples import read_samples, sample_files
 from megatron_rlsd.runtime.errors import UserError
 
@@ -57,10 +58,13 @@ def run_data(run_dir: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
         raise UserError(f"{run_dir} is not a run folder: it has no metrics.jsonl")
     records = read_metrics(metrics)
     settings = _settings(run_dir / "config.yaml")
+    steps = [record for record in records if "time/step_s" in record]
     return {
         "path": str(run_dir),
         "settings": settings,
-        "steps": sum(1 for r in records if "time/step_s" in r),
+        "steps": len(steps),
+        "summary": summary(run_dir, settings, steps),
+        "axis": axes(steps, limits.points),
         "series": _series(records, limits.points),
         "phases": phase_data(records, limits.bars),
         "trace": trace_data(

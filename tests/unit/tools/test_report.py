@@ -150,7 +150,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(page: Page, page_file: Path)
     assert page.requests == [page_file.as_uri()]
     source = page_file.read_text()
     links = re.findall(r'\b(?:src|href)="([^"]*)"', source)
-    assert links == ["#curves", "#phases", "#credit"]
+    assert links == ["#summary", "#curves", "#phases", "#credit"]
     assert source.count("</script>") == 2  # what the responses hold ends no script
     assert page.run("document.querySelectorAll('img').length") == 0
 
@@ -172,9 +172,9 @@ def test_runs_are_compared_in_curves(page: Page) -> None:
 
 def test_a_search_leaves_the_metrics_it_names(page: Page) -> None:
     page.write("#metric-search", "LOSS")
-    assert texts(page, ".chart h3") == ["train/loss"]
+    assert texts(page, ".chart h3") == ["losstrain/loss"]
     page.write("#metric-search", "")
-    assert {"train/loss", "time/step_s"} <= set(texts(page, ".chart h3"))
+    assert {"losstrain/loss", "time/step_s"} <= set(texts(page, ".chart h3"))
 
 
 def test_phases_by_step_and_on_every_rank(page: Page) -> None:
