@@ -40,8 +40,9 @@ class ExpertLayer:
         return 2.0 * self._rows(tokens) * 3 * self.model.hidden_size * self._width
 
     def pass_seconds(self, tokens: float, rates: Rates, gain: float = 1.0) -> float:
-        """Of one forward pass over ``tokens``, those of one micro-batch of a replica: the longer of
-        computing and of moving weights and rows through memory, and the start of every expert.
+        """Return the seconds of one forward pass over ``tokens``, those of one micro-batch of a
+        replica: the longer of computing and of moving weights and rows through memory, and the
+        start of every expert.
 
         gain: how much faster than in bfloat16 products compute.
         """
