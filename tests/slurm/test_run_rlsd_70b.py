@@ -266,6 +266,7 @@ def kill_server(cluster: Cluster) -> int:
         ({"CONTAINER_IMAGE": "x.sqsh"}, "unrecognized option '--container-image=x.sqsh'"),
         ({"CONFIG": "/no.yaml"}, "CONFIG=/no.yaml does not exist"),
         ({"REPO": "/"}, "REPO=/ is not this repository"),
+        ({"RUN_DIR": "blind"}, "error: n2 does not see "),
         (
             CPU_70B | {"MODEL": "/"},
             "error: /config.json is missing: not a Hugging Face model",
