@@ -340,6 +340,32 @@ def test_a_signal_before_the_trainer_started(
     assert says in job.log
 
 
+def test_an_element_of_an_array_requeues_itself_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """The last one has the number of the whole array. It is submitted from afar."""
+    answer = cluster.run(
+        *("sbatch", "--nodes=1", "--array=0-1", f"--output={tmp_path}/%a.log", str(SCRIPT)),
+        env={"TINY": "1", "PYTHON": sys.executable, "RUN_DIR": str(tmp_path / "run")},
+        cwd=tmp_path,
+    )
+    number = int(answer.removeprefix("Submitted batch job "))
+    logs = {f"{number}_{index}": tmp_path / f"{index}.log" for index in range(2)}
+    job = Job(cluster, tmp_path / "both", number)
+
+    def begun() -> bool:
+        return all(log.exists() and "making a tiny" in log.read_text() for log in logs.values())
+
+    job.wait_until(begun, 60, "both have begun")
+    [last] = [element for element in logs if cluster.job(element)["JobId"] == str(number)]
+    [other] = logs.keys() - {last}
+    cluster.run("scancel", "--batch", "--signal=TERM", last)
+    job.wait_until(lambda: cluster.job(last)["Restarts"] == "1", 60, "it is requeued")
+    found = cluster.job(other)
+    cluster.run("scancel", str(number))
+    assert (found["Restarts"], found["JobState"]) == ("0", "RUNNING"), logs[other].read_text()
+    assert "before the trainer started and requeued" in logs[last].read_text()
+    wait_for_no_process(cluster)
+
+
 def test_outside_an_allocation_it_says_how_it_is_used() -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     ended = subprocess.run(
