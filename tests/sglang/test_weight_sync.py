@@ -220,13 +220,13 @@ def test_a_server_that_hangs_in_an_update_is_left_behind_within_the_bound(
 ) -> None:
     """Stopped before it pauses or with some buckets; the next update leaves it behind too."""
     victim, _ = engine.fleet.servers
-    starts = victim.starts
+    group = group_of(victim)
     transport = BroadcastTransport(engine, replace(sync_settings, update_seconds=3))
     hasty = Publisher(transport, engine, published.reference)
     hasty.publish_new()
 
     def stop() -> None:
-        os.killpg(group_of(victim), signal.SIGSTOP)
+        os.killpg(group, signal.SIGSTOP)
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for number, named in enumerate(published.reference.model.named_parameters()):
@@ -252,14 +252,15 @@ def test_a_server_that_hangs_in_an_update_is_left_behind_within_the_bound(
         # The next update does not wait for it either.
         hasty.publish_new()
     finally:
-        os.killpg(group_of(victim), signal.SIGCONT)
+        # It may have been replaced by then.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGCONT)
     assert time.monotonic() - started < 25
     # It wakes up in the middle of an update that went on without it.
-    wait_until(lambda: victim.state is State.READY, 60, "server 0 is trusted again")
+    wait_until(lambda: victim.state is State.READY, RESTART_SECONDS, "server 0 is trusted again")
     check_servers(hasty, engine)
     hasty.publish_new()
     check_servers(hasty, engine)
-    assert victim.starts == starts
     transport.close()
 
 
