@@ -85,11 +85,12 @@ def shown(content: bytes, secret: str | None = None) -> str:
 
 
 def _message(content: bytes, secret: str | None) -> str:
+    """What a refusal says, as one line."""
     try:
         told = json.loads(content)
     except (ValueError, RecursionError):
-        return without(secret, content.decode(errors="replace"))[:500].strip() or "(no message)"
+        told = content.decode(errors="replace")
     error = told.get("error", told) if isinstance(told, dict) else told
     if isinstance(error, dict):
         error = error.get("message", error)
-    return without(secret, str(error))[:500]
+    return " ".join(without(secret, str(error)).split())[:500] or "(no message)"

@@ -9,12 +9,13 @@ import signal
 import stat
 import time
 
+import httpx2
 import psutil
 import pytest
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.rollout.sglang.answers import ServerFault
+from megatron_rlsd.rollout.sglang.answers import ServerFault, raise_for_status
 from megatron_rlsd.rollout.sglang.balance import choose
 from megatron_rlsd.rollout.sglang.calls import continued, joined
 from megatron_rlsd.rollout.sglang.process import (
@@ -208,6 +209,19 @@ def test_what_is_no_answer_at_all_is_a_fault_of_the_server_and_told_in_one_line(
     assert len(str(caught.value)) < 600
     with pytest.raises(ServerFault, match="http://x: "):
         parse_scores(content, [4, 39, 6], vocab_size=40, server="http://x")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"no\r\nsuch\n\npage", "HTTP 404: no such page"),
+        (b'{"error": {"message": "Traceback:\\n  File x\\u0085"}}', "HTTP 404: Traceback: File x"),
+        (b"\n", r"HTTP 404: \(no message\)"),
+    ],
+)
+def test_a_refusal_is_told_in_one_line(content: bytes, told: str) -> None:
+    with pytest.raises(EngineError, match=rf"^server 0: {told}$"):
+        raise_for_status(httpx2.Response(404), content, "server 0")
 
 
 def test_a_stop_that_nobody_asked_for_is_told_with_its_remedy():
