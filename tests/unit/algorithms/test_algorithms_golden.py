@@ -20,6 +20,8 @@ D, V = 5, 31
 REWARDS = [[1.0, 0.0, 0.0, 0.25], [0.5, 1.0, 0.0]]
 LENGTHS = [3, 1, 6, 2, 4, 5, 2]
 MAX_TOKENS = 9
+FAILED = (1, 2, 6)
+"""Known to be wrong, with a hint: the rows that ``divergence_rows`` failed is about."""
 T = sum(LENGTHS)
 B = len(LENGTHS)
 
@@ -115,6 +117,10 @@ def grpo_terms(data: Data, mode="group_std", low=0.2, high=0.28, dual=3.0) -> li
 
 
 def weighed(data: Data, clip: float, lam: float, signal, only=lambda A: True) -> Tensor:
+    return token_mean(weighed_terms(data, clip, lam, signal, only))
+
+
+def weighed_terms(data: Data, clip: float, lam: float, signal, only=lambda A: True) -> list[Tensor]:
     """RLSD's loss for a gain ``signal(response number, its log-probabilities)``."""
     A = by_group("group_std")
 
@@ -125,7 +131,7 @@ def weighed(data: Data, clip: float, lam: float, signal, only=lambda A: True) ->
         A_hat = A[i] * ((1 - lam) + lam * w)
         return clip_loss(A_hat, (lp - data.old[i]).exp(), 0.2, 0.28, 3.0)
 
-    return token_mean(each(data, term))
+    return each(data, term)
 
 
 def dr_grpo(data: Data) -> Tensor:
@@ -173,25 +179,37 @@ def opd(data: Data) -> Tensor:
     return token_mean(each(data, term))
 
 
-def divergence(data: Data, kind: str, without: tuple[int, ...] = (), top_k=None) -> Tensor:
+def distances(data: Data, kind: str, top_k: int | None = None, beta: float = 0) -> list[Tensor]:
+    """D of each token, by response, weighted by exp(-beta H(q))."""
     rows = []
-    for i, (log_p, log_q) in enumerate(zip(*data.distributions(), strict=True)):
-        if i in without:
-            continue
+    for log_p, log_q in zip(*data.distributions(), strict=True):
         p, q = log_p.exp(), log_q.exp()
         if top_k is not None:
             chosen = log_q.argsort(1, descending=True)[:, :top_k]
             p, q = p.gather(1, chosen), q.gather(1, chosen)
             p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
         m = 0.3 * q + 0.7 * p
+        confidence = (beta * (q * q.log()).sum(1)).exp()
         rows.append(
-            {
+            confidence
+            * {
                 "forward_kl": q * (q / p).log(),
                 "reverse_kl": p * (p / q).log(),
                 "jsd": 0.3 * q * (q / m).log() + 0.7 * p * (p / m).log(),
             }[kind].sum(1)
         )
-    return torch.cat(rows).mean()
+    return rows
+
+
+def divergence(data: Data, kind: str, without: tuple[int, ...] = (), top_k=None) -> Tensor:
+    found = enumerate(distances(data, kind, top_k))
+    return token_mean([rows for i, rows in found if i not in without])
+
+
+def routed(data: Data, terms: list[Tensor], kind: str, beta: float = 0) -> Tensor:
+    """Failed responses learn from the teacher's distribution, with coefficient 0.4."""
+    found = distances(data, kind, beta=beta)
+    return token_mean([0.4 * found[i] if i in FAILED else terms[i] for i in range(B)])
 
 
 def sdpg(data: Data) -> Tensor:
@@ -244,6 +262,18 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
         lambda d: token_mean(grpo_terms(d)) + 0.2 * divergence(d, "reverse_kl"),
     ),
     "sdpg": ({"divergence_coef": 0.2, "kl_coef": 0.3}, sdpg),
+    "srpo": (
+        {"divergence_coef": 0.4, "divergence_confidence": 0.7, "jsd_beta": 0.3},
+        lambda d: routed(d, grpo_terms(d), "jsd", beta=0.7),
+    ),
+    "h2sd": (
+        {"divergence_coef": 0.4, "rlsd_lambda": 0.6},
+        lambda d: routed(
+            d,
+            weighed_terms(d, 0.2, 0.6, lambda i, lp: d.teacher[i] - lp, lambda A: A > 0),
+            "reverse_kl",
+        ),
+    ),
 }
 
 
@@ -253,6 +283,10 @@ def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) 
     A = torch.cat([group_advantages(rewards, algorithm.advantage) for rewards in REWARDS])
     weights = token_loss_weights(LENGTHS, algorithm.loss_aggregation, MAX_TOKENS)
     lam = 0.0 if algorithm.name == "grpo" else algorithm.rlsd_lambda
+    distilled_weights = weights
+    if algorithm.divergence_rows == "failed":
+        has_failed = torch.tensor([i in FAILED for i in range(B)])
+        weights, distilled_weights = weights * ~has_failed, weights * has_failed
     loss, _ = policy_loss(
         data.hidden,
         data.weight,
@@ -267,14 +301,16 @@ def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) 
         sequence_ids=torch.arange(B).repeat_interleave(lengths),
     )
     if algorithm.divergence_coef:
-        taught = [0 if i in without else length for i, length in enumerate(LENGTHS)]
-        weights = token_loss_weights(taught, algorithm.loss_aggregation, MAX_TOKENS)
+        if algorithm.divergence_rows == "hinted":
+            taught = [0 if i in without else length for i, length in enumerate(LENGTHS)]
+            distilled_weights = token_loss_weights(taught, algorithm.loss_aggregation, MAX_TOKENS)
         distilled, _ = divergence_loss(
             *(data.hidden, data.weight, data.teacher_hidden, data.teacher_weight),
             torch.arange(T),
-            loss_weights=algorithm.divergence_coef * weights.repeat_interleave(lengths),
+            loss_weights=algorithm.divergence_coef * distilled_weights.repeat_interleave(lengths),
             config=DivergenceConfig(
-                algorithm.divergence, algorithm.jsd_beta, algorithm.divergence_top_k
+                *(algorithm.divergence, algorithm.jsd_beta, algorithm.divergence_top_k),
+                confidence=algorithm.divergence_confidence,
             ),
         )
         loss = loss + distilled
