@@ -54,8 +54,8 @@ check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 -m "not process and not slow"
 
 test: lint models/SmolLM2-135M-Instruct/config.json $(LATEST)/.ready $(BROWSER) try-sglang-cpu try-slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadgroup --durations=10
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(ALONE:%=--ignore=tests/%) --ignore=tests/unit -n 2 --dist loadgroup --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(ALONE:%=--ignore=tests/%) --ignore=tests/unit -n 2 --dist loadfile --durations=15
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALONE:%=tests/%) --durations=15
 	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/distributed tests/te -m megatron_range
 

@@ -18,8 +18,6 @@ UNIT = "unit"
 """The only folder whose tests may start no process; whole programs and ranks run in the others."""
 FOLDER_MARKERS = {"sglang": "sglang", "slurm": "slurm", "gpu": "gpu", "experiments": "slow"}
 """Folder -> a marker that all its tests get."""
-ALONE = ("sglang", "slurm")
-"""Folders whose tests run one after the other even where there are several workers."""
 PROGRAM_FIXTURES = {"tiny_model", "make_config"}
 """A tool makes their model, in a process of its own."""
 HARMLESS = ("uname", "git")
@@ -35,9 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDER_MARKERS:
             item.add_marker(FOLDER_MARKERS[folder])
-        # One worker's: what shares a module's fixtures, and what would fight over Slurm or memory.
-        group = folder if folder in ALONE else str(item.path.relative_to(TESTS))
-        item.add_marker(pytest.mark.xdist_group(group))
         fixtures = getattr(item, "fixturenames", ())
         if folder != UNIT or PROGRAM_FIXTURES.intersection(fixtures):
             item.add_marker("process")
