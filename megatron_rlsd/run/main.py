@@ -70,8 +70,7 @@ def execute(command: Callable[[Config], None], config: Config, check: Check | No
             command(config)
         except Preempted as stop:
             status, code, message = "preempted", EXIT_PREEMPTED, str(stop)
-            if one_voice.is_first_to_say(message):
-                print(f"{message}; exit code {code}", file=sys.stderr)
+            print(f"{message}; exit code {code}", file=sys.stderr)
         except KeyboardInterrupt:
             status, code, message = "failed", EXIT_INTERRUPTED, "SIGINT twice: nothing was saved"
             print(f"{message}; exit code {code}", file=sys.stderr)
