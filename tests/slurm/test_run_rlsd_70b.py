@@ -237,7 +237,9 @@ def test_a_server_that_dies_comes_back_once_and_then_ends_the_job_with_the_reaso
 
 def kill_server(cluster: Cluster) -> int:
     """Its process id."""
-    guard = next(p for p in cluster.processes() if "guard.py" in " ".join(p.cmdline()))
+    # Workers of the trainer have guards, too.
+    lines = ((p, " ".join(p.cmdline())) for p in cluster.processes())
+    guard = next(p for p, line in lines if "guard.py" in line and "launch.py" in line)
     server = guard.children()[0]
     server.kill()
     return server.pid
