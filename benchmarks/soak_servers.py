@@ -184,7 +184,7 @@ def install(soak: Soak) -> None:
 
 
 def summary(lines: Path) -> str:
-    """Of all starts; a step that was trained again after an interruption was checked again."""
+    """Counts over all starts; a step trained again after an interruption was checked again."""
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     total = {key: sum(line[key] for line in found) for key in ("responses", "tokens", "mixed")}
     updates, killed = len({line["step"] for line in found}), sum(line["killed"] for line in found)

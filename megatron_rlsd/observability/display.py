@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from megatron_rlsd.runtime.terminal_text import visible
 
 WIDTH = 100
-"""Columns that a step's line has at most, and tables where there is no terminal to ask."""
+"""The most columns of a step's line, and the width of tables where there is no terminal to ask."""
 
 
 @dataclass(frozen=True)

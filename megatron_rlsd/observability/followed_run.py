@@ -30,7 +30,7 @@ class FollowedRun:
 
     def __init__(self, run_dir: Path) -> None:
         if not any((run_dir / name).is_file() for name in MARKS):
-            raise UserError(f"{run_dir} is no run folder: it has none of {', '.join(MARKS)}")
+            raise UserError(f"{run_dir} is not a run folder: it has none of {', '.join(MARKS)}")
         self.run_dir = run_dir
         self.steps: list[dict[str, Any]] = []
         """Metrics of each step."""

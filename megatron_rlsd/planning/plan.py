@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def gpus(self) -> int | None:
-        """The trainer's and the servers'; None: nobody says how many the servers have."""
+        """The GPUs of trainer and servers; None where the servers' number is not given."""
         if self.servers is None:
             return self.machine.gpus
         return None if self.servers.beside is None else self.machine.gpus + self.servers.beside

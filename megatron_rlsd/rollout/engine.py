@@ -25,7 +25,7 @@ class RolloutEngine(Protocol):
     """Samples responses with the weights that were last published to it (weight_sync)."""
 
     on_progress: Progress | None
-    """Told how a call of ``generate`` comes along; None, the start: there is no callback."""
+    """Is told how a call of ``generate`` comes along; None at first: there is no listener."""
 
     @property
     def weight_version(self) -> int:

@@ -54,9 +54,11 @@ class Speed:
         None for a step without one."""
         if not metrics.get("train/tokens"):
             return None
-        tokens = metrics["train/tokens"] * (1 - metrics.get("train/padding_share", 0.0))
+        tokens = metrics["train/tokens"] * (1 - metrics["train/padding_share"])
         if "train/target_tokens" in metrics:  # the warm start's
-            examples = self._config.sft.batch_size - metrics.get("data/examples_too_long", 0.0)
+            if (left_out := metrics.get("data/examples_too_long")) is None:
+                return None
+            examples = self._config.sft.batch_size - left_out
             return self._timer.update_operations(
                 tokens, metrics["train/target_tokens"], tokens / max(1.0, examples)
             )

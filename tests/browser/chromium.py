@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 OWN = ROOT / ".browser" / "chromium"
 """Put there by the Makefile."""
@@ -34,6 +36,16 @@ def find_chromium() -> Path | None:
         return OWN
     found = [path for name in INSTALLED if (path := shutil.which(name))]
     return Path(found[0]) if found else None
+
+
+def chromium_or_skip() -> Path:
+    """That browser; without one the test is skipped, and fails under CI."""
+    if (found := find_chromium()) is not None:
+        return found
+    how = "`make .browser/chromium` fetches one"
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"no Chromium: {how} (needs node and npm)")
+    pytest.skip(f"no Chromium ({how})")
 
 
 class Page:

@@ -39,8 +39,8 @@ def summary(
         "data": [_source(each) for each in data.get("train", []) if isinstance(each, dict)],
         "steps_done": run.steps_done,
         "steps": run.total_steps,
-        "hours": shorter(hours),
-        "tokens": sum(step.get(TOKENS[0]) or 0 for step in steps),
+        "hours": shorter(hours) if hours else None,
+        "tokens": sum(step.get(TOKENS[0]) or 0 for step in steps) or None,
         "results": _results(run),
         "warnings": [
             {"step": each["step"], "text": each["text"].partition("\n")[0]}

@@ -162,7 +162,7 @@ def test_a_folder_that_is_not_a_run_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert watch.main([str(tmp_path / "nowhere")]) == 2
-    assert f"error: {tmp_path / 'nowhere'} is no run folder" in capsys.readouterr().err
+    assert f"error: {tmp_path / 'nowhere'} is not a run folder" in capsys.readouterr().err
     with pytest.raises(UserError):
         FollowedRun(tmp_path)
 

@@ -143,6 +143,18 @@ def test_a_server_that_another_run_takes_meanwhile_drops_out_of_the_next_update(
     run(work())
 
 
+def starting_fleet(port: int, python: Path, run_dir: Path) -> Fleet:
+    """A fleet of one server, which it starts by itself with ``python``."""
+    return Fleet(
+        SGLangConfig(port=port, python=str(python), device="cpu"),
+        model="unused",
+        dtype="float32",
+        vocab_size=40,
+        api_key=None,
+        run_dir=run_dir,
+    )
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("label", ["default", "launch-of-another", DEAD.label("3")])
 def test_the_server_that_answers_must_be_the_one_that_was_started(
@@ -156,14 +168,7 @@ def test_the_server_that_answers_must_be_the_one_that_was_started(
     python.chmod(0o755)
 
     async def work() -> None:
-        fleet = Fleet(
-            SGLangConfig(port=2345, python=str(python), device="cpu"),
-            model="unused",
-            dtype="float32",
-            vocab_size=40,
-            api_key=None,
-            run_dir=tmp_path,
-        )
+        fleet = starting_fleet(2345, python, tmp_path)
         await fleet.start()
         try:
             with pytest.raises(EngineError, match=r"another server answers there.*sglang\.port"):
@@ -191,14 +196,7 @@ def test_a_started_server_that_a_run_claims_before_its_first_answer_to_us_is_our
     python.chmod(0o755)
 
     async def work() -> None:
-        fleet = Fleet(
-            SGLangConfig(port=port, python=str(python), device="cpu"),
-            model="unused",
-            dtype="float32",
-            vocab_size=40,
-            api_key=None,
-            run_dir=tmp_path,
-        )
+        fleet = starting_fleet(port, python, tmp_path)
         await fleet.start()
         (server,) = fleet.servers
         while server.process is None or not server.process.listens_on(port):

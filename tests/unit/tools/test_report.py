@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from megatron_rlsd.types import (
     Trajectory,
 )
 from tests.batches import trajectory
-from tests.browser.chromium import Page, chromium, find_chromium
+from tests.browser.chromium import Page, chromium, chromium_or_skip
 
 # The page is made by the tool and opened in a browser, by whichever test comes first.
 pytestmark = pytest.mark.process
@@ -120,12 +119,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(page_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    executable = find_chromium()
-    if executable is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no Chromium: `make .browser/chromium` fetches one (needs node and npm)")
-        pytest.skip("no Chromium (`make .browser/chromium` fetches one)")
-    with chromium(executable, tmp_path_factory.mktemp("profile")) as page:
+    with chromium(chromium_or_skip(), tmp_path_factory.mktemp("profile")) as page:
         yield page
 
 

@@ -15,7 +15,7 @@ from megatron_rlsd.commands import report as command
 from megatron_rlsd.observability.metrics_file import metrics_line
 from megatron_rlsd.observability.report import run_data
 from megatron_rlsd.observability.report.summary import axes, differing, same_but_for_the_seed
-from tests.browser.chromium import Page, chromium, find_chromium
+from tests.browser.chromium import Page, chromium, chromium_or_skip
 
 pytestmark = pytest.mark.process
 
@@ -93,12 +93,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    executable = find_chromium()
-    if executable is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no Chromium: `make .browser/chromium` fetches one (needs node and npm)")
-        pytest.skip("no Chromium (`make .browser/chromium` fetches one)")
-    with chromium(executable, tmp_path_factory.mktemp("profile")) as page:
+    with chromium(chromium_or_skip(), tmp_path_factory.mktemp("profile")) as page:
         yield page
 
 
