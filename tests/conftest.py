@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,14 @@ import pytest
 import torch
 import yaml
 
+from megatron_rlsd.algorithms import registry
 from megatron_rlsd.config import Config, parse_config
+from megatron_rlsd.config.variants import VARIANTS
+from megatron_rlsd.data.worked_solutions import WRITERS
+from megatron_rlsd.environments.registry import ENVIRONMENTS
+from megatron_rlsd.hf_bridge import FAMILIES
+from megatron_rlsd.plugins import FILE_MODULE
+from megatron_rlsd.rewards.registry import REWARDS
 from tests.tiers import (  # noqa: F401
     pytest_collection_modifyitems,
     pytest_runtest_setup,
@@ -39,6 +46,20 @@ def even_digits(sample):
     digits = [c for c in sample.response if c.isdigit()]
     return sum(c in "02468" for c in digits) / max(1, len(digits))
 '''
+
+
+@pytest.fixture(autouse=True)
+def what_a_test_registers_goes_with_it() -> Iterator[None]:
+    """Restore the tables of plug-ins, so that no test depends on which ran before it."""
+    tables = (VARIANTS, registry._OWN, REWARDS, ENVIRONMENTS, WRITERS)
+    before, families = [set(table) for table in tables], list(FAMILIES)
+    yield
+    for table, names in zip(tables, before, strict=True):
+        for name in set(table) - names:
+            del table[name]
+    FAMILIES[:] = families
+    for name in [name for name in sys.modules if name.startswith(FILE_MODULE)]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

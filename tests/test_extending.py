@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +14,11 @@ from megatron_rlsd import train
 from megatron_rlsd.algorithms import registry, response_advantages
 from megatron_rlsd.commands import convert
 from megatron_rlsd.config import Config, RewardConfig, load_config
-from megatron_rlsd.config.variants import VARIANTS
-from megatron_rlsd.hf_bridge import FAMILIES, SafetensorsFolder
+from megatron_rlsd.hf_bridge import SafetensorsFolder
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.ops import PolicyLossConfig, policy_loss
-from megatron_rlsd.plugins import FILE_MODULE
 from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.rewards import RewardPool
-from megatron_rlsd.rewards.registry import REWARDS
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, Group, Problem, RewardInput, RewardResult
 from tests.batches import plain_rows, trajectory
@@ -34,20 +29,6 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples/extensions"
 CONCISE = EXAMPLES / "algorithm/concise.py"
 PHI3 = EXAMPLES / "model_family/phi3.py"
-
-
-@pytest.fixture(autouse=True)
-def no_traces() -> Iterator[None]:
-    """What a test registers is gone after it."""
-    tables = (VARIANTS, registry._OWN, REWARDS)
-    before, families = [set(table) for table in tables], list(FAMILIES)
-    yield
-    for table, names in zip(tables, before, strict=True):
-        for name in set(table) - names:
-            del table[name]
-    FAMILIES[:] = families
-    for name in [name for name in sys.modules if name.startswith(FILE_MODULE)]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
