@@ -1,18 +1,22 @@
-"""A real server that was started elsewhere, and responses whose end comes with an update."""
+"""Real servers that another run started, holds or left paused, and responses that end as an
+update comes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from megatron_rlsd.rollout import EngineError
-from megatron_rlsd.rollout.sglang import SGLangEngine, fleet
+from megatron_rlsd.rollout.sglang import ServerFault, SGLangEngine, fleet
+from megatron_rlsd.rollout.sglang.calls import versions_of
 from megatron_rlsd.types import GenerationRequest
-from tests.sglang.conftest import Publisher
+from megatron_rlsd.weight_sync import DiskTransport, SyncSettings
+from tests.sglang.conftest import Publisher, Reference
 
 RequestsOf = Callable[..., list[GenerationRequest]]
 MakeEngine = Callable[..., SGLangEngine]
@@ -83,3 +87,65 @@ def test_a_server_that_was_not_started_here_is_not_taken_for_the_one_that_was(
     assert label == held.client.label(published.version)
     requests = requests_of(4, 2)
     published.reference.check(requests, engine.generate(requests))
+
+
+def test_two_runs_of_one_server_never_train_on_each_others_weights(
+    published: Publisher,
+    left_urls: list[str],
+    requests_of: RequestsOf,
+    make_engine: MakeEngine,
+    sync_settings: SyncSettings,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """A living run's server is refused by name. What one takes all the same, because the other
+    cannot be asked, says whose weights it has, though both runs call them version 7."""
+
+    def give(engine: SGLangEngine, weights: Reference) -> None:
+        transport = DiskTransport(engine, sync_settings, tmp_path / f"{id(engine)}")
+        transport.publish(weights.model.named_parameters(), 7)
+
+    first = make_engine(urls=left_urls, api_key=KEY)
+    give(first, published.reference)
+    refused = make_engine(urls=left_urls[:1], api_key=KEY)
+    with pytest.raises(EngineError, match=r"is in use by the run in .*, process \d+"):
+        refused.wait_until_ready()
+    refused.close()
+    doorbell = first.fleet._doorbell
+    assert doorbell is not None
+    first._loop.call_soon_threadsafe(doorbell.close)
+    second, others = make_engine(urls=left_urls[:1], api_key=KEY), Reference(tiny_model)
+    give(second, others)
+
+    requests = requests_of(8, 2)
+    generations = first.generate(requests)
+    assert first.fleet.counters["request_retries"] > 0
+    assert first.fleet.servers[0].answered == 0
+    assert {version for g in generations for version in versions_of(g).tolist()} == {7}
+    published.reference.check(requests, generations)
+    others.check(requests, second.generate(requests))
+    second.close()
+    first.close()
+    # Both ended: the run that started the servers has them again.
+    published.publish_new()
+    published.reference.check(requests, published.engine.generate(requests))
+
+
+def test_a_server_that_a_killed_trainer_left_paused_is_a_new_trainers(
+    published: Publisher,
+    engine: SGLangEngine,
+    left_urls: list[str],
+    requests_of: RequestsOf,
+    make_engine: MakeEngine,
+) -> None:
+    """Left in the middle of an update: see test_weight_sync.py for buckets half sent."""
+    client = engine.fleet.servers[0].client
+    engine.call(client.pause("abort", timeout=60), 90)
+    with pytest.raises(ServerFault, match="/ready: HTTP 503"):
+        engine.call(client.ready(timeout=60), 90)
+    heir = make_engine(urls=left_urls[:1], api_key=KEY, start_timeout_seconds=60)
+    heir.wait_until_ready()
+    rename(heir, 0)
+    requests = requests_of(4, 2)
+    published.reference.check(requests, heir.generate(requests))
+    heir.close()

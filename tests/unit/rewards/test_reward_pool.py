@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -155,6 +156,21 @@ def test_catastrophic_answer_is_stopped(pool: Pool, sample: Sample) -> None:
     assert bad.errors == {"math_verify": "took longer than 1.5 s"}
     assert bad.value is None
     assert (right.value, wrong.value) == (1.0, 0.0)
+
+
+def test_many_answers_are_judged_off_the_main_thread_and_a_degenerate_one_costs_only_itself(
+    pool: Pool, sample: Sample
+) -> None:
+    """As asynchronous rollouts have them judged: neither all wrong nor frozen."""
+    repeated = r"\frac{1}{" * 3000
+    answers = [sample(rf"\boxed{{{i % 2 + 6}}}", id=f"p{i}") for i in range(256)]
+    answers[100:100] = [sample(repeated), sample(rf"\boxed{{{repeated}")]
+    judge = pool("math_verify", workers=2, timeout_seconds=10)
+    with ThreadPoolExecutor(1) as threads:
+        results = threads.submit(judge.score, answers).result(120)
+    verdicts = [result.value for result in results]
+    assert verdicts[:100] + verdicts[102:] == [float(i % 2) for i in range(256)]
+    assert set(verdicts[100:102]) <= {0.0, None}
 
 
 def test_time_limit_of_the_function_itself_counts_like_the_pools(
