@@ -59,7 +59,7 @@ def settings(out: Path, updates: int) -> dict[str, Any]:
             "engine": "sglang",
             "prompts_per_step": 4,
             "n_samples_per_prompt": 4,
-            "max_response_tokens": 400,
+            "max_response_tokens": 128,
             "asynchronous": {"max_staleness": STALENESS},
             "sglang": {
                 "device": "cpu",
