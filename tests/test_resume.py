@@ -97,11 +97,26 @@ def pair(make_config, tmp_path) -> Callable[..., tuple[Config, Config]]:
     return make
 
 
+def questions(count: int) -> dict[str, Any]:
+    """Data of so few that epochs end within the run; every step takes three."""
+    return {"train": [{"kind": "reasoning_gym", "task": "chain_sum", "size": count, "seed": 1}]}
+
+
 @pytest.mark.parametrize(
     "sections",
     [
-        {"teacher": {"mode": "frozen"}, "algorithm": {"kl_coef": 0.05}},
-        {"teacher": {"mode": "periodic", "interval": 3}, "optimizer": {"lr_warmup_steps": 6}},
+        {
+            "teacher": {"mode": "frozen"},
+            "algorithm": {"kl_coef": 0.05},
+            # An epoch ends with step 3: the last checkpoint is between two.
+            "data": questions(12),
+        },
+        {
+            "teacher": {"mode": "periodic", "interval": 3},
+            "optimizer": {"lr_warmup_steps": 6},
+            # Epochs end within steps, one of them in the step that is interrupted.
+            "data": questions(7),
+        },
         {"teacher": {"mode": "ema"}, "train": {"global_batch_size": 6, "epochs_per_rollout": 2}},
         {
             "teacher": {"mode": "ema", "ema_decay": 0.9},

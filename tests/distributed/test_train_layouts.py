@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -22,14 +23,25 @@ def torchrun(processes: int, config, path: Path, *overrides: str, seconds: float
     )
 
 
+REMARKS = ("Count.", None, "Add the first to the second, then take it away again, slowly.", "No.")
+
+
 def test_four_processes_take_the_steps_of_one(make_config, tmp_path):
-    steps = {}
+    """Hints differ in length and one in four is missing, amid the others: rows of student and
+    teacher go together in micro-batches of any layout."""
+    data, steps = tmp_path / "questions.jsonl", {}
+    with data.open("w") as file:
+        for i in range(9):
+            remark = REMARKS[i % len(REMARKS)]
+            line = {"prompt": f"{i} + {3 * i}" + " please" * i, "answer": f"{4 * i}"}
+            line["metadata"] = {} if remark is None else {"remark": remark}
+            file.write(json.dumps(line) + "\n")
     for processes, layout in [
         (1, ()),
         (2, ("parallel.tensor=2", "parallel.sequence=true")),
-        (2, ("parallel.context=2",)),
         (4, ("parallel.tensor=2", "parallel.pipeline=2")),
         (4, ("parallel.pipeline=2", "optimizer.distributed=true")),
+        (4, ("parallel.context=2",)),
     ]:
         run_dir = tmp_path / f"{processes}_{len(steps)}"
         config = make_config(
@@ -37,6 +49,9 @@ def test_four_processes_take_the_steps_of_one(make_config, tmp_path):
             # Two updates a rollout, so that old log-probabilities cross the layouts as well.
             train={"steps": 3, "global_batch_size": 6, "max_tokens_per_microbatch": 128},
             eval={"num_problems": 2},
+            data={"train": [{"kind": "jsonl", "path": str(data), "shuffle": False}]},
+            teacher={"hint": "critique", "critique_key": "remark"},
+            algorithm={"kl_coef": 0.01},
         )
         ended = torchrun(processes, config, tmp_path / f"{run_dir.name}.yaml", *layout)
         assert ended.returncode == 0, ended.stderr[-3000:]
@@ -44,6 +59,8 @@ def test_four_processes_take_the_steps_of_one(make_config, tmp_path):
         steps[processes, layout] = [line for line in lines if "train/loss" in line]
     expected = steps.pop((1, ()))
     assert len({step["rollout/reward_mean"] for step in expected}) > 1
+    unhinted = [step["teacher/without_hint_share"] for step in expected]
+    assert unhinted == pytest.approx([1 / 3, 1 / 3, 0])
     for layout, measured in steps.items():
         for one, other in zip(expected, measured, strict=True):
             assert one["rollout/reward_mean"] == pytest.approx(other["rollout/reward_mean"])
