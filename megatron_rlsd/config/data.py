@@ -15,16 +15,59 @@ NAME = r"^[^\s/=]+$"
 """A source's name is part of a metric's, ``eval/NAME/greedy_pass@1``."""
 
 
-class JsonlSource(Section):
-    kind: Literal["jsonl"]
+class ColumnsConfig(Section):
+    """Which column of a file each field of a problem is read from (``extra_info.answer``: a field
+    inside of one). Columns that are named here for no field are not read."""
+
+    prompt: str | None = None
+    """Text, or a list of messages."""
+    messages: str | None = None
+    answer: str | None = None
+    reference_solution: str | None = None
+    metadata: str | list[str] | None = None
+    """An object, or text that is a JSON object; of several columns each is an entry by its name."""
+    id: str | None = None
+
+
+class _FileSource(Section):
+    """What every source that is read from files has."""
+
+    kind: str
     name: str | None = Field(None, pattern=NAME)
     """In metrics (``eval/NAME/...``) and tables; default: what tells the source from the others."""
     path: str
+    layout: Literal["auto", "own", "verl", "trl"] = "auto"
+    """How the columns are called: ``own`` (docs/guide.md), ``verl`` (prompt, reward_model,
+    extra_info, data_source), ``trl`` (a prompt of messages; answer, ground_truth or solution).
+    ``auto`` goes by the columns' names and types."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """For fields whose column has another name than the layout says."""
     on_malformed: Literal["stop", "skip"] = "stop"
-    """A malformed line stops the run, or is counted and skipped."""
+    """A malformed row stops the run, or is counted and skipped."""
     shuffle: bool = True
     weight: float = Field(1.0, gt=0)
     """Share of prompts drawn from this source, relative to the others."""
+
+
+class JsonlSource(_FileSource):
+    kind: Literal["jsonl"]
+
+
+class ParquetSource(_FileSource):
+    """A file, or all ``*.parquet`` of a folder in the order of their names."""
+
+    kind: Literal["parquet"]
+
+
+class HfSource(_FileSource):
+    """A folder that ``save_to_disk`` of the datasets library wrote."""
+
+    kind: Literal["hf"]
+    split: str | None = None
+    """Which one, where the folder holds several."""
+
+
+FileSource = JsonlSource | ParquetSource | HfSource
 
 
 class ReasoningGymSource(Section):
@@ -65,7 +108,7 @@ class GuessingGameSource(Section):
 
 
 Source = Annotated[
-    JsonlSource | ReasoningGymSource | GuessingGameSource, Field(discriminator="kind")
+    FileSource | ReasoningGymSource | GuessingGameSource, Field(discriminator="kind")
 ]
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rlsd.config import JsonlSource, ReasoningGymSource, Source
+from megatron_rlsd.config import FileSource, ReasoningGymSource, Source
 from megatron_rlsd.data.sources import evaluation_problems
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
@@ -67,7 +67,7 @@ def _base(source: Source, depth: int | None) -> str:
         return source.name
     if isinstance(source, ReasoningGymSource):
         return source.task
-    if not isinstance(source, JsonlSource):
+    if not isinstance(source, FileSource):
         return source.kind
     path = Path(source.path).absolute()
     parts = [part for part in path.with_suffix("").parts if part != path.anchor]

@@ -1,15 +1,13 @@
-"""What is kept of a data file while all its rows are checked: which are usable, and its digest."""
+"""What is kept of a data file while all its rows are checked: which are usable."""
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from megatron_rlsd.data.digest import DIGITS
 from megatron_rlsd.data.records import Malformed
 from megatron_rlsd.runtime.errors import UserError
 
@@ -20,26 +18,17 @@ class Intake:
     """The usable rows of one file; 24 bytes for each, however long its text.
 
     With ``skip_malformed`` a malformed row is counted and left out; otherwise the first one raises
-    UserError, by FILE:PLACE and what was expected there.
+    UserError, by its place and what was expected there.
     """
 
-    def __init__(self, path: Path, *, skip_malformed: bool) -> None:
-        self._path, self._skip_malformed = path, skip_malformed
-        self._content = hashlib.sha256()
+    def __init__(self, path: Path, where: Callable[[int], str], *, skip_malformed: bool) -> None:
+        """``where(place)``: how a place is written, with its file."""
+        self._path, self._where, self._skip_malformed = path, where, skip_malformed
         self._places, self._positions, self._ids = array("q"), array("q"), array("q")
         self.skipped = 0
         """Malformed rows left out."""
         self.first_skipped: list[str] = []
         """Messages of the first few of them."""
-
-    def digest_of(self, content: bytes) -> None:
-        """Take the next part of the file into the digest."""
-        self._content.update(content)
-
-    @property
-    def digest(self) -> str:
-        """The digest of all that was given to ``digest_of``, in hexadecimal."""
-        return self._content.hexdigest()[:DIGITS]
 
     def keep(self, place: int, position: int, problem_id: str) -> None:
         """A usable row. ``place``: its number for a reader; ``position``: to find it again."""
@@ -48,7 +37,7 @@ class Intake:
         self._ids.append(hash(problem_id))
 
     def refuse(self, place: int, error: Malformed) -> None:
-        message = f"{self._path}:{place}: {error}"
+        message = f"{self._where(place)}: {error}"
         if not self._skip_malformed:
             raise UserError(message) from error
         self.skipped += 1

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlsd.config import JsonlSource
-from megatron_rlsd.data.digest import DIGITS
+from megatron_rlsd.data.columns import Columns, Kind
+from megatron_rlsd.data.digest import DIGITS, digest_of
 from megatron_rlsd.data.intake import Intake
 from megatron_rlsd.data.records import Malformed, problem_of, shown
+from megatron_rlsd.data.seen_files import SeenFiles
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.json_text import parse_json
 from megatron_rlsd.types import Problem
@@ -36,12 +38,16 @@ class JsonlProblems:
         self.name = source.name or self._path.stem
         if not self._path.is_file():
             raise UserError(f"data file {self._path} does not exist or is not a file")
-        self._intake = Intake(self._path, skip_malformed=source.on_malformed == "skip")
-        self._seen = self._state_of_file()
+        skip = source.on_malformed == "skip"
+        self._intake = Intake(self._path, lambda n: f"{self._path}:{n}", skip_malformed=skip)
+        self._seen = SeenFiles([self._path])
+        self._columns = self._columns_of(source)
         self._check_every_line()
         self._lines, self._offsets = self._intake.finish(lambda *row: self._read(*row).id)
-        self.digest = self._intake.digest
-        """The digest of the file's content: a reordered or edited one has another."""
+        identity = self._columns.identity()
+        self.digest = digest_of(self._seen.digest, identity) if identity else self._seen.digest
+        """The digest of the file's content, and of how it is read: a reordered or edited one has
+        another."""
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -50,7 +56,7 @@ class JsonlProblems:
         """Read one problem; UserError if the file was changed since it was opened."""
         line_number = self._lines[index]
         try:
-            self._check_unchanged()
+            self._seen.check_unchanged()
             return self._read(line_number, self._offsets[index])
         except (OSError, Malformed) as error:
             raise UserError(
@@ -58,14 +64,31 @@ class JsonlProblems:
             ) from error
 
     def notes(self) -> list[str]:
-        return self._intake.notes()
+        return [*self._columns.notes(), *self._intake.notes()]
+
+    def _columns_of(self, source: JsonlSource) -> Columns:
+        """By the first object; only a file that is not in our own layout is read for its others."""
+        columns, kinds = None, dict[str, Kind]()
+        with self._path.open("rb") as file:
+            for line in file:
+                try:
+                    record = _parse(line) if line.strip() else {}
+                except Malformed:  # told when every line is checked
+                    continue
+                kinds |= {name: _kind(v) for name, v in record.items() if v is not None}
+                if columns is None and kinds:
+                    columns = Columns(source, kinds)
+                    if columns.as_they_are:
+                        return columns
+        # What no line has is no mistake in a file without a line: that is told by itself.
+        return Columns(source, kinds) if kinds else Columns(JsonlSource(kind="jsonl", path=""), {})
 
     def _check_every_line(self) -> None:
-        offset = 0
+        offset, content = 0, hashlib.sha256()
         with self._path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
                 start, offset = offset, offset + len(line)
-                self._intake.digest_of(line)
+                content.update(line)
                 if not line.strip():
                     continue
                 try:
@@ -74,6 +97,7 @@ class JsonlProblems:
                     self._intake.refuse(line_number, error)
                 else:
                     self._intake.keep(line_number, start, problem.id)
+        self._seen.digest = content.hexdigest()[:DIGITS]
 
     def _read(self, line_number: int, offset: int) -> Problem:
         with self._path.open("rb") as file:
@@ -81,25 +105,15 @@ class JsonlProblems:
             return self._problem(file.readline(), line_number)
 
     def _problem(self, line: bytes, line_number: int) -> Problem:
-        return problem_of(_parse(line), f"{self._path.name}:{line_number}", self.name)
-
-    def _state_of_file(self) -> tuple[int, int]:
-        state = self._path.stat()
-        return state.st_size, state.st_mtime_ns
-
-    def _check_unchanged(self) -> None:
-        """Raise Malformed if the file has another content; another date alone does no harm."""
-        state = self._state_of_file()
-        if state == self._seen:
-            return
-        with self._path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS] != self.digest:
-                raise Malformed("its content is not the one that was checked")
-        self._seen = state
+        record = self._columns.record(_parse(line))
+        if _is_number(record.get("answer")):
+            exact = self._columns.record(_exact(line.decode("utf-8")))
+            record["answer"] = exact["answer"]
+        return problem_of(record, f"{self._path.name}:{line_number}", self.name)
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """One object; its ``answer``, if it is a number, as the Decimal of the literal."""
+    """One object."""
     try:
         text = line.decode("utf-8")
         record = parse_json(text)
@@ -112,17 +126,22 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise Malformed(f"expected one JSON object: {error}") from error
     if not isinstance(record, dict):
         raise Malformed(f"expected one JSON object, got {shown(record)}")
-    answer = record.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        record["answer"] = _literal(text)
     return record
 
 
-def _literal(text: str) -> Decimal:
-    """The number under ``answer`` as it is written; a float has lost digits, or is infinite."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _exact(text: str) -> dict[str, Any]:
+    """The object with numbers as they are written; a float has lost digits, or is infinite."""
     try:
-        return json.loads(text, parse_int=Decimal, parse_float=Decimal, parse_constant=Decimal)[
-            "answer"
-        ]
+        return json.loads(text, parse_int=Decimal, parse_float=Decimal, parse_constant=Decimal)
     except InvalidOperation:
         raise Malformed("a number's exponent is out of bounds") from None
+
+
+def _kind(value: Any) -> Kind:
+    if isinstance(value, str):
+        return "text"
+    return "list" if isinstance(value, list) else "object" if isinstance(value, dict) else "other"

@@ -11,7 +11,13 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from megatron_rlsd.config import GuessingGameSource, JsonlSource, ReasoningGymSource, Source
+from megatron_rlsd.config import (
+    FileSource,
+    GuessingGameSource,
+    JsonlSource,
+    ReasoningGymSource,
+    Source,
+)
 from megatron_rlsd.data.guessing import GuessingProblems
 from megatron_rlsd.data.gym import GymProblems
 from megatron_rlsd.data.jsonl import JsonlProblems
@@ -152,7 +158,7 @@ def build_sources(sources: Sequence[Source], seed: int) -> MixedSource:
     return MixedSource(
         tables=[open_table(source) for source in sources],
         weights=[source.weight for source in sources],
-        shuffle=[not isinstance(source, JsonlSource) or source.shuffle for source in sources],
+        shuffle=[not isinstance(source, FileSource) or source.shuffle for source in sources],
         seed=seed,
     )
 
@@ -183,7 +189,12 @@ def open_table(source: Source) -> ProblemTable:
         return GymProblems(source)
     if isinstance(source, GuessingGameSource):
         return GuessingProblems(source)
-    return JsonlProblems(source)
+    if isinstance(source, JsonlSource):
+        return JsonlProblems(source)
+    # Only a run that has such a source needs pyarrow.
+    from megatron_rlsd.data.columnar import ColumnarProblems
+
+    return ColumnarProblems(source)
 
 
 def _describe(tables: list[tuple[str, int]]) -> str:

@@ -20,6 +20,7 @@ DISTRIBUTIONS = {
     "reasoning_gym": "reasoning-gym",
     "math_verify": "math-verify",
     "httpx2": "httpx2",
+    "pyarrow": "pyarrow",
     "triton": "triton",
 }
 """Module -> the distribution that brings it, of those that the programs need."""
