@@ -1,6 +1,6 @@
 """How well does a model solve held-out problems? pass@k, avg@k and maj@k with their intervals.
 
-    rlsd evaluate --model FOLDER --data [NAME=]FILE.jsonl ... [CONFIG.yaml] [key=value ...]
+    rlsd evaluate --model FOLDER --data [NAME=]FILE ... [CONFIG.yaml] [key=value ...]
 
 FOLDER is a Hugging Face folder or a Megatron checkpoint of any layout; neither an optimizer nor an
 export is made. Prompts, reward and tokenizer are those of CONFIG.yaml, or of the run that wrote the
@@ -206,8 +206,17 @@ def configuration(
 def _source(text: str) -> dict[str, Any]:
     name, separator, path = text.partition("=")
     if not separator or Path(text).exists():
-        return {"kind": "jsonl", "path": text, "shuffle": False}
-    return {"kind": "jsonl", "path": path, "name": name, "shuffle": False}
+        return {"kind": _kind(Path(text)), "path": text, "shuffle": False}
+    return {"kind": _kind(Path(path)), "path": path, "name": name, "shuffle": False}
+
+
+def _kind(path: Path) -> str:
+    """What a file or folder without a configuration is read as."""
+    if path.suffix == ".parquet":
+        return "parquet"
+    if path.is_dir():
+        return "hf" if (path / "state.json").exists() else "parquet"
+    return "jsonl"
 
 
 def _name_of(model: EvaluatedModel) -> str:

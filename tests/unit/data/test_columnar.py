@@ -19,6 +19,7 @@ from megatron_rlsd.config import HfSource, JsonlSource, ParquetSource
 from megatron_rlsd.data import build_sources, evaluation_problems, evaluation_sets, row_files
 from megatron_rlsd.data.columnar import ColumnarProblems
 from megatron_rlsd.data.jsonl import JsonlProblems
+from megatron_rlsd.evaluate import _source
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 
@@ -66,6 +67,13 @@ def test_the_stream_is_that_of_the_same_rows_as_jsonl(tmp_path: Path) -> None:
     resumed = build_sources([columns], seed=3)
     resumed.load_state(state)
     assert resumed.next(30) == theirs.next(30)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.parquet", "parquet"), ("a.jsonl", "jsonl"), ("hf_splits/test", "hf")]
+)
+def test_rlsd_evaluate_takes_each_kind(name: str, kind: str) -> None:
+    assert _source(f"set={DATA / name}")["kind"] == kind
 
 
 def test_all_fields_arrive(tmp_path: Path) -> None:
