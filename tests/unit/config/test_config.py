@@ -61,7 +61,7 @@ def test_a_dumped_config_reads_back_equal(write, tmp_path):
         ("train.global_batch_size=7", "train.global_batch_size=7 must divide .* = 128"),
         ("eval.pass_at_k=[1, 8]", "eval.n_samples=1"),
         ("parallel.sequence=true", "sequence=true needs tensor > 1"),
-        ("data.train.0.kind=parquet", "data.train.0: .*'jsonl', 'reasoning_gym'"),
+        ("data.train.0.kind=csv", "data.train.0: .*'jsonl', 'parquet', 'hf', 'reasoning_gym'"),
         ("data.train.1.path=x", "'1' must be an index below 1"),
         ("run_dir.x=1", "run_dir is a value, not a section"),
         ("steps", "must look like section.key=value"),
