@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     "math_verify": "math-verify",
     "httpx2": "httpx2",
     "pyarrow": "pyarrow",
+    "simdjson": "pysimdjson",
     "triton": "triton",
 }
 """Module -> the distribution that brings it, of those that the programs need."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +16,9 @@ from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang import SGLangScorer
 
 if TYPE_CHECKING:
-    from megatron_rlsd.types import IntArray
+    from megatron_rlsd.types import FloatArray, IntArray
+
+NOTHING = np.empty(0, np.float32)
 
 
 class ServedTeacher:
@@ -31,10 +34,10 @@ class ServedTeacher:
         self._control = control
         self._scorer: SGLangScorer | None = None
 
-        def connect() -> list[float]:
+        def connect() -> FloatArray:
             self._scorer = SGLangScorer(config, vocab_size)
             self._scorer.check()
-            return []
+            return NOTHING
 
         self._on_rank_zero(connect)
 
@@ -51,23 +54,23 @@ class ServedTeacher:
         on all ranks. mine: this rank's place.
         """
 
-        def score() -> list[float]:
+        def score() -> FloatArray:
             assert self._scorer is not None
             assert sequences is not None
             pairs = [(prompt.tolist(), response.tolist()) for prompt, response in sequences]
-            return [value for row in self._scorer.score(pairs) for value in row]
+            return np.concatenate([NOTHING, *self._scorer.score(pairs)])
 
         flat = self._on_rank_zero(score)
         before = sum(map(sum, lengths[:mine]))
         own = flat[before : before + sum(lengths[mine])]
         return list(own.split(lengths[mine])) if lengths[mine] else []
 
-    def _on_rank_zero(self, work: Callable[[], list[float]]) -> Tensor:
-        """Rank 0's values as float32 on every rank, or its EngineError on every rank."""
+    def _on_rank_zero(self, work: Callable[[], FloatArray]) -> Tensor:
+        """Rank 0's values on every rank, or its EngineError on every rank."""
         payload = None
         if dist.get_rank() == 0:
             try:
-                payload = pack_message(None, {"values": torch.tensor(work(), dtype=torch.float32)})
+                payload = pack_message(None, {"values": torch.from_numpy(work())})
             except EngineError as error:
                 payload = pack_message(str(error), {})
         problem, tensors = unpack_message(broadcast_bytes(payload, self._control))

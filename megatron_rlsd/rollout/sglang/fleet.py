@@ -359,7 +359,10 @@ class Fleet:
             body = score_body(token_ids, f"{rid}-{index}.")
             limit = score_limit(len(token_ids))
             content = await server.client.generate(body, timeout=seconds, max_bytes=limit)
-            return parse_scores(content, token_ids, vocab_size=self._vocab_size, server=str(server))
+            scores = parse_scores(
+                content, token_ids, vocab_size=self._vocab_size, server=str(server)
+            )
+            return scores.tolist()
 
         return await asyncio.gather(*(one(i, ids) for i, ids in enumerate(sequences)))
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.checks import check_request
@@ -153,9 +154,7 @@ class ReadingEngine:
         if label not in self.labels:
             self.labels.append(label)
         generation = parse_generation(
-            reply.model_copy(
-                update={"meta_info": reply.meta_info.model_copy(update={"weight_versions": []})}
-            ),
+            replace(reply, meta_info=reply.meta_info.model_copy(update={"weight_versions": []})),
             request,
             rid=rid,
             vocab_size=self._vocab_size,

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NoReturn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
+import numpy as np
 from pydantic import FailFast, Field
 from torch import Tensor
 
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.answers import ServerFault, Strict, read_strictly
+from megatron_rlsd.rollout.sglang.columns import Entries, take_entries, take_ids
 from megatron_rlsd.types import FinishReason, Generation, GenerationRequest
+
+if TYPE_CHECKING:
+    from megatron_rlsd.rollout.sglang.columns import Ids
+    from megatron_rlsd.types import FloatArray, IntArray
 
 ROUNDING = 1e-3
 """A log-probability may exceed 0 by rounding, not by more."""
@@ -24,8 +30,9 @@ where a server was started with a tokenizer, and a span of weight versions."""
 
 Count = Annotated[int, Field(ge=0)]
 # The first of a million bad entries says enough; a list of all errors would fill the memory.
-Ids = Annotated[list[Count], FailFast()]
-Entries = Annotated[list[tuple[float | None, int, Any]], FailFast()]
+Bad = Callable[[str, Any], NoReturn]
+IdList = Annotated[list[Count], FailFast()]
+EntryList = Annotated[list[tuple[float | None, int, Any]], FailFast()]
 """[log-probability or null, token id, text or null] each."""
 
 
@@ -48,7 +55,6 @@ class ResponseMeta(Strict):
     finish_reason: Finish
     prompt_tokens: Count | None = None
     """None: the request was aborted before it began."""
-    output_token_logprobs: Entries
     weight_version: str
     weight_versions: Annotated[list[Span], FailFast()] = []
     """Empty: ``weight_version`` sampled all tokens."""
@@ -56,22 +62,37 @@ class ResponseMeta(Strict):
     routed_experts: Any = None
 
 
-class ResponseReply(Strict):
+class _SampledMeta(ResponseMeta):
+    output_token_logprobs: EntryList
+
+
+class _Sampled(Strict):
     """An answer to POST /generate that samples."""
 
-    output_ids: Ids
-    meta_info: ResponseMeta
+    output_ids: IdList
+    meta_info: _SampledMeta
 
 
-class ScoreMeta(Strict):
+class _ScoreMeta(Strict):
     prompt_tokens: Count
-    input_token_logprobs: Entries
+    input_token_logprobs: EntryList
 
 
-class ScoreReply(Strict):
+class _Scored(Strict):
     """An answer to POST /generate that scores given tokens."""
 
-    meta_info: ScoreMeta
+    meta_info: _ScoreMeta
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseReply:
+    """An answer to POST /generate that samples, read but not yet believed."""
+
+    output_ids: Ids
+    """[T] int64."""
+    entries: Entries
+    """Log-probabilities and whose they are, [T'] each."""
+    meta_info: ResponseMeta
 
 
 def generate_body(
@@ -116,7 +137,32 @@ def score_limit(num_tokens: int) -> int:
 
 def read_response(content: bytes, server: str) -> ResponseReply:
     """The answer in ``content``; ServerFault that says what it is not."""
-    return read_strictly(ResponseReply, content, server)
+    key = b"output_token_logprobs"
+    if (taken := take_entries(content, key)) and (more := take_ids(taken[1], b"output_ids")):
+        (entries, _), (ids, rest) = taken, more
+        try:
+            said = read_strictly(_Sampled, rest, server)
+        except ServerFault:
+            pass  # the whole answer tells better what is wrong
+        else:
+            if not said.output_ids and not said.meta_info.output_token_logprobs:
+                return ResponseReply(ids, entries, said.meta_info)
+    said = read_strictly(_Sampled, content, server)
+    entries = _columns(said.meta_info.output_token_logprobs)
+    meta = said.meta_info.model_copy(update={"output_token_logprobs": []})
+    return ResponseReply(_int64(said.output_ids), entries, meta)
+
+
+def _columns(entries: list[tuple[float | None, int, Any]]) -> Entries:
+    """The same as arrays."""
+    values = [np.nan if value is None else value for value, _, _ in entries]
+    return Entries(np.array(values, np.float64), _int64([token for _, token, _ in entries]))
+
+
+def _int64(numbers: list[int]) -> Ids:
+    """The numbers [N] int64; one that is larger, and so no id, is the largest there is."""
+    most = np.iinfo(np.int64).max
+    return np.array([max(-most, min(each, most)) for each in numbers], np.int64)
 
 
 def parse_generation(
@@ -148,53 +194,59 @@ def parse_generation(
             f"{server}, request {rid!r}: expected {expected}, got {got!r:.200} in the answer"
         )
 
-    meta, ids = reply.meta_info, reply.output_ids
+    meta, ids, entries = reply.meta_info, reply.output_ids, reply.entries
     finish: FinishReason = meta.finish_reason.type
     if meta.id != rid:
         bad("an answer to this request", meta.id)
     unsaid = meta.prompt_tokens is None and finish == "abort"
     if meta.prompt_tokens != len(request.prompt_ids) and not unsaid:
         bad(f"prompt_tokens={len(request.prompt_ids)}", meta.prompt_tokens)
-    if any(token >= vocab_size for token in ids):
-        bad(f"output_ids below {vocab_size}", ids)
+    if (ids >= vocab_size).any():
+        bad(f"output_ids below {vocab_size}", _shown(ids))
     limit, stops = request.params.max_new_tokens, set(request.params.stop_token_ids)
     fewest = {"length": limit, "stop": 1, "abort": 0}[finish]
     if not fewest <= len(ids) <= limit:
         bad(f"{fewest} to {limit} output_ids at finish_reason={finish}", len(ids))
-    if finish == "stop" and ids[-1] not in stops:
-        if meta.finish_reason.matched != ids[-1]:
-            bad(f"a response that stops after one of the tokens {sorted(stops)}", ids[-1])
+    last = int(ids[-1]) if len(ids) else None
+    if finish == "stop" and last not in stops:
+        if meta.finish_reason.matched != last:
+            bad(f"a response that stops after one of the tokens {sorted(stops)}", last)
         raise EngineError(
-            f"{server} ends responses after token {ids[-1]}, an end token of its model's "
+            f"{server} ends responses after token {last}, an end token of its model's "
             "config.json or generation_config.json that is not among the stop tokens "
             f"{sorted(stops)}; add it to rollout.stop_token_ids"
         )
-    if stops.intersection(ids[:-1]):
-        bad("no token after a stop token", ids)
+    if any((ids[:-1] == stop).any() for stop in stops):
+        bad("no token after a stop token", _shown(ids))
 
-    if [entry[1] for entry in meta.output_token_logprobs] != ids:
-        bad(f"the log-probabilities of {ids!r:.200}", meta.output_token_logprobs)
-    log_probs = [_log_prob(entry[0], entry, bad) for entry in meta.output_token_logprobs]
+    if not np.array_equal(entries.ids, ids):
+        bad(f"the log-probabilities of {_shown(ids)!r:.200}", f"those of {_shown(entries.ids)}")
+    log_probs = entries.log_probs
+    _check_log_probs(entries, bad)
     tokens = _token_versions(meta, len(ids), versions, bad)
     chosen = None
-    if routes is not None and ids:
+    if routes is not None and len(ids):
         chosen = _routed_experts(meta, len(request.prompt_ids) + len(ids) - 1, routes, finish, bad)
         if chosen is None and finish != "abort":
             raise EngineError(
                 f"{server} does not say which experts its tokens took, as algorithm.routing_replay="
                 "rollout needs it; start it with --enable-return-routed-experts"
             )
-    if finish == "abort" and ids:
-        ends = "stop" if ids[-1] in stops else "length" if len(ids) == limit else None
+    if finish == "abort" and len(ids):
+        ends = "stop" if last in stops else "length" if len(ids) == limit else None
         if ends is not None and (routes is None or chosen is not None):
             finish = ends  # type: ignore[assignment]
         elif ends is not None:
             # The next stay brings the routes, and has to sample something to bring them.
             ids, log_probs, tokens = ids[:-1], log_probs[:-1], tokens[:-1]
-    first = tokens[0] if tokens else next(iter(versions.values()))
-    mixed = tokens if tokens and tokens[-1] != first else None
-    return Generation.of(
-        *(ids, log_probs, finish, first), token_versions=mixed, routed_experts=chosen
+    first = int(tokens[0]) if len(tokens) else next(iter(versions.values()))
+    return Generation(
+        token_ids=ids.astype(np.int32),
+        log_probs=log_probs.astype(np.float32),
+        finish_reason=finish,
+        weight_version=first,
+        token_versions=tokens if len(tokens) and tokens[-1] != first else None,
+        routed_experts=chosen,
     )
 
 
@@ -212,21 +264,25 @@ def _routed_experts(
 
 
 def _token_versions(
-    meta: ResponseMeta, count: int, versions: Mapping[str, int], bad: Any
-) -> list[int]:
-    """Version by token, from SGLang's spans or from the one version of the whole answer."""
+    meta: ResponseMeta, count: int, versions: Mapping[str, int], bad: Bad
+) -> IntArray:
+    """[count] int32, from SGLang's spans or from the one version of the whole answer."""
     spans = meta.weight_versions or [Span(version=meta.weight_version, start=0, end=count)]
-    found: list[int] = []
+    found = np.empty(count, np.int32)
+    done = oldest = 0
     for span in spans:
-        # Before it is used: a span that says so much of so few tokens would fill the memory.
-        if span.end > count or span.start != len(found) or span.end < span.start:
+        if span.end > count or span.start != done or span.end < span.start:
             bad(f"weight versions of {count} tokens in order", spans)
         if span.version not in versions:
             bad(f"weight versions {_listed(versions)}", spans)
-        found += [versions[span.version]] * (span.end - span.start)
+        version = versions[span.version]
+        if span.end > span.start and version < oldest:
+            bad(f"weight versions, none falling, of {count} tokens", spans)
+        found[done : span.end] = version
+        done, oldest = span.end, version if span.end > span.start else oldest
     if meta.weight_version not in versions:
         bad(f"weight versions {_listed(versions)}", meta.weight_version)
-    if len(found) != count or found != sorted(found):
+    if done != count:
         bad(f"weight versions, none falling, of {count} tokens", spans)
     return found
 
@@ -248,8 +304,8 @@ def score_body(token_ids: list[int], rid: str) -> dict[str, Any]:
 
 def parse_scores(
     content: bytes, token_ids: list[int], *, vocab_size: int, server: str
-) -> list[float]:
-    """log_softmax(logits) of every token but the first, at temperature 1.
+) -> FloatArray:
+    """[T - 1] float32: log_softmax(logits) of every token but the first, at temperature 1.
 
     Raises ServerFault for scores that are missing, no numbers, or of other tokens.
     """
@@ -273,8 +329,8 @@ def response_score_body(prompt_ids: list[int], response_ids: list[int], rid: str
 
 def parse_response_scores(
     content: bytes, prompt_ids: list[int], response_ids: list[int], *, vocab_size: int, server: str
-) -> list[float]:
-    """log_softmax(logits) of every token of the response, at temperature 1.
+) -> FloatArray:
+    """[T] float32: log_softmax(logits) of every token of the response, at temperature 1.
 
     Raises ServerFault for scores that are missing, no numbers, or of other tokens.
     """
@@ -284,23 +340,48 @@ def parse_response_scores(
 
 def _scores(
     content: bytes, token_ids: list[int], sent: int, vocab_size: int, server: str
-) -> list[float]:
-    meta = read_strictly(ScoreReply, content, server).meta_info
+) -> FloatArray:
+    found, prompt_tokens = _read_scores(content, server)
     # SGLang scores the vocabulary's last id as it is, and reports it as 0.
     echoed = [0 if token == vocab_size - 1 else token for token in token_ids]
-    found = [entry[1] for entry in meta.input_token_logprobs]
-    if found != echoed:
-        raise ServerFault(f"{server}: log-probabilities of {found!r:.200}, not of the tokens sent")
-    if meta.prompt_tokens != sent:
-        raise ServerFault(f"{server}: it read {meta.prompt_tokens} tokens of the {sent} sent")
+    if found.ids.tolist() != echoed:
+        told = f"{_shown(found.ids)!r:.200}"
+        raise ServerFault(f"{server}: log-probabilities of {told}, not of the tokens sent")
+    if prompt_tokens != sent:
+        raise ServerFault(f"{server}: it read {prompt_tokens} tokens of the {sent} sent")
 
     def bad(expected: str, got: Any) -> NoReturn:
         raise ServerFault(f"{server}: expected {expected}, got {got!r:.200}")
 
-    return [_log_prob(entry[0], entry, bad) for entry in meta.input_token_logprobs[1:]]
+    scores = Entries(found.log_probs[1:], found.ids[1:])
+    _check_log_probs(scores, bad)
+    return scores.log_probs.astype(np.float32)
 
 
-def _log_prob(value: float | None, entry: Any, bad: Callable[[str, Any], NoReturn]) -> float:
-    if value is not None and math.isfinite(value) and value <= ROUNDING:
-        return value
-    return bad("a finite log-probability", entry)
+def _read_scores(content: bytes, server: str) -> tuple[Entries, int]:
+    """The entries, and the tokens of the prompt; ServerFault that says what it is not."""
+    if taken := take_entries(content, b"input_token_logprobs"):
+        entries, rest = taken
+        try:
+            meta = read_strictly(_Scored, rest, server).meta_info
+        except ServerFault:
+            pass  # the whole answer tells better what is wrong
+        else:
+            if not meta.input_token_logprobs:
+                return entries, meta.prompt_tokens
+    meta = read_strictly(_Scored, content, server).meta_info
+    return _columns(meta.input_token_logprobs), meta.prompt_tokens
+
+
+def _check_log_probs(entries: Entries, bad: Bad) -> None:
+    values = entries.log_probs
+    # The comparison is False for what is no number, too.
+    wrong = ~((values <= ROUNDING) & (values > -np.inf))
+    if wrong.any():
+        at = int(wrong.argmax())
+        bad("a finite log-probability", [float(values[at]), int(entries.ids[at])])
+
+
+def _shown(ids: Ids) -> list[int]:
+    """The first of them, for a message."""
+    return ids[:100].tolist()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from megatron_rlsd.config import TeacherServerConfig
 from megatron_rlsd.rollout.engine import EngineError
@@ -19,6 +19,9 @@ from megatron_rlsd.rollout.sglang.replies import (
     score_limit,
 )
 from megatron_rlsd.runtime.open_files import allow_open_files
+
+if TYPE_CHECKING:
+    from megatron_rlsd.types import FloatArray
 
 Answer = TypeVar("Answer")
 FIRST_PAUSE_SECONDS = 0.5
@@ -46,10 +49,10 @@ class SGLangScorer:
         """
         asyncio.run(self._check())
 
-    def score(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+    def score(self, sequences: list[tuple[list[int], list[int]]]) -> list[FloatArray]:
         """log_softmax(logits) of every response token, for pairs of prompt and response ids.
 
-        Both are non-empty; the results are in the order of ``sequences``.
+        Both are non-empty; the results, [T] float32 each, are in the order of ``sequences``.
         """
         return asyncio.run(self._score(sequences))
 
@@ -79,14 +82,14 @@ class SGLangScorer:
             return False
         return True
 
-    async def _score(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+    async def _score(self, sequences: list[tuple[list[int], list[int]]]) -> list[FloatArray]:
         run, limit = uuid.uuid4().hex, self._config.score_timeout_seconds
         slots = asyncio.Semaphore(self._config.max_in_flight)
 
-        async def one(client: SGLangClient, index: int) -> list[float]:
+        async def one(client: SGLangClient, index: int) -> FloatArray:
             prompt, response = sequences[index]
 
-            async def ask() -> list[float]:
+            async def ask() -> FloatArray:
                 # Another id each time: the server may still hold the one before.
                 rid = f"teacher-{run}-{index}-{uuid.uuid4().hex}"
                 body = response_score_body(prompt, response, rid)

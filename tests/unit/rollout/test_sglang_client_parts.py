@@ -247,7 +247,7 @@ def test_scores_know_that_sglang_reports_the_last_id_as_zero():
         return json.dumps({META: meta}).encode()
 
     reply = answer(*enumerate([4, 0, 6]))
-    assert parse_scores(reply, [4, 39, 6], vocab_size=40, server="s") == [-1.0, -1.0]
+    assert parse_scores(reply, [4, 39, 6], vocab_size=40, server="s").tolist() == [-1.0, -1.0]
     with pytest.raises(ServerFault, match="not of the tokens sent"):
         parse_scores(reply, [4, 38, 6], vocab_size=40, server="s")
 
@@ -262,7 +262,7 @@ def test_scores_of_a_response_are_believed_where_they_are_of_its_tokens():
         reply = json.dumps({"meta_info": meta | changes}).encode()
         return parse_response_scores(reply, prompt, response, vocab_size=40, server="http://x")
 
-    assert parse_response([5, 7], [8, 39]) == [-1.5, -2.5]
+    assert parse_response([5, 7], [8, 39]).tolist() == [-1.5, -2.5]
     for prompt, response in (([5, 7], [8, 38]), ([5, 6], [8, 39]), ([5, 7], [8])):
         with pytest.raises(
             ServerFault, match=r"http://x: log-probabilities of .* not of the token"
