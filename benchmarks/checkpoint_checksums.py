@@ -2,10 +2,10 @@
 
 A random model is trained for one step on one process, so that its checkpoint has weights, master
 weights and Adam's moments. Its loading is then timed in pairs, with and without the verification
-that a start makes (every file compared with its checksum, pickled files read by the restricted
-reader), and its saving with and without checksums; who goes first alternates. ``cold`` loads find
-nothing of the checkpoint in the system's memory. Whatever else the machine does hits both of a pair
-alike; the figure is the median of the pairs' ratios.
+that a start makes (tensors compared with their checksums as they are read, other files before, and
+pickled files read by the restricted reader), and its saving with and without checksums; who goes
+first alternates. ``cold`` loads find nothing of the checkpoint in the system's memory. Whatever
+else the machine does hits both of a pair alike; the figure is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 from megatron_rlsd import sft
+from megatron_rlsd.checkpoint import manifest as manifests
+from megatron_rlsd.checkpoint import storage
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState, _tensors
 from megatron_rlsd.checkpoint.manifest import read_manifest
-from megatron_rlsd.checkpoint.storage import load_into
 from megatron_rlsd.checkpoint.verify import verify
 from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.run import assemble
@@ -80,27 +81,35 @@ def pairs(config: Config, checkpoints: Checkpointer, state: TrainingState, count
     print(f"{len(manifest.files)} files, {sum(manifest.files.values()) / 1e9:.3g} GB; load average")
     print(f"at the start {os.getloadavg()[0]:.1f}; {count} pairs each")
 
-    def load(checked: bool) -> None:
-        if checked and (damage := verify(saved, manifest, groups.control)):
+    def verified(checked: bool) -> ExitStack:
+        """As a start does it; unchecked: tensors are read as torch reads them."""
+        block = ExitStack()
+        if not checked:
+            block.enter_context(mock.patch.object(storage, "_checked_reads", nullcontext))
+        elif damage := verify(saved, manifest, groups.control):
             raise SystemExit(damage)
-        checkpoints.load_weights(state.actor, saved)
+        return block
+
+    def load(checked: bool) -> None:
+        with verified(checked):
+            checkpoints.load_weights(state.actor, saved)
 
     def load_all(checked: bool) -> None:
-        if checked and (damage := verify(saved, manifest, groups.control)):
-            raise SystemExit(damage)
-        load_into(_tensors(state), saved)
+        with verified(checked):
+            storage.load_into(_tensors(state), saved)
 
     def save(checked: bool) -> None:
         out = saved.with_name("of_the_benchmark")
-        names = ("megatron_rlsd.checkpoint.storage", "megatron_rlsd.checkpoint.checksums")
-        patches = [mock.patch(f"{name}.checksum", return_value="0" * 32) for name in names]
-        none = [] if checked else patches
-        for each in none:
-            each.start()
-        checkpoints.save(state, 2, out)
-        checkpoints.finish()
-        for each in none:
-            each.stop()
+        with ExitStack() as block:
+            if not checked:
+                for module, name in (
+                    (storage, "write_block_checksums"),
+                    (manifests, "write_block_checksums"),
+                    (manifests, "checksums_of"),
+                ):
+                    block.enter_context(mock.patch.object(module, name, return_value={}))
+            checkpoints.save(state, 2, out)
+            checkpoints.finish()
 
     for name, work, cold in (
         ("load", load_all, False),

@@ -134,3 +134,5 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_and_step_0_is_no_answer(
     for step in (2, 3):
         assert f"{step_folder(trained, step)} is damaged: rng/rank_0" in str(refused.value)
     assert "train.resume=never" in str(refused.value)
+    with pytest.raises(UserError, match=r"\.step_00000003\.damaged is damaged: an earlier start"):
+        train.train(trained)

@@ -42,7 +42,6 @@ from megatron_rlsd.hf_bridge.companions import copy_model_files
 from megatron_rlsd.hf_bridge.quantized import is_quantized, values
 from megatron_rlsd.parallel.exchange import (
     from_rank_zero,
-    gather_bytes,
     pack_message,
     unpack_message,
 )
@@ -144,13 +143,11 @@ class Checkpointer:
         control = self._groups.control
         with self._removed_on_error(folder):
             pending.finish(control)
-            sent = gather_bytes(json.dumps(pending.checksums).encode(), control)
 
             def complete() -> None:
-                known = {k: v for each in sent or [] for k, v in json.loads(each).items()}
                 manifest = Manifest("training", step, self._layout())
                 with naming(out):
-                    manifests.write_manifest(folder, manifest, known)
+                    manifests.write_manifest(folder, manifest)
                     put_in_place(folder, out)
                 if out.parent == self._folder.absolute():
                     self._remove_old()

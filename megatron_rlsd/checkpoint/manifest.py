@@ -8,21 +8,27 @@ a checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import megatron_rlsd
-from megatron_rlsd.checkpoint.checksums import checksum_of_bytes, checksums_of
+from megatron_rlsd.checkpoint.checksums import (
+    BLOCKS_SUFFIX,
+    checksum_of_bytes,
+    checksums_of,
+    write_block_checksums,
+)
 from megatron_rlsd.runtime.durable import sync
 from megatron_rlsd.runtime.errors import UserError
 
 MANIFEST_NAME = "checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 WITHOUT_CHECKSUMS = 1
-"""The format of release 0.1: sizes alone."""
+"""The format of release 0.1: sizes alone. In format 2 every file has a checksum as a whole."""
+TENSORS_SUFFIX = ".distcp"
+"""Files that are read in pieces: their blocks have checksums."""
 Kind = Literal["weights", "training"]
 
 
@@ -41,9 +47,14 @@ class Manifest:
     files: dict[str, int] = field(default_factory=dict)
     """Every other file, by its path in the folder -> its bytes."""
     checksums: dict[str, str] = field(default_factory=dict)
-    """The same files -> ``checksums.checksum`` of each; empty in format 1."""
+    """The same files but those ``by_block`` -> ``checksums.checksum``; empty in format 1."""
     own_checksum: str = ""
     """The checksum of all the fields above."""
+
+    @property
+    def by_block(self) -> set[str]:
+        """The files whose blocks have checksums, in files of their own."""
+        return {name for name in self.files if name + BLOCKS_SUFFIX in self.files}
 
 
 def installed_versions() -> dict[str, str]:
@@ -57,25 +68,25 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def write_manifest(
-    folder: str | Path, manifest: Manifest, known: Mapping[str, str] | None = None
-) -> None:
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Sync every file of ``folder`` to disk, then write checkpoint.json with sizes and checksums.
 
-    ``known``: checksums that whoever wrote the files has made already.
+    Files of tensors get checksums of their blocks where whoever wrote them has made none.
     """
     folder = Path(folder)
+    for path in sorted(folder.rglob(f"*{TENSORS_SUFFIX}")):
+        if not path.with_name(path.name + BLOCKS_SUFFIX).exists():
+            write_block_checksums(path)
     sizes: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
         sync(path)
         if path.is_file() and path.name != MANIFEST_NAME:
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    known = known or {}
-    sums = checksums_of(folder, sizes.keys() - known.keys()) | {**known}
-    sums = {name: sums[name] for name in sizes}
-    path = folder / MANIFEST_NAME
-    manifest = replace(manifest, files=sizes, checksums=sums)
+    manifest = replace(manifest, files=sizes)
+    whole = [name for name in sizes if name not in manifest.by_block]
+    manifest = replace(manifest, checksums=checksums_of(folder, whole))
     manifest = replace(manifest, own_checksum=_own_checksum(manifest))
+    path = folder / MANIFEST_NAME
     path.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     sync(path)
     sync(folder)
@@ -99,10 +110,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         manifest = Manifest(**content)
     except (ValueError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a checkpoint's manifest: {error!r:.200}") from None
-    if manifest.format not in (FORMAT, WITHOUT_CHECKSUMS):
+    if manifest.format not in range(WITHOUT_CHECKSUMS, FORMAT + 1):
         raise UserError(
-            f"{path} has format {manifest.format!r}; this version reads {FORMAT} and "
-            f"{WITHOUT_CHECKSUMS}"
+            f"{path} has format {manifest.format!r}; this version reads {WITHOUT_CHECKSUMS} to "
+            f"{FORMAT}"
         )
     if manifest.kind not in get_args(Kind) or type(manifest.step) is not int:
         raise UserError(
@@ -110,7 +121,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{', '.join(get_args(Kind))} and a whole number"
         )
     _check_lists(path, manifest)
-    if manifest.format == FORMAT and manifest.own_checksum != _own_checksum(manifest):
+    if manifest.format != WITHOUT_CHECKSUMS and manifest.own_checksum != _own_checksum(manifest):
         raise UserError(f"{path} is not what was written (its checksum differs)")
     for name, size in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -132,10 +143,16 @@ def _check_lists(path: Path, manifest: Manifest) -> None:
         problem = "layout and versions must be tables"
     elif not _maps_files_to(int, manifest.files) or not _maps_files_to(str, manifest.checksums):
         problem = "files and checksums must name files inside the folder"
-    elif manifest.checksums.keys() != (manifest.files if manifest.format == FORMAT else {}).keys():
+    elif manifest.checksums.keys() != _with_checksums(manifest):
         problem = "files and checksums do not name the same files"
     if problem:
         raise UserError(f"{path} is not a checkpoint's manifest: {problem}")
+
+
+def _with_checksums(manifest: Manifest) -> set[str]:
+    if manifest.format == WITHOUT_CHECKSUMS:
+        return set()
+    return manifest.files.keys() - manifest.by_block
 
 
 def _maps_files_to(kind: type, table: object) -> bool:

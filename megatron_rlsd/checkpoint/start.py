@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
@@ -24,10 +23,12 @@ from megatron_rlsd.checkpoint.verify import verify
 from megatron_rlsd.config import Config
 from megatron_rlsd.conversion.restricted import DamagedError
 from megatron_rlsd.parallel.exchange import from_rank_zero
-from megatron_rlsd.runtime.durable import clean_up, hide
+from megatron_rlsd.runtime.durable import clean_up, hidden_as, hide
 from megatron_rlsd.runtime.errors import UserError
 
 STATE_NAME = "state.json"
+DAMAGED = "damaged"
+Loaded = TypeVar("Loaded")
 Program = Literal["train", "sft", "rollout_only"]
 
 
@@ -45,31 +46,63 @@ class Start:
     notes: list[str] = field(default_factory=list)
 
 
-def agree_on_start(
-    config: Config, hf_config: dict[str, Any], control: dist.ProcessGroup, program: Program
-) -> Start:
-    """Rank 0 looks and all ranks follow; UserError on all of them where it finds none fit.
+class StartingPoint:
+    """Where a run starts, the same on all ranks. Making one, and ``load``, are collective.
 
-    What is chosen is compared with its checksums by all ranks. A checkpoint of the run's own that
-    is damaged is set aside, and the one before it tried.
+    What is chosen is compared with its checksums, the tensors as they are loaded. A checkpoint of
+    the run's own that is damaged is set aside, and the one before it chosen. Raises UserError on
+    all ranks where none fits.
     """
-    damaged: dict[str, str] = {}
-    while True:
-        choice = Choice(**from_rank_zero(lambda: asdict(choose_folder(config, damaged)), control))
-        if choice.folder is None:
-            return Start(notes=choice.notes)
-        manifest = read_manifest(choice.folder)
-        began = time.monotonic()
-        damage = verify(Path(choice.folder), manifest, control)
-        if damage is None:
-            settled = from_rank_zero(partial(_settled, config, hf_config, program, choice), control)
-            if "folder" in settled:
-                settled["notes"].append(_checked(manifest, time.monotonic() - began))
-                return Start(**settled)
-            damage = settled["damage"]
-        if not choice.is_own:
+
+    def __init__(
+        self,
+        config: Config,
+        hf_config: dict[str, Any],
+        control: dist.ProcessGroup,
+        program: Program,
+    ) -> None:
+        self._config, self._control = config, control
+        self._settled = partial(_settled, config, hf_config, program)
+        self._damaged: dict[str, str] = {}
+        self.on_change: Callable[[Start], None] = lambda start: None
+        """Told of another start than ``start`` was so far, before it is loaded."""
+        self.start = self._chosen()
+
+    def load(self, load: Callable[[Start], Loaded]) -> Loaded:
+        """What ``load`` makes of the start, or of an earlier one where DamagedError is raised."""
+        while True:
+            try:
+                return load(self.start)
+            except DamagedError as error:
+                assert self.start.folder is not None
+                self._note(self.start.folder, str(error))
+            self.start = self._chosen()
+            self.on_change(self.start)
+
+    def _chosen(self) -> Start:
+        while True:
+            choice = Choice(
+                **from_rank_zero(
+                    lambda: asdict(choose_folder(self._config, self._damaged)), self._control
+                )
+            )
+            if choice.folder is None:
+                return Start(notes=choice.notes)
+            manifest = read_manifest(choice.folder)
+            damage = verify(Path(choice.folder), manifest, self._control)
+            if damage is None:
+                settled = from_rank_zero(partial(self._settled, choice), self._control)
+                if "folder" in settled:
+                    settled["notes"].append(_checked(manifest))
+                    return Start(**settled)
+                damage = settled["damage"]
+            self._note(choice.folder, damage)
+
+    def _note(self, folder: str, damage: str) -> None:
+        """Another run's checkpoint is not set aside: UserError."""
+        if Path(folder).parent.resolve() != checkpoints_of(self._config).resolve():
             raise UserError(damage)
-        damaged[choice.folder] = damage
+        self._damaged[folder] = damage
 
 
 def choose_start(config: Config, hf_config: dict[str, Any], program: Program) -> Start:
@@ -107,9 +140,13 @@ def choose_folder(config: Config, damaged: Mapping[str, str]) -> Choice:
         return Choice(None, _set_aside(own))
     for folder in map(Path, damaged):
         if folder.exists():
-            hide(folder, "damaged")
+            hide(folder, DAMAGED)
     whole, passed_over = look_through(own)
     reasons = [*passed_over.values(), *damaged.values()]
+    if not whole:  # what an earlier start set aside is no reason to begin anew either
+        known = {hidden_as(Path(folder), DAMAGED) for folder in damaged}
+        earlier = sorted(set(own.glob(f".step_*.{DAMAGED}")) - known)
+        reasons += [f"{folder} is damaged: an earlier start set it aside" for folder in earlier]
     notes = [f"passed over: {reason}" for reason in reasons]
     if config.train.resume != "auto":
         given = Path(config.train.resume)
@@ -190,16 +227,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _checked(manifest: Manifest, seconds: float) -> str:
+def _checked(manifest: Manifest) -> str:
     if not manifest.checksums:
         return (
             "it was written by release 0.1, without checksums: its content is taken as it is; the "
             "next checkpoint has them"
         )
     gigabytes = sum(manifest.files.values()) / 1e9
-    return (
-        f"  {len(manifest.files)} files, {gigabytes:.3g} GB, as they were written ({seconds:.1f} s)"
-    )
+    return f"  {len(manifest.files)} files, {gigabytes:.3g} GB, compared with their checksums"
 
 
 def checkpoints_of(config: Config) -> Path:

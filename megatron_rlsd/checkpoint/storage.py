@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.msc_utils import MultiStorageClientFeature
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from megatron_rlsd.checkpoint.checksums import checksum
-from megatron_rlsd.conversion.restricted import check_are_tensors
+from megatron_rlsd.checkpoint.checksums import BLOCKS_SUFFIX, CheckedFile, write_block_checksums
+from megatron_rlsd.conversion.restricted import DamagedError, check_are_tensors
 from megatron_rlsd.parallel.exchange import agree
 from megatron_rlsd.runtime.errors import UserError, mendable
+
+# Where its package is installed Megatron would read files past what compares their checksums.
+MultiStorageClientFeature.disable()
 
 FILE_BYTES = 1 << 30
 """A rank's tensors go to files of about this size; staged one by one beside a GPU."""
@@ -38,8 +44,6 @@ class PendingSave:
         self, request: Any, tensors: Sequence[ShardedTensor], folder: Path, background: bool
     ) -> None:
         self._folder = folder
-        self.checksums: dict[str, str] = {}
-        """The checksums of the files that this rank has written, by name."""
         self._error: Exception | None = None
         self._finalize = list(request.finalize_fns)
         # A rank without anything to write gets no function and no arguments.
@@ -108,7 +112,7 @@ class PendingSave:
                 file = Path(bucket[0])
                 buckets[number] = bucket = None  # its copy is not needed any more
                 # While the system still has what was written in memory.
-                self.checksums[file.name] = checksum(file)
+                write_block_checksums(file)
         except Exception as error:
             self._error = error
         if self._results is not None:
@@ -136,20 +140,48 @@ def start_save(tensors: Sequence[ShardedTensor], folder: Path, *, background: bo
 
 
 def load_into(tensors: Sequence[ShardedTensor], folder: Path) -> None:
-    """Fill the tensors in place from a checkpoint written at any layout.
+    """Fill the tensors in place from a checkpoint written at any layout; collective.
 
-    Raises UserError that names a tensor which is missing, has another shape, or is none there.
+    What is read of a file whose blocks have checksums is compared with them. Raises UserError that
+    names a tensor which is missing, has another shape, or is none there; and, on all ranks,
+    DamagedError that names a file which is not what was written, some tensors then being filled.
     """
     check_are_tensors(folder, {tensor.key for tensor in tensors})
     try:
-        dist_checkpointing.load(_by_number(tensors), str(folder), validate_access_integrity=False)
+        with _checked_reads():
+            dist_checkpointing.load(
+                _by_number(tensors), str(folder), validate_access_integrity=False
+            )
     except (CheckpointingException, CheckpointException, KeyError, ValueError) as error:
+        if isinstance(error, CheckpointException):
+            for failure, _ in error.failures.values():
+                if isinstance(failure, DamagedError):
+                    told = str(failure).removeprefix(f"{folder}/")
+                    raise DamagedError(f"{folder} is damaged: {told}") from error
         reason = str(error).strip("'\"")
         raise UserError(f"{folder} does not fit this model: {reason:.2000}") from error
     except RuntimeError as error:
         if "PytorchStreamReader" not in str(error):
             raise  # a collective's, say: another rank is gone
-        raise UserError(f"{folder} is damaged: {error!s:.200}") from error
+        raise DamagedError(f"{folder} is damaged: {error!s:.200}") from error
+
+
+@contextmanager
+def _checked_reads() -> Iterator[None]:
+    """Meanwhile torch's readers open files that have checksums of their blocks as CheckedFile."""
+    original = FileSystem.create_stream
+
+    @contextmanager
+    def create_stream(system: FileSystem, path: Any, mode: str) -> Iterator[Any]:
+        checked = mode == "rb" and Path(f"{path}{BLOCKS_SUFFIX}").exists()
+        with CheckedFile(Path(path)) if checked else original(system, path, mode) as stream:
+            yield stream
+
+    FileSystem.create_stream = create_stream  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        FileSystem.create_stream = original  # type: ignore[method-assign]
 
 
 def _by_number(tensors: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:

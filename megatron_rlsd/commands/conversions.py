@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from megatron_rlsd.checkpoint.checksums import damages
+from megatron_rlsd.checkpoint.checksums import damages, damages_by_block
 from megatron_rlsd.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from megatron_rlsd.conversion.compare import compare, open_checkpoint
 from megatron_rlsd.conversion.convert import Progress as ProgressCallback
@@ -165,7 +165,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     if (args.path / MANIFEST_NAME).is_file():
         manifest = read_manifest(args.path)
         print(f"checkpoint: {manifest.kind}, step {manifest.step}, {_layout(manifest.layout)}")
-        problems += [f"{k} {v}" for k, v in damages(args.path, manifest.checksums).items()]
+        found = damages(args.path, manifest.checksums)
+        found |= damages_by_block(args.path, manifest.by_block)
+        problems += [f"{name} {damage}" for name, damage in sorted(found.items())]
         checked.append("checksums" if manifest.checksums else "sizes (it has no checksums)")
     description, weights = describe(args.path, allow_pickle=args.allow_pickle)
     for name, fact in description.facts.items():

@@ -154,6 +154,15 @@ class MetricsLogger:
         if self._file is not None:
             self._file.close()
 
+    def rewind(self, resume_step: int) -> None:
+        """The run resumes at an earlier step than was said: what was written from there is dropped,
+        as when the logger is entered."""
+        if self._enabled:
+            self.__exit__(None, None)
+            self._steps, self._evaluations = [], []
+            self._resume_step = self._next_step = resume_step
+            self.__enter__()
+
     def starting(self, part: str) -> None:
         """The start-up has come to ``part``, which lasts until the next one or the first phase."""
         if self._enabled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState
-from megatron_rlsd.checkpoint.start import Program, Start, agree_on_start
+from megatron_rlsd.checkpoint.start import Program, Start, StartingPoint
 from megatron_rlsd.config import Config
 from megatron_rlsd.learner import Plan, Scores
 from megatron_rlsd.observability.metrics_file import move_aside
@@ -42,13 +43,13 @@ class Continuity:
         self,
         config: Config,
         groups: ParallelGroups,
-        start: Start,
+        starting_point: StartingPoint,
         watchdog: Watchdog,
         signals: StopSignals,
         program: Program,
         write_model_files: Callable[[Path], None],
     ) -> None:
-        self.start = start
+        self.starting_point = starting_point
         self.checkpoints = Checkpointer(config, groups, write_model_files)
         self.watchdog = watchdog
         self._config, self._groups, self._signals = config, groups, signals
@@ -58,6 +59,11 @@ class Continuity:
         """Steps in a row whose update was skipped, the last one included."""
         self._state: TrainingState | None = None
         self._position: Position | None = None
+
+    @property
+    def start(self) -> Start:
+        """What is or was loaded."""
+        return self.starting_point.start
 
     def resume(
         self,
@@ -71,7 +77,7 @@ class Continuity:
         """
         self._position = position
         self._state = TrainingState(actor, snapshots, self._host_state)
-        content = self.checkpoints.load(self._state, self.start)
+        content = self.starting_point.load(partial(self.checkpoints.load, self._state))
         if content:
             self._bad_in_a_row = content["consecutive_bad_steps"]
             if position is not None:
@@ -81,8 +87,12 @@ class Continuity:
 
     def load_weights(self, actor: Actor) -> None:
         """The weights alone of the checkpoint to start from, if there is one."""
-        if self.start.folder is not None:
-            self.checkpoints.load_weights(actor, Path(self.start.folder))
+
+        def load(start: Start) -> None:
+            if start.folder is not None:
+                self.checkpoints.load_weights(actor, Path(start.folder))
+
+        self.starting_point.load(load)
 
     def record(self, plan: Plan, scores: Scores, metrics: dict[str, float]) -> None:
         """Keep the step's batch if it went wrong or is wanted.
@@ -185,15 +195,20 @@ def continuity(
 
     ``write_model_files``: see Checkpointer.
     """
-    start = agree_on_start(config, hf_config, groups.control, program)
+    point = StartingPoint(config, hf_config, groups.control, program)
     if groups.rank == 0:
-        for note in start.notes:
-            print(note, flush=True)
-        if not start.continues:
+        show_notes(point.start)
+        if not point.start.continues:
             move_aside([Path(config.run_dir) / name for name in (BAD_STEPS, RECORDED_STEPS)])
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals.of_this_process())
         stack.push(watchdog)
-        kept = Continuity(config, groups, start, watchdog, signals, program, write_model_files)
+        kept = Continuity(config, groups, point, watchdog, signals, program, write_model_files)
         stack.callback(kept.checkpoints.close)
         yield kept
+
+
+def show_notes(start: Start) -> None:
+    """Say where the run starts, and what is passed over for it."""
+    for note in start.notes:
+        print(note, flush=True)

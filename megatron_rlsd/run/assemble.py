@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
 from megatron_rlsd.actor.slow_paths import slow_paths
-from megatron_rlsd.checkpoint.start import Program
+from megatron_rlsd.checkpoint.start import Program, Start
 from megatron_rlsd.config import Config, dump_config
 from megatron_rlsd.data import (
     build_sources,
@@ -28,7 +28,7 @@ from megatron_rlsd.observability.alarms import Alarms
 from megatron_rlsd.observability.no_signal import SignalWatch
 from megatron_rlsd.parallel.exchange import from_rank_zero, gather_bytes
 from megatron_rlsd.parallel.groups import parallel_world
-from megatron_rlsd.recovery.continuity import continuity
+from megatron_rlsd.recovery.continuity import continuity, show_notes
 from megatron_rlsd.recovery.watchdog import Watchdog
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout.engine import TrainerEngine
@@ -101,6 +101,13 @@ def assemble(
                 derive=Speed(config, family.dims(hf_config), groups.world_size, groups.device),
             )
         )
+
+        def starts_elsewhere(start: Start) -> None:
+            if groups.rank == 0:
+                show_notes(start)
+            log.rewind(start.step)
+
+        kept.starting_point.on_change = starts_elsewhere
         log.starting("rollout engine")
         engine, publisher = stack.enter_context(rollout_engine(config, groups, hf_config, prompts))
         rewards, environments, builder, collector, eval_problems = None, None, None, None, {}

@@ -77,9 +77,14 @@ def remove(folder: Path) -> None:
     shutil.rmtree(removed)
 
 
+def hidden_as(folder: Path, why: str) -> Path:
+    """The name under which ``hide`` keeps a folder: ``.NAME.why``."""
+    return folder.with_name(f".{folder.name}.{why}")
+
+
 def hide(folder: Path, why: str) -> Path:
-    """Rename a folder to ``.NAME.why``, out of sight of whoever looks for the newest."""
-    hidden = folder.with_name(f".{folder.name}.{why}")
+    """Rename a folder, out of sight of whoever looks for the newest."""
+    hidden = hidden_as(folder, why)
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
     return hidden

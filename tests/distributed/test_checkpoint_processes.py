@@ -122,6 +122,12 @@ def state_of(pid: int) -> str:
         return "gone"
 
 
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def lines_of(config: Config) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in line.items() if not k.startswith(("time", "perf/", "memory/"))}
@@ -149,9 +155,13 @@ def test_killed_stopped_and_told_to_end_a_run_of_two_ranks_goes_on(configs, tmp_
     assert told.codes == [75, 75], told.logs[0][-3000:]
     assert all("SIGTERM: stopped after step 7, all saved" in log for log in told.logs)
 
+    newest = Path(faulty.run_dir) / "checkpoints/step_00000007"
+    flip_a_byte(next(newest.glob("__1_*.distcp")))  # only rank 1 reads it
     finished = Launch(faulty, tmp_path, faults=True)
     assert finished.codes == [0, 0], finished.logs[0][-3000:]
     assert "resuming at step 7" in finished.logs[0]
+    assert f"passed over: {newest} is damaged: __1_0.distcp is not what was" in finished.logs[0]
+    assert "resuming at step 6" in finished.logs[0]
 
     assert lines_of(faulty) == lines_of(plain)
     for launch in (killed, stopped, told, finished):

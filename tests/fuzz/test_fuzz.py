@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from megatron_rlsd.checkpoint import start
+from megatron_rlsd.checkpoint import start, storage
 from megatron_rlsd.data.control_text import ControlText
 from megatron_rlsd.rollout.sglang import client
 from megatron_rlsd.rollout.sglang.answers import raise_for_status
@@ -26,11 +27,18 @@ def test_no_input_finds_a_fault(name: str) -> None:
     assert outcome.inputs
 
 
+@pytest.mark.parametrize(
+    ("module", "mend", "without", "only"),
+    [
+        (start, "verify", lambda *_: None, None),
+        (storage, "_checked_reads", nullcontext, 74),
+    ],
+)
 def test_without_its_mend_damage_to_a_checkpoint_is_trained_on(
-    monkeypatch: pytest.MonkeyPatch,
+    module: Any, mend: str, without: Any, only: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "verify", lambda *_: None)
-    outcome = fuzz("checkpoint_bytes", checkpoint_bytes, seconds=5)
+    monkeypatch.setattr(module, mend, without)
+    outcome = fuzz("checkpoint_bytes", checkpoint_bytes, seconds=5, only=only)
     assert any("loaded, but not what was saved" in each.trouble for each in outcome.findings)
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_rlsd.actor.packing import Sequence
 from megatron_rlsd.checkpoint.checkpointer import Checkpointer, TrainingState, pack_rng_state
 from megatron_rlsd.checkpoint.checksums import checksum_of_bytes
 from megatron_rlsd.checkpoint.optimizer_state import optimizer_shards
-from megatron_rlsd.checkpoint.start import agree_on_start
+from megatron_rlsd.checkpoint.start import StartingPoint
 from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.runtime.errors import UserError
@@ -100,7 +101,8 @@ def check(value: tuple[Damage, Damage | None], folder: Path) -> None:
     hf_config = load_hf_config(_saved.config.model.hf_path)
     control = _saved.state.actor.groups.control
     try:
-        start = agree_on_start(_saved.config, hf_config, control, "train")
+        point = StartingPoint(_saved.config, hf_config, control, "train")
+        point.load(partial(_saved.checkpoints.load, _saved.state))
     except UserError as error:
         refused = str(error)
     else:
@@ -109,9 +111,9 @@ def check(value: tuple[Damage, Damage | None], folder: Path) -> None:
         assert older is not None, f"refused: {refused}"
         assert all(f"step_0000000{step}" in refused for step in (1, 2)), "does not name both"
         return
+    start = point.start
     assert start.folder is not None, "starts at step 0"
     assert start.step == 2 or "passed over: " in "\n".join(start.notes), "passed over in silence"
-    _saved.checkpoints.load(_saved.state, start)
     assert _digest(_saved.state) == _saved.digests[start.step], "loaded, but not what was saved"
 
 

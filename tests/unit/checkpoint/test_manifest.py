@@ -51,7 +51,7 @@ def test_a_file_cut_short_or_missing_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 3}, "format 3; this version reads 2 and 1"),
+        ({"format": 4}, "format 4; this version reads 1 to 3"),
         ({"kind": "half"}, "kind='half'"),
         ({"step": "3"}, "step='3'"),
         ({"colour": 1}, "not a checkpoint's manifest"),

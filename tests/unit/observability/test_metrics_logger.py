@@ -275,8 +275,9 @@ def test_empty_file_of_a_run_that_never_stepped_is_no_earlier_run(
     assert names == ["metrics.jsonl", "progress.json"]
 
 
+@pytest.mark.parametrize("said_first", [2, 4])
 def test_resumed_run_keeps_earlier_steps_and_drops_later_ones(
-    logger: MakeLogger, capsys: pytest.CaptureFixture[str]
+    said_first: int, logger: MakeLogger, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with logger() as log:
         log.evaluation(0, {"a": 0.25})
@@ -286,7 +287,9 @@ def test_resumed_run_keeps_earlier_steps_and_drops_later_ones(
             log.evaluation(step + 1, {"a": math.nan if step == 1 else step})
     with log.metrics_path.open("a") as file:
         file.write('{"step": 5, "rollout/rew')  # killed while writing
-    with logger(resume_step=2) as log:
+    with logger(resume_step=said_first) as log:
+        if said_first != 2:
+            log.rewind(2)
         log.step(2, {"rollout/reward_mean": 10.0})
         log.evaluation(3, {"a": 1.0})
         capsys.readouterr()
