@@ -83,7 +83,7 @@ def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
         A_hat = reweighted(lp_T - lp.detach())
     elif name == "rlrt" and lp_T is not None and A > 0:
         A_hat = reweighted(lp.detach() - lp_T)
-    elif name == "ectr" and row.contrast_prompt_ids:
+    elif name in ("ectr", "purified_opsd") and row.contrast_prompt_ids:
         with torch.no_grad():
             wrong = sampled(Q(row.contrast_prompt_ids, response), response)
         A_hat = reweighted(lp_T - wrong)

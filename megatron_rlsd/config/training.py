@@ -74,11 +74,15 @@ class AlgorithmConfig(Section):
     lambda_hold_steps: int = Field(0, ge=0)
     lambda_decay_steps: int = Field(0, ge=0)
     """Linear warm-up from 0, hold, linear decay to 0; 0 decay steps: no decay."""
-    evidence: Literal["teacher_over_student", "student_over_teacher", "correct_over_wrong_hint"] = (
-        "teacher_over_student"
-    )
+    evidence: Literal[
+        "teacher_over_student",
+        "student_over_teacher",
+        "correct_over_wrong_hint",
+        "hint_over_hint_alone",
+    ] = "teacher_over_student"
     """The gain under the evidence weight: lp_T - lp_S (RLSD) | lp_S - lp_T (RLRT) | lp_T under
-    ``teacher.hint`` - lp_T under a wrong response of the group (ECTR)."""
+    ``teacher.hint`` - lp_T under a wrong response of the group (ECTR) | - lp_T under the same hint
+    without the question (Purified OPSD)."""
     evidence_clip: float = Field(0.2, ge=0)
     negative_only: bool = False
     positive_only: bool = False
@@ -212,7 +216,8 @@ class AlgorithmConfig(Section):
 
     @property
     def contrasts_hints(self) -> bool:
-        return self.evidence == "correct_over_wrong_hint"
+        """Does the teacher score a response under two prompts?"""
+        return self.evidence in ("correct_over_wrong_hint", "hint_over_hint_alone")
 
 
 class TeacherServerConfig(Section):

@@ -164,6 +164,19 @@ them where RLCSD averages over several, and without RLCSD's own modulation and s
 a wrong response CEPO falls back to RLSD; here the response keeps A^ = A and is counted.
 """
 
+PURIFIED_OPSD = Variant(
+    fixed=NO_AUXILIARY
+    | {"evidence": ("hint_over_hint_alone", "its gain leaves out what the hint alone explains")},
+    defaults={"evidence_clip": 0.5},
+)
+"""Purified OPSD (arXiv:2607.02234): what the wording of the hint explains earns no credit.
+
+    Delta = sg(lp_T(question, hint) - lp_T(hint)), then as RLSD, with ECTR's clip of 0.5
+
+The second prompt holds the hint and its paragraphs without the question. Ours: the place of the
+purified gain, under RLSD's weight and sign; the clip.
+"""
+
 SDAR = Variant(
     fixed=NO_EVIDENCE
     | {"opd_coef": (0.0, "its distillation is a loss term, not an advantage")}
@@ -302,6 +315,7 @@ VARIANTS: dict[str, Variant] = {
     "cispo": CISPO,
     "rlrt": RLRT,
     "ectr": ECTR,
+    "purified_opsd": PURIFIED_OPSD,
     "sdar": SDAR,
     "opd": OPD,
     "opsd": OPSD,

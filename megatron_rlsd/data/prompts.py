@@ -4,13 +4,14 @@ The two prompts differ by the hint alone:
 
     student   [earlier messages]  question                                   format_instruction
     teacher   [earlier messages]  question  introduction  hint  hint_request  format_instruction
+    hint alone  [system message]            introduction  hint  hint_request  format_instruction
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rlsd.config import PromptConfig, TeacherConfig
 from megatron_rlsd.data.probes import check_system
@@ -130,12 +131,22 @@ class PromptBuilder:
         whole = self._own_hint(problem) if hint is None else hint.strip()
         if not whole:
             return Privileged(student, hint_cut=False)
-        text = self._cut(whole)
-        room = self._room(following)
-        if room is not None:
-            text = self._beginning(text, lambda part: len(self._hinted(problem, part)) <= room)
+        text = self._fitting(problem, whole, following)
         ids = self._hinted(problem, text) if text else []
         return Privileged(ids, hint_cut=text != whole)
+
+    def hint_alone(self, problem: Problem, hint: str | None = None) -> list[int]:
+        """The hint as ``privileged`` shows it, without the question; empty where it shows none.
+
+        The system messages stay. ``hint``: as there.
+        """
+        whole = self._own_hint(problem) if hint is None else hint.strip()
+        text = self._fitting(problem, whole, None) if whole else ""
+        if not text:
+            return []
+        system = [message for message in problem.messages[:-1] if message["role"] == "system"]
+        nothing = {"role": "user", "content": ""}
+        return self._hinted(replace(problem, messages=(*system, nothing)), text)
 
     def hint(self, problem: Problem) -> str:
         """The problem's own privileged information, cut to ``max_hint_tokens``."""
@@ -179,6 +190,13 @@ class PromptBuilder:
         if len(ids) > limit.tokens:
             raise PromptTooLong(problem.id, len(ids), limit)
         return ids
+
+    def _fitting(self, problem: Problem, hint: str, following: int | None) -> str:
+        """As much of the hint as fits beside the question and ``following`` tokens."""
+        text, room = self._cut(hint), self._room(following)
+        if room is None:
+            return text
+        return self._beginning(text, lambda part: len(self._hinted(problem, part)) <= room)
 
     def _hinted(self, problem: Problem, hint: str) -> list[int]:
         return self._ids(

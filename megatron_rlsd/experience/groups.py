@@ -191,7 +191,7 @@ class GroupBuilder:
                 prompts[hint] = self._teacher_prompt(problem, text)
             trajectory.teacher_prompt_ids, trajectory.hint_cut = prompts[hint]
             trajectory.solved = is_solved
-        if algorithm.contrasts_hints:
+        if algorithm.evidence == "correct_over_wrong_hint":
             for trajectory, hint in zip(
                 group.trajectories, wrong_hints(group, solved), strict=True
             ):
@@ -199,6 +199,13 @@ class GroupBuilder:
                     ids, hint_cut = self._teacher_prompt(problem, hint)
                     trajectory.contrast_prompt_ids = ids
                     trajectory.hint_cut |= hint_cut
+        elif algorithm.evidence == "hint_over_hint_alone":
+            alone: dict[Hint, IntArray | None] = {None: None}
+            for trajectory, hint in zip(group.trajectories, hints, strict=True):
+                if hint not in alone:
+                    text = None if isinstance(hint, Source) else hint
+                    alone[hint] = _ids(self._prompts.hint_alone(problem, text))
+                trajectory.contrast_prompt_ids = alone[hint]
         if algorithm.span_start is not None or algorithm.span_end is not None:
             # A mark may be a special token.
             decode = partial(self._tokenizer.decode, special=True)
@@ -213,7 +220,7 @@ class GroupBuilder:
     ) -> tuple[IntArray | None, bool]:
         """The ids [P'], None where no word of the hint fits; and whether the hint was cut."""
         prompt = self._prompts.privileged(problem, hint)
-        return np.asarray(prompt.ids, np.int32) if prompt.ids else None, prompt.hint_cut
+        return _ids(prompt.ids), prompt.hint_cut
 
     def _look_for_critiques(self, group: Group) -> None:
         """A wrong key would train without a teacher, in silence."""
@@ -224,3 +231,8 @@ class GroupBuilder:
                 f"teacher.hint=critique: none of the first {self._without_critique} problems has a "
                 f"text under metadata[{self._config.teacher.critique_key!r}] (teacher.critique_key)"
             )
+
+
+def _ids(prompt: list[int]) -> IntArray | None:
+    """None for a prompt that could not be made."""
+    return np.asarray(prompt, np.int32) if prompt else None

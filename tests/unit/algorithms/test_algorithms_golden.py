@@ -245,6 +245,10 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
         {"rlsd_lambda": 0.6},
         lambda d: weighed(d, 0.5, 0.6, lambda i, lp: d.teacher[i] - d.wrong[i]),
     ),
+    "purified_opsd": (
+        {"rlsd_lambda": 0.4},
+        lambda d: weighed(d, 0.5, 0.4, lambda i, lp: d.teacher[i] - d.wrong[i]),
+    ),
     "sdar": ({"sdar_coef": 0.3}, sdar),
     "opd": ({"opd_coef": 0.7}, opd),
     "opsd": ({"divergence": "jsd", "jsd_beta": 0.3}, lambda d: divergence(d, "jsd")),

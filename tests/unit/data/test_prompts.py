@@ -56,6 +56,28 @@ def test_the_teacher_keeps_every_word_of_the_student(
     )
 
 
+def test_the_hint_alone_is_the_teachers_prompt_without_the_question(
+    small_tokenizer: SentencePieceTokenizer,
+) -> None:
+    own = {"role": "system", "content": "Own."}
+    few_shot = ({"role": "user", "content": "0 + 1?"}, {"role": "assistant", "content": "1"})
+    prompts = builder(small_tokenizer, hint_introduction="Solved so:", max_hint_tokens=4)
+    for problem, system in (
+        (PROBLEM, SYSTEM),
+        (replace(PROBLEM, messages=(own, *few_shot, *PROBLEM.messages)), "Own."),
+    ):
+        for hint in (None, " another hint, which is too long to be shown as a whole "):
+            whole = small_tokenizer.decode(prompts.teacher(problem, hint))
+            alone = small_tokenizer.decode(prompts.hint_alone(problem, hint))
+            shown = whole.partition("What is  1 + 2?\n\n\n")[2]
+            assert shown.startswith("Solved so:")
+            assert alone.endswith(shown)
+            assert system in alone
+            assert "0 + 1" not in alone
+            assert "What is" not in alone
+    assert builder(small_tokenizer, hint="none").hint_alone(PROBLEM) == []
+
+
 @pytest.mark.parametrize(
     "problem",
     [
