@@ -21,8 +21,14 @@ KNOWN_WARNINGS = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "full scope is deprecated",  # of CUDA graphs, a default of Megatron's that no run uses
+    # What Megatron calls by names that newer releases of torch replace.
+    r"`torch\.distributed\.\w+` is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
 )
-"""How warnings begin that Megatron gives on import, several times on each rank."""
+"""How warnings begin that each rank gives several times and that no user can mend."""
+GPU_WARNINGS = ("When using .* to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS to 1",)
+"""How those begin that say nothing where there is no GPU."""
 
 
 def enable_megatron() -> None:
@@ -34,6 +40,8 @@ def enable_megatron() -> None:
     for message in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
     if not torch.cuda.is_available():
+        for message in GPU_WARNINGS:
+            warnings.filterwarnings("ignore", message)
         cpu.install()
 
 

@@ -162,6 +162,8 @@ def test_killed_stopped_and_told_to_end_a_run_of_two_ranks_goes_on(configs, tmp_
     assert "resuming at step 7" in finished.logs[0]
     assert f"passed over: {newest} is damaged: __1_0.distcp is not what was" in finished.logs[0]
     assert "resuming at step 6" in finished.logs[0]
+    # Libraries' warnings, which no user can mend, are not shown.
+    assert not any("Warning" in log for log in finished.logs)
 
     assert lines_of(faulty) == lines_of(plain)
     for launch in (killed, stopped, told, finished):
