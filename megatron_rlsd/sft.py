@@ -48,7 +48,10 @@ def train(config: Config) -> None:
     steps = config.sft.steps
     with assemble(config, total_updates=steps, total_steps=steps, program="sft") as run:
         # Every rank draws the same examples; each keeps its data-parallel share.
-        progress = Progress(build_sources(config.data.train, config.train.seed))
+        source = build_sources(
+            config.data.train, config.train.seed, questions_per_step=config.sft.batch_size
+        )
+        progress = Progress(source)
         conversations = Conversations(config, run.tokenizer)
         start = run.continuity.resume(run.actor, {}, progress)
         run.colocation.servers_take_over()

@@ -4,6 +4,7 @@ from megatron_rlsd.config.alarms import AlarmsConfig
 from megatron_rlsd.config.command_line import config_parser
 from megatron_rlsd.config.data import (
     ColumnsConfig,
+    CurriculumConfig,
     DataConfig,
     FileSource,
     GuessingGameSource,
@@ -58,6 +59,7 @@ __all__ = [
     "CheckpointConfig",
     "ColumnsConfig",
     "Config",
+    "CurriculumConfig",
     "DataConfig",
     "DistributedConfig",
     "EmbeddedEngineConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Annotated, Literal
 
@@ -13,6 +14,39 @@ from megatron_rlsd.config.section import OnError, Section
 
 NAME = r"^[^\s/=]+$"
 """A source's name is part of a metric's, ``eval/NAME/greedy_pass@1``."""
+
+
+class _Weighted(Section):
+    """What every source has."""
+
+    kind: str
+    name: str | None = Field(None, pattern=NAME)
+    """In metrics (``eval/NAME/...``) and tables; default: what tells the source from the others."""
+    weight: float = Field(1.0, gt=0)
+    """Share of prompts drawn from this source, relative to the others."""
+    weight_schedule: list[tuple[int, Annotated[float, Field(ge=0)]]] = []
+    """In place of ``weight``: [step, weight] pairs, such as ``[[0, 1.0], [200, 0.25]]``. Between
+    two of them the weight goes in a straight line, after the last it stays. Steps are counted by
+    the questions drawn, ``rollout.prompts_per_step`` each."""
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> _Weighted:
+        steps = [step for step, _ in self.weight_schedule]
+        if steps and (steps[0] < 0 or steps != sorted(set(steps))):
+            raise ValueError(f"weight_schedule needs steps from 0 that rise, got {steps}")
+        if steps and "weight" in self.model_fields_set and self.weight != 1:
+            raise ValueError("weight and weight_schedule are two ways to say the same; give one")
+        return self
+
+    def weight_at(self, step: float) -> float:
+        """The weight where the stream has come to ``step``."""
+        points = self.weight_schedule
+        if not points:
+            return self.weight
+        for (begin, before), (end, after) in pairwise(points):
+            if begin <= step < end:
+                return before + (after - before) * (step - begin) / (end - begin)
+        return points[0][1] if step < points[0][0] else points[-1][1]
 
 
 class ColumnsConfig(Section):
@@ -29,12 +63,9 @@ class ColumnsConfig(Section):
     id: str | None = None
 
 
-class _FileSource(Section):
+class _FileSource(_Weighted):
     """What every source that is read from files has."""
 
-    kind: str
-    name: str | None = Field(None, pattern=NAME)
-    """In metrics (``eval/NAME/...``) and tables; default: what tells the source from the others."""
     path: str
     layout: Literal["auto", "own", "verl", "trl"] = "auto"
     """How the columns are called: ``own`` (docs/guide.md), ``verl`` (prompt, reward_model,
@@ -45,8 +76,6 @@ class _FileSource(Section):
     on_malformed: Literal["stop", "skip"] = "stop"
     """A malformed row stops the run, or is counted and skipped."""
     shuffle: bool = True
-    weight: float = Field(1.0, gt=0)
-    """Share of prompts drawn from this source, relative to the others."""
 
 
 class JsonlSource(_FileSource):
@@ -70,10 +99,8 @@ class HfSource(_FileSource):
 FileSource = JsonlSource | ParquetSource | HfSource
 
 
-class ReasoningGymSource(Section):
+class ReasoningGymSource(_Weighted):
     kind: Literal["reasoning_gym"]
-    name: str | None = Field(None, pattern=NAME)
-    """In metrics (``eval/NAME/...``) and tables; default: what tells the source from the others."""
     task: str
     params: Named = {}
     """Difficulty settings of the task, passed to reasoning_gym.create_dataset."""
@@ -81,22 +108,18 @@ class ReasoningGymSource(Section):
     """Number of distinct problems."""
     seed: int = 0
     """Seed of the generated problems; give training and evaluation different ones."""
-    weight: float = Field(1.0, gt=0)
 
 
-class GuessingGameSource(Section):
+class GuessingGameSource(_Weighted):
     """Problems of the environment of that name: a secret whole number from low to high."""
 
     kind: Literal["guessing_game"]
-    name: str | None = Field(None, pattern=NAME)
-    """In metrics (``eval/NAME/...``) and tables; default: what tells the source from the others."""
     low: int = 1
     high: int = 100
     size: int = Field(100_000, ge=1)
     """Number of problems; the same secret may come several times."""
     seed: int = 0
     """Seed of the secrets; give training and evaluation different ones."""
-    weight: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
     def _check_range(self) -> GuessingGameSource:
@@ -112,9 +135,29 @@ Source = Annotated[
 ]
 
 
+class CurriculumConfig(Section):
+    """Questions that have become easy are asked less."""
+
+    easy_threshold: float | None = Field(None, gt=0, le=1)
+    """A question of whose samples at least this share was solved when it was last asked is easy;
+    null: no question is."""
+    easy_fraction: float = Field(0.1, ge=0, le=1)
+    """Share of its turns at which an easy question is asked again. One whose samples are no longer
+    solved then is not easy any more."""
+
+
 class DataConfig(Section):
     train: list[Source] = Field(min_length=1)
     eval: list[Source] = []
+    curriculum: CurriculumConfig = CurriculumConfig()
+
+    @model_validator(mode="after")
+    def _some_source_has_weight(self) -> DataConfig:
+        steps = {0, *(step for each in self.train for step, _ in each.weight_schedule)}
+        for step in sorted(steps):
+            if not any(each.weight_at(step) for each in self.train):
+                raise ValueError(f"no source of data.train has a weight at step {step}")
+        return self
 
 
 class PromptConfig(Section):

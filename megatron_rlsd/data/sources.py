@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from megatron_rlsd.config import (
+    CurriculumConfig,
     FileSource,
     GuessingGameSource,
     JsonlSource,
     ReasoningGymSource,
     Source,
 )
+from megatron_rlsd.data.curriculum import EasyQuestions, curriculum_of
 from megatron_rlsd.data.guessing import GuessingProblems
 from megatron_rlsd.data.gym import GymProblems
 from megatron_rlsd.data.jsonl import JsonlProblems
@@ -47,8 +49,14 @@ class ProblemSource(Protocol):
     def next(self, n: int) -> list[Problem]:
         """The next ``n`` problems."""
 
+    def answered(self, problem: Problem, solved_share: float) -> None:
+        """This share of a problem's last samples was solved; later draws may depend on it."""
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to say of the stream, by name."""
+
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON data of a size that does not grow."""
+        """Where the stream stands, as JSON data; its size does not grow with the position."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; UserError if it belongs to other data."""
@@ -68,22 +76,63 @@ class MixedSource:
         weights: Sequence[float],
         shuffle: Sequence[bool],
         seed: int,
+        *,
+        weights_at: Callable[[float], Sequence[float]] | None = None,
+        questions_per_step: int = 1,
+        easy: EasyQuestions | None = None,
     ) -> None:
-        """One weight (> 0) and one shuffle flag per table; at least one table."""
+        """One weight (> 0) and one shuffle flag per table; at least one table.
+
+        weights_at: in place of the weights, those at a step, where ``questions_per_step`` questions
+        make one. easy: decides which turns are passed over.
+        """
         if not tables:
             raise UserError("at least one problem source is needed")
         self._tables, self._seed = tables, seed
         self._shares = [weight / sum(weights) for weight in weights]
         self._shuffle = shuffle
+        self._weights_at, self._questions_per_step = weights_at, questions_per_step
+        self._easy = easy
         self._drawn = [0] * len(tables)
+        """Turns of each table so far."""
+        self._passed = [0] * len(tables)
+        """Turns among them that were passed over, as the question was easy."""
+        self._owed = [0.0] * len(tables)
+        """With ``weights_at``: the sum of a table's shares over all questions so far."""
         self._orders: dict[int, tuple[int, array[int]]] = {}
 
     def next(self, n: int) -> list[Problem]:
         """The next ``n`` problems, from any number of epochs."""
         return [self._draw() for _ in range(n)]
 
+    def answered(self, problem: Problem, solved_share: float) -> None:
+        """See ProblemSource."""
+        if self._easy is not None:
+            self._easy.answered(problem, solved_share)
+
+    def metrics(self) -> dict[str, float]:
+        """See ProblemSource."""
+        if self._easy is None:
+            return {}
+        return {
+            "data/easy_questions": len(self._easy),
+            "data/turns_passed_over": sum(self._passed),
+        }
+
     def state(self) -> dict[str, Any]:
-        """JSON data: the seed, and name, size, digest and draws so far of every table."""
+        """JSON data: the seed, and name, size, digest and draws so far of every table; what a
+        schedule owes each, and the easy questions, where there are any."""
+        state = self._position()
+        for table, passed, owed in zip(state["tables"], self._passed, self._owed, strict=True):
+            if passed:
+                table["passed"] = passed
+            if self._weights_at is not None:
+                table["owed"] = owed
+        if self._easy is not None:
+            state["easy"] = self._easy.state()
+        return state
+
+    def _position(self) -> dict[str, Any]:
         return {
             "seed": self._seed,
             "tables": [
@@ -103,7 +152,7 @@ class MixedSource:
         Raises UserError if the seed has changed since, or a table's name, number of problems or
         content: the stream would silently be another one. Weights may change.
         """
-        mine = self.state()
+        mine = self._position()
         identity = [(t["name"], t["size"]) for t in mine["tables"]]
         saved = [(t["name"], t["size"]) for t in state["tables"]]
         if (state["seed"], saved) != (mine["seed"], identity):
@@ -121,22 +170,53 @@ class MixedSource:
                     "were edited or stand in another order, or a generator got other settings"
                 )
         self._drawn = [int(t["drawn"]) for t in state["tables"]]
+        self._passed = [int(t.get("passed", 0)) for t in state["tables"]]
+        # A schedule that is new begins without debts.
+        asked = self._asked()
+        self._owed = [t.get("owed", n) for t, n in zip(state["tables"], asked, strict=True)]
+        if self._easy is not None and "easy" in state:
+            self._easy.load_state(state["easy"])
 
     def notes(self) -> list[str]:
         """Log lines of all tables."""
         return [note for table in self._tables for note in table.notes()]
 
     def _draw(self) -> Problem:
-        position = sum(self._drawn)
-        behind = [
-            share * (position + 1) - drawn
-            for share, drawn in zip(self._shares, self._drawn, strict=True)
-        ]
-        chosen = behind.index(max(behind))
-        epoch, offset = divmod(self._drawn[chosen], len(self._tables[chosen]))
+        chosen = self._furthest_behind()
+        size = len(self._tables[chosen])
+        # In a table of easy questions alone one is asked all the same.
+        for _ in range(size):
+            problem, turn = self._take_turn(chosen)
+            if self._easy is None or not self._easy.passes_over(problem, f"{chosen}/{turn}"):
+                return problem
+            self._passed[chosen] += 1
+        problem, _ = self._take_turn(chosen)
+        return problem
+
+    def _take_turn(self, chosen: int) -> tuple[Problem, int]:
+        """The table's next problem, and the number of its turn."""
+        turn = self._drawn[chosen]
+        epoch, offset = divmod(turn, len(self._tables[chosen]))
         problem = self._tables[chosen][self._order(chosen, epoch)[offset]]
         self._drawn[chosen] += 1
-        return problem
+        return problem, turn
+
+    def _furthest_behind(self) -> int:
+        asked = self._asked()
+        position = sum(asked)
+        if self._weights_at is None:
+            owed = [share * (position + 1) for share in self._shares]
+        else:
+            weights = self._weights_at(position / self._questions_per_step)
+            self._owed = owed = [
+                before + weight / sum(weights)
+                for before, weight in zip(self._owed, weights, strict=True)
+            ]
+        behind = [due - had for due, had in zip(owed, asked, strict=True)]
+        return behind.index(max(behind))
+
+    def _asked(self) -> list[int]:
+        return [drawn - passed for drawn, passed in zip(self._drawn, self._passed, strict=True)]
 
     def _order(self, chosen: int, epoch: int) -> Sequence[int]:
         size = len(self._tables[chosen])
@@ -150,16 +230,27 @@ class MixedSource:
         return order
 
 
-def build_sources(sources: Sequence[Source], seed: int) -> MixedSource:
+def build_sources(
+    sources: Sequence[Source],
+    seed: int,
+    *,
+    questions_per_step: int = 1,
+    curriculum: CurriculumConfig | None = None,
+) -> MixedSource:
     """The training stream over all configured sources.
 
-    Raises UserError if a source cannot be opened (see JsonlProblems and GymProblems).
+    questions_per_step: what a step of a ``weight_schedule`` is. Raises UserError if a source cannot
+    be opened (see JsonlProblems, ColumnarProblems and GymProblems).
     """
+    scheduled = any(source.weight_schedule for source in sources)
     return MixedSource(
         tables=[open_table(source) for source in sources],
         weights=[source.weight for source in sources],
         shuffle=[not isinstance(source, FileSource) or source.shuffle for source in sources],
         seed=seed,
+        weights_at=(lambda step: [each.weight_at(step) for each in sources]) if scheduled else None,
+        questions_per_step=questions_per_step,
+        easy=curriculum_of(curriculum, seed),
     )
 
 

@@ -133,6 +133,11 @@ class GroupBuilder:
         value = self.correctness(trajectory)
         return None if value is None else value >= self._config.reward.solved_threshold
 
+    def solved_share(self, group: Group) -> float | None:
+        """Share of its responses that are right, of those of which it is known; None: of none."""
+        known = [value for each in group.trajectories if (value := self.solved(each)) is not None]
+        return sum(known) / len(known) if known else None
+
     def _requests(
         self, problem: Problem, n: int, params: SamplingParams, label: str
     ) -> list[GenerationRequest]:

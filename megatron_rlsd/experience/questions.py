@@ -46,6 +46,15 @@ class Questions:
             f"{self._prompts.limit().why} tokens ({counts['prompts_too_long']} were longer)"
         )
 
+    def answered(self, problem: Problem, solved_share: float | None) -> None:
+        """Of a question's samples this share was solved (None: not known)."""
+        if solved_share is not None:
+            self._source.answered(problem, solved_share)
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to say of the data's stream, by name."""
+        return self._source.metrics()
+
     def state(self) -> dict[str, Any]:
         """The data position as JSON data."""
         return self._source.state()

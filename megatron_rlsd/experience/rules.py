@@ -90,8 +90,28 @@ class BatchRules:
         if self._config.environment.name is not None:
             metrics |= episode_metrics(trajectories)
         metrics |= leakage_metrics(trajectories)
+        metrics |= self._by_source(trajectories)
         for name in results[0].parts:
             metrics[f"reward/{name}"] = mean_of_known(result.parts[name] for result in results)
+        return metrics
+
+    def _by_source(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """The same for each source, where there are several; a batch may have none of one."""
+        if len(self._config.data.train) == 1:
+            return {}
+        parts: dict[str, list[Trajectory]] = {}
+        for trajectory in trajectories:
+            parts.setdefault(trajectory.problem.source, []).append(trajectory)
+        metrics: dict[str, float] = {}
+        for name, part in parts.items():
+            rewards = (each.reward.value for each in part if each.reward is not None)
+            lengths = (each.generation.num_own_tokens for each in part)
+            metrics |= {
+                f"source/{name}/share": len(part) / len(trajectories),
+                f"source/{name}/reward_mean": mean_of_known(rewards),
+                f"source/{name}/solved_share": mean_of_known(map(self._builder.solved, part)),
+                f"source/{name}/response_tokens_mean": statistics.fmean(lengths),
+            }
         return metrics
 
     def _without_hint(self, trajectory: Trajectory) -> bool:

@@ -118,8 +118,10 @@ class StreamCollector:
             counts = self._counts.copy()
             self._counts.clear()
             under_way = len(self._under_way) + len(self._ready)
+            of_data = self._questions.metrics()
         waited = time.monotonic() - waited_from
-        metrics = self._rules.finish(chosen, counts, step) | {
+        metrics = self._rules.finish(chosen, counts, step) | of_data
+        metrics |= {
             "rollout/stale_groups": counts["stale_groups"],
             "rollout/groups_under_way": under_way,
             "rollout/wait_seconds": waited,
@@ -198,6 +200,7 @@ class StreamCollector:
     def _take_in(self, ticket: _Ticket, group: Group) -> None:
         with self._changed:
             del self._under_way[ticket.number]
+            self._questions.answered(group.problem, self._builder.solved_share(group))
             self._counts["groups"] += 1
             most = self._config.algorithm.max_refills * self._batch
             if self._rules.takes(group):

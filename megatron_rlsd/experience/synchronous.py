@@ -39,12 +39,13 @@ class StepCollector:
             groups = self._builder.sample(problems, f"{step}/{refill}")
             counts["groups"] += len(groups)
             for group in groups:
+                self._questions.answered(group.problem, self._builder.solved_share(group))
                 (kept if self._rules.takes(group) else left_out).append(group)
             if len(kept) == wanted:
                 break
         counts["filtered_groups"] = len(left_out)
         kept += left_out[len(left_out) - (wanted - len(kept)) :]
-        return kept, self._rules.finish(kept, counts, step)
+        return kept, self._rules.finish(kept, counts, step) | self._questions.metrics()
 
     def state(self) -> dict[str, Any]:
         """The data position: between two steps nothing is under way."""

@@ -115,7 +115,12 @@ def assemble(
             log.starting("data and rewards")
             # Its workers import their libraries while the model is built.
             rewards = stack.enter_context(RewardPool(config.reward))
-            source = build_sources(config.data.train, config.train.seed)
+            source = build_sources(
+                config.data.train,
+                config.train.seed,
+                questions_per_step=config.rollout.prompts_per_step,
+                curriculum=config.data.curriculum,
+            )
             for note in source.notes():
                 print(note, flush=True)
             episodes = None

@@ -84,7 +84,7 @@ def start(
         )
         tokenizer = load_tokenizer(config.tokenizer, tiny_model)
         prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
-        source = build_sources(config.data.train, 0)
+        source = build_sources(config.data.train, 0, curriculum=config.data.curriculum)
         engine = BackgroundEngine(tiny_model)
         with RewardPool(config.reward) as rewards:
             builder = GroupBuilder(config, prompts, tokenizer, engine, rewards)

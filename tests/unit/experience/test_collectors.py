@@ -225,3 +225,32 @@ def test_rewards_see_what_the_template_wrote_of_the_turn(start, staleness, tmp_p
         problems = [group.problem for group in groups]
         groups += builder.respond(problems, 1, builder.sampling, "eval/some")
     assert {t.reward.value for g in groups for t in g.trajectories} == {1.0}
+
+
+def test_what_is_solved_is_asked_less_and_each_source_has_its_figures(
+    start, staleness: int, tmp_path: Path
+) -> None:
+    """The reward solves the first source's only question always, the other's never."""
+    reward = tmp_path / "known.py"
+    reward.write_text("def known(sample):\n    return float(sample.problem.answer == '1')\n")
+    for name, answer in (("a", "1"), ("b", "2")):
+        row = {"prompt": "2 + 2", "answer": answer}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    sources = [{"kind": "jsonl", "path": str(tmp_path / f"{name}.jsonl")} for name in "ab"]
+    sections = {
+        "data": {"train": sources, "curriculum": {"easy_threshold": 1.0, "easy_fraction": 0.0}},
+        "reward": {"functions": [{"name": f"{reward}:known"}], "workers": 1},
+    }
+    with start(staleness, **sections) as (collector, engine):
+        for step in range(3):
+            publish(collector, engine, step)
+            groups, metrics = collector.collect(step)
+        for name, solved in (("a", 1), ("b", 0)):
+            assert metrics[f"source/{name}/solved_share"] == solved
+            assert metrics[f"source/{name}/reward_mean"] == solved
+            mine = [g for g in groups if g.problem.source == name]
+            assert metrics[f"source/{name}/share"] == len(mine) / BATCH
+            assert metrics[f"source/{name}/response_tokens_mean"] > 0
+        assert metrics["data/easy_questions"] == 1
+        assert metrics["data/turns_passed_over"] > 0
+        collector.load_state(collector.state())
