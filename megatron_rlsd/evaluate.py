@@ -57,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--data", action="append", metavar="[NAME=]FILE", help="default: data.eval of the config"
     )
+    made.add_argument(
+        "--preset",
+        metavar="BENCHMARK",
+        help="prompt, reward and sampling of gsm8k, aime24, ... (rlsd prepare)",
+    )
     made.add_argument("--problems", type=int, help="the first ones of each set; default: all")
     made.add_argument("--reward", help="default: the config's, or math_verify")
     engines = made.add_mutually_exclusive_group()
@@ -162,6 +167,8 @@ def configuration(
     }
     raw.setdefault("reward", {"functions": [{"name": "math_verify"}]})
     raw.setdefault("prompts", {"max_prompt_tokens": 1_000_000})
+    if arguments.preset:
+        _apply_preset(arguments, raw, sections["eval"])
     if arguments.reward:
         raw["reward"] = {**raw["reward"], "functions": [{"name": arguments.reward}]}
     if arguments.data:
@@ -201,6 +208,20 @@ def configuration(
     config = parse_config(with_overrides(raw, arguments.overrides), origin="the evaluation")
     refuse_masks(config, "the run's config.yaml")
     return config
+
+
+def _apply_preset(
+    arguments: argparse.Namespace, raw: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """The benchmark's prompt, reward and sampling, whatever a configuration says of these."""
+    from megatron_rlsd.data.benchmarks import benchmark
+
+    preset = benchmark(arguments.preset).settings()
+    raw["prompts"] = {**raw["prompts"], **preset["prompts"]}
+    reward = {key: value for key, value in raw["reward"].items() if key != "correctness"}
+    raw["reward"] = {**reward, **preset["reward"]}
+    settings.pop("answer_pattern", None)
+    settings |= preset["eval"]
 
 
 def _source(text: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from megatron_rlsd.checkpoint.manifest import Manifest, write_manifest
+from megatron_rlsd.commands import prepare
 from megatron_rlsd.conversion.convert import Sizes, to_megatron
 from megatron_rlsd.evaluate import main
 
@@ -132,6 +133,7 @@ def test_settings_come_from_the_run_that_wrote_the_model(
         (["--k", "8", "--samples=4"], "eval.pass_at_k=[8] asks for more"),
         (["prompts.max_prompt_tokens=3"], "6 problems have prompts of more than"),
         (["--reward=no_such"], "no_such"),
+        (["--preset=gsm9k"], "unknown benchmark 'gsm9k'; there are gsm8k"),
         (["--temperature=0"], "eval.temperature"),
         (["--url=http://127.0.0.1:9", "rollout.sglang.health_timeout_seconds=2"], "127.0.0.1:9"),
     ],
@@ -151,6 +153,23 @@ def test_a_mistake_is_told_in_one_message(
     told = capsys.readouterr().err
     assert message in told
     assert told.count("error: ") == 1
+
+
+def test_a_preset_asks_grades_and_samples_as_the_benchmark_does(
+    tiny_model: Path, tmp_path: Path, config_file: Path
+) -> None:
+    published, prepared = tmp_path / "gsm8k.csv", tmp_path / "gsm8k.jsonl"
+    published.write_text("question,answer\n1 + 1?,It is 2. #### 2\n2 + 2?,It is 4. #### 4\n")
+    assert prepare.main(["gsm8k", str(published), str(prepared)]) == 0
+    out = tmp_path / "out"
+    options = [f"--model={tiny_model}", f"--data={prepared}", "--preset=gsm8k", "--max-tokens=4"]
+    assert main([*options, f"--out={out}", str(config_file)]) == 0
+    found = results(out)
+    settings = json.dumps(found["settings"])
+    assert found["sets"]["gsm8k"]["problems"] == 2
+    assert "exact_match" in settings
+    assert "even_digits" not in settings
+    assert "after ####" in json.dumps(found)
 
 
 def test_a_run_folder_is_no_model(

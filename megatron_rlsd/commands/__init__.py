@@ -39,6 +39,7 @@ COMMANDS = {
     "serve": Command("serve", "this node's SGLang servers, for a trainer that runs elsewhere"),
     "rollout": Command("rollout", "sample and score responses without training"),
     "evaluate": Command("evaluate", "pass@k, avg@k and maj@k of a model on held-out problems"),
+    "prepare": Command("prepare", "a benchmark's published file as questions in our form"),
     "plan": Command("plan", "does a CONFIG fit, how long does a step take, which layout is best"),
     "doctor": Command("doctor", "is everything in order for a run"),
     "convert": Command("convert", "Hugging Face folders to Megatron checkpoints and back"),

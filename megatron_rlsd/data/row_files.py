@@ -159,6 +159,15 @@ class ArrowFiles:
         return batch.select(list(columns))
 
 
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Every row of a small file; UserError for a broken one."""
+    files = ParquetFiles(ParquetSource(kind="parquet", path=str(path)))
+    for part in files.parts:
+        with _named(path):
+            for batch in files.batches(part, files.schema.names):
+                yield from batch.to_pylist()
+
+
 def starts(parts: Sequence[Part]) -> list[int]:
     """The number of the first row of each part."""
     return list(accumulate((part.rows for part in parts), initial=0))[:-1]

@@ -1,6 +1,7 @@
 """Verifiers: reward functions by name or by file, scored in worker processes with limits."""
 
 from megatron_rlsd.rewards import (
+    choices,
     environment_reward,
     exact_match,
     math_answers,
@@ -15,6 +16,7 @@ __all__ = [
     "REWARDS",
     "RewardPool",
     "TimeLimitExceeded",
+    "choices",
     "environment_reward",
     "exact_match",
     "math_answers",

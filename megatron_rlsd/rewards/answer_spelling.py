@@ -32,6 +32,7 @@ _SAME = [
     (re.compile(r"\^\s*\{\s*\\circ\s*\}"), r"^\\circ"),
     (re.compile(r"\\(?:left|right|[bB]ig[lr]?|displaystyle|textstyle)(?![a-zA-Z])"), ""),
     (re.compile(r"\\(?:quad|qquad|enspace|thinspace|nobreakspace)(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3}(?!\d))"), ","),  # the narrow comma of thousands
     (re.compile(r"(?<!\\)\\[,;:! ]|~|\{\}"), " "),
     (re.compile(r"\{,\}"), ","),
 ]  # fmt: skip

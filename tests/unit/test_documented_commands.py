@@ -25,6 +25,7 @@ TOOLS = {
     "inspect_samples.py": "inspect",
     "make_tiny_model.py": "tiny-model",
     "plan_run.py": "plan",
+    "prepare_benchmark.py": "prepare",
     "replay_step.py": "replay",
     "report.py": "report",
 }
