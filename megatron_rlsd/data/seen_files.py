@@ -19,7 +19,7 @@ class SeenFiles:
         self._paths = paths
         self._states = self._now()
         self.digest = ""
-        """Of their content, to be set by whoever reads it all anyway."""
+        """The digest of their content, to be set by whoever reads it all anyway."""
 
     def check_unchanged(self) -> None:
         """Raise Malformed if a file has another content; another date alone does no harm."""

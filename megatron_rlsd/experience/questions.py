@@ -47,7 +47,7 @@ class Questions:
         )
 
     def answered(self, problem: Problem, solved_share: float | None) -> None:
-        """Of a question's samples this share was solved (None: not known)."""
+        """Tell the source which share of a question's samples was solved (None: not known)."""
         if solved_share is not None:
             self._source.answered(problem, solved_share)
 
