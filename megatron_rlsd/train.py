@@ -41,7 +41,7 @@ def train(config: Config) -> None:
                 run.colocation.trainer_takes_over()  # servers on the same GPUs sleep
 
             with run.phase("score", step):
-                plan = learner.plan(batch, step, rlsd_lambda)
+                plan = run.hand_out(learner.plan(batch, step, rlsd_lambda))
                 scores = learner.score(plan)
                 learner.gauge_noise(plan)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.parallel.row_sharing import share_rows
 from megatron_rlsd.run import Run, assemble
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import TrainBatch
@@ -27,7 +28,9 @@ def check_engine(config: Config) -> str:
     with assemble(small(config), total_updates=None, total_steps=0, program="rollout_only") as run:
         published = run.publish_weights(version=0)
         _, batch, _ = run.rollout(0)
-        found = compare(run, batch)
+        groups = run.process_groups
+        everything = [list(range(len(batch)))] * groups.dp.size()
+        found = compare(run, share_rows(batch, everything, groups))
     if not found:  # a rank that only helps
         return ""
     servers = "".join(

@@ -32,6 +32,10 @@ class ParallelGroups:
     control: dist.ProcessGroup
     """All ranks over gloo: for JSON, safetensors bytes and metrics, on GPUs too."""
     device: torch.device
+    replica: dist.ProcessGroup
+    """Over gloo: the ranks with this rank's data-parallel rank, which hold the same rows."""
+    replica_leads: list[int]
+    """For each data-parallel rank the first rank of the run that has it."""
 
     @property
     def rank(self) -> int:
@@ -155,11 +159,33 @@ def parallel_world(
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
+        megatron = ProcessGroupCollection.use_mpu_process_groups()
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        replica, leads = _replicas(megatron.dp, control, timeout)
         yield ParallelGroups(
-            megatron=ProcessGroupCollection.use_mpu_process_groups(),
-            control=dist.new_group(backend="gloo", timeout=timeout),
+            megatron=megatron,
+            control=control,
             device=device,
+            replica=replica,
+            replica_leads=leads,
         )
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _replicas(
+    dp: dist.ProcessGroup, control: dist.ProcessGroup, timeout: timedelta
+) -> tuple[dist.ProcessGroup, list[int]]:
+    """ParallelGroups.replica and replica_leads."""
+    mine = torch.tensor([dp.rank()])
+    told = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(told, mine, group=control)
+    members: list[list[int]] = [[] for _ in range(dp.size())]
+    for rank, each in enumerate(told):
+        members[int(each)].append(rank)
+    if len(members) == 1:
+        return control, [0]
+    # Every rank has a part in making each group.
+    groups = [dist.new_group(ranks, backend="gloo", timeout=timeout) for ranks in members]
+    return groups[dp.rank()], [ranks[0] for ranks in members]

@@ -11,22 +11,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from megatron_rlsd.parallel.exchange import pack_message, ragged, unpack_message, unragged
+from megatron_rlsd.parallel.exchange import ragged, unragged
 from megatron_rlsd.types import TrainBatch, TrainRow
 
 Value = TypeVar("Value")
 OLD_MASKS = ("loss_masks", "response_masks")
 """Where steps recorded by release 0.1 and before have the masks, if anything is masked."""
-
-
-def pack_train_batch(batch: TrainBatch) -> bytes:
-    """A batch all of whose rows are here, as one message."""
-    return pack_message(None, train_batch_tensors(batch))
-
-
-def unpack_train_batch(payload: bytes) -> TrainBatch:
-    """The inverse of pack_train_batch."""
-    return train_batch_of(unpack_message(payload)[1])
 
 
 def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:

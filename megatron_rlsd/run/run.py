@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
@@ -15,6 +15,7 @@ from megatron_rlsd.experience import Collector, GroupBuilder, train_batch, train
 from megatron_rlsd.experience.evaluation import evaluate
 from megatron_rlsd.experience.questions import fitting
 from megatron_rlsd.hf_bridge import save_hf_folder
+from megatron_rlsd.learner import Plan
 from megatron_rlsd.learner.credit import CreditCollector, attach_credit
 from megatron_rlsd.observability import MetricsLogger
 from megatron_rlsd.observability.alarms import Alarms
@@ -25,7 +26,7 @@ from megatron_rlsd.parallel.exchange import (
     gather_bytes,
 )
 from megatron_rlsd.parallel.groups import ParallelGroups
-from megatron_rlsd.parallel.train_batches import pack_train_batch, unpack_train_batch
+from megatron_rlsd.parallel.row_sharing import share_outlines, share_rows
 from megatron_rlsd.recovery.continuity import Continuity
 from megatron_rlsd.rollout.engine import TrainerEngine
 from megatron_rlsd.run.colocation import Colocation
@@ -63,19 +64,25 @@ class Run:
             yield
 
     def rollout(self, step: int) -> tuple[list[Group], TrainBatch, dict[str, float]]:
-        """Sampled and rewarded: groups and metrics on rank 0, the batch on every rank."""
+        """Sampled and rewarded: groups, metrics and rows on rank 0, outlines on every rank."""
 
         def work() -> tuple[list[Group], dict[str, float]]:
             assert self.collector is not None
             return self.collector.collect(step)
 
         groups, metrics = self.engine.run_on_rank_zero(work) or ([], {})
-        payload = None
+        batch = None
         if self.process_groups.rank == 0:
-            mask_truncated = self.config.algorithm.mask_truncated
-            payload = pack_train_batch(train_batch(groups, mask_truncated=mask_truncated))
-        batch = unpack_train_batch(broadcast_bytes(payload, self.process_groups.control))
-        return groups, batch, metrics
+            batch = train_batch(groups, mask_truncated=self.config.algorithm.mask_truncated)
+        return groups, share_outlines(batch, self.process_groups), metrics
+
+    def hand_out(self, plan: Plan) -> Plan:
+        """The plan with the rows that this rank scores and trains on, which come from rank 0."""
+        rows = [
+            sorted(row for each in plan.mini_batches for row in each.by_rank[rank])
+            for rank in range(self.process_groups.dp.size())
+        ]
+        return replace(plan, batch=share_rows(plan.batch, rows, self.process_groups))
 
     def alarm(
         self, step: int, metrics: dict[str, float], groups: Sequence[Group] = ()

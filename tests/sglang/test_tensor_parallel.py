@@ -146,7 +146,7 @@ def test_a_colocated_server_sleeps_while_the_trainer_trains(colocated: Colocated
         assert {row.advantage for row in rows_of(batch)} == {1.0}
         run.colocation.trainer_takes_over()
         assert not run.actor._offload.offloaded
-        plan = learner.plan(batch, step, 0.5)
+        plan = run.hand_out(learner.plan(batch, step, 0.5))
         metrics = learner.update(plan, learner.score(plan))
         events.append("update")
         run.colocation.servers_take_over()

@@ -19,7 +19,7 @@ from megatron_rlsd.experience import GroupBuilder, Questions, train_batch
 from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.experience.synchronous import StepCollector
 from megatron_rlsd.observability.samples import sample_row
-from megatron_rlsd.parallel.train_batches import pack_train_batch, unpack_train_batch
+from megatron_rlsd.parallel.train_batches import train_batch_of, train_batch_tensors
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout.embedded import EmbeddedEngine
 from megatron_rlsd.runtime.errors import UserError
@@ -180,7 +180,7 @@ def test_a_trajectory_is_what_the_engine_returned_with_the_answers_between(play,
     foreign = [len(t.generation.token_ids) for t in trajectories]
     assert metrics["rollout/environment_tokens_mean"] == (sum(foreign) - sum(own)) / 12
     batch = train_batch(groups)
-    assert plain_rows(unpack_train_batch(pack_train_batch(batch))) == plain_rows(batch)
+    assert plain_rows(train_batch_of(train_batch_tensors(batch))) == plain_rows(batch)
     assert [sum(row.loss_mask) for row in plain_rows(batch)] == own
 
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_rlsd.parallel.train_batches import (
-    pack_train_batch,
-    train_batch_of,
-    train_batch_tensors,
-    unpack_train_batch,
-)
+from megatron_rlsd.parallel.train_batches import train_batch_of, train_batch_tensors
 from megatron_rlsd.types import TrainBatch
 from tests.batches import plain_rows, rows_of, train_row
 
@@ -28,7 +23,7 @@ def with_routes() -> list:
 def test_what_is_sent_arrives_and_what_is_missing_stays_missing() -> None:
     for rows in (ROWS, with_routes(), ROWS[:1], []):
         batch = TrainBatch.of(rows)
-        arrived = unpack_train_batch(pack_train_batch(batch))
+        arrived = train_batch_of(train_batch_tensors(batch))
         assert arrived.outlines == batch.outlines
         for before, after in zip(plain_rows(batch), plain_rows(arrived), strict=True):
             one, other = (vars(row).pop("routed_experts") for row in (before, after))
