@@ -6,7 +6,8 @@ Times are CPU seconds of the one thread that works. ``json.loads`` reads the sam
 so that both meet the same machine. Memory is what stays resident of the process beyond what it had
 before the first answer; a body is dropped when it has been read, as in a run.
 
-    python benchmarks/host_path.py --tokens 1M 4M --out results.json
+    python -m benchmarks.host_path --tokens 1M 4M --out results.json
+    python -m benchmarks.host_path --tokens 4M --ranks 4     # rows sent over gloo on this machine
 
 The text of a response is decoded by the tokenizer before it is rewarded: with ``--tokenizer`` that
 is measured too, and is in no sum.
@@ -21,6 +22,7 @@ import json
 import os
 import platform
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -28,11 +30,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from benchmarks.results_file import ResultsFile
 from megatron_rlsd.actor.balance import PackShape, plan_micro_batches
@@ -41,6 +46,7 @@ from megatron_rlsd.config import TokenizerConfig
 from megatron_rlsd.data.tokenizers import load_tokenizer
 from megatron_rlsd.experience.batch import train_batch
 from megatron_rlsd.learner.scoring import student_sequence
+from megatron_rlsd.parallel.row_sharing import share_outlines, share_rows
 from megatron_rlsd.parallel.train_batches import train_batch_of, train_batch_tensors
 from megatron_rlsd.rollout.sglang.replies import parse_generation, read_response
 from megatron_rlsd.types import (
@@ -50,6 +56,8 @@ from megatron_rlsd.types import (
     Problem,
     RewardInput,
     SamplingParams,
+    TrainBatch,
+    TrainRow,
     Trajectory,
 )
 
@@ -206,6 +214,56 @@ def measured(tokens: int, length: int, tokenizer: str | None) -> dict[str, Any]:
     }
 
 
+def on_ranks(rank: int, ranks: int, tokens: int, length: int, port: int) -> None:
+    """Rows from rank 0 to ``ranks`` data-parallel ranks; rank 1 prints what it cost."""
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
+    )
+    world, alone = dist.group.WORLD, [dist.new_group([each]) for each in range(ranks)]
+    groups: Any = SimpleNamespace(
+        rank=rank,
+        dp=world,
+        control=world,
+        replica=alone[rank],
+        replica_leads=list(range(ranks)),
+    )
+    batch = None
+    if rank == 0:
+        ids = np.arange(length, dtype=np.int32)
+        rows = [
+            TrainRow(
+                prompt_ids=ids[:PROMPT],
+                response_ids=ids.copy(),
+                loss_mask=np.ones(length, np.bool_),
+                rollout_log_probs=np.zeros(length, np.float32),
+                advantage=1.0,
+            )
+            for _ in range(tokens // length)
+        ]
+        batch = TrainBatch.of(rows)
+    dist.barrier()
+    before, began, cpu = resident(), time.perf_counter(), time.process_time()
+    known = share_outlines(batch, groups)
+    by_rank = [list(range(start, len(known), ranks)) for start in range(ranks)]
+    found = share_rows(known, by_rank, groups)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    held = resident() - before
+    with open("/proc/self/status") as status:
+        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    count = len(found.rows) * length
+    if rank < 2:
+        figures = {
+            "of": "all rows" if rank == 0 else "its own rows",
+            "microseconds a token": round(1e6 * cpu / count, 4),
+            "seconds": round(seconds, 3),
+            "bytes a token": round(held / count, 1),
+            "bytes a token at its most": round((peak - before) / count, 1),
+        }
+        print(json.dumps({f"rank {rank} of {ranks}": figures}), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def number(text: str) -> int:
     return int(float(text.removesuffix("M")) * (1_000_000 if text.endswith("M") else 1))
 
@@ -218,10 +276,18 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of a response")
     parser.add_argument("--tokenizer", help="a folder with tokenizer.json")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--ranks", type=int, help="send the rows to so many ranks on this machine")
     parser.add_argument("--one", action="store_true", help="measure one size in this process")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measured(args.tokens[0], args.length, args.tokenizer)))
+        return
+    if args.ranks:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        given = (args.ranks, args.tokens[0], args.length, port)
+        mp.start_processes(on_ranks, given, nprocs=args.ranks, start_method="spawn")
         return
     facts = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
