@@ -178,10 +178,13 @@ class PromptConfig(Section):
 
 class RewardFunctionConfig(Section):
     name: str
-    """A registered reward (exact_match, math_verify, reasoning_gym, format, length, environment) or
-    ``path/to/file.py:function``."""
+    """A registered reward (exact_match, choice, math_verify, reasoning_gym, format, length,
+    environment) or ``path/to/file.py:function``."""
     weight: float = 1.0
     params: Named = {}
+    deterministic: bool = False
+    """It says the same of the same response every time. Where all functions do, a response to a
+    question that was scored before is not scored again: for judges whose calls are dear."""
 
 
 class RewardConfig(Section):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rlsd.rewards.registry import REWARDS
 from megatron_rlsd.rewards.tally import PoolFunction, Tally
+from megatron_rlsd.rewards.verdicts import Verdicts
 from megatron_rlsd.types import RewardInput, RewardResult
 from megatron_rlsd.workers import WORKER_MEMORY_BYTES, Job, WorkerPool
 
@@ -30,6 +31,8 @@ class RewardPool(WorkerPool):
     ) -> None:
         self._functions = _located(config)
         self._config = config
+        same = all(entry.deterministic for entry in config.functions)
+        self._verdicts = Verdicts() if same else None
         described = [
             {"reference": asdict(f.reference), "params": f.params} for f in self._functions
         ]
@@ -53,7 +56,14 @@ class RewardPool(WorkerPool):
         Raises UserError: a worker does not start; with on_error=stop, a function failed (but not
         for a time limit); more than max_error_share of the calls failed, time limits included; a
         problem's metadata is not JSON.
+
+        Where all functions are ``deterministic``, a response that was scored is not scored again.
         """
+        if self._verdicts is None:
+            return self._scored(samples)
+        return self._verdicts.of(samples, self._scored)
+
+    def _scored(self, samples: list[RewardInput]) -> list[RewardResult]:
         tally = Tally(
             samples,
             self._functions,

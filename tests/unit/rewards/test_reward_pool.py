@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rlsd.rewards import RewardPool
+from megatron_rlsd.rewards.verdicts import Verdicts
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.types import RewardInput
+from megatron_rlsd.types import RewardInput, RewardResult
 
 pytestmark = pytest.mark.process
 
@@ -414,3 +416,43 @@ def _is_running(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state not in "ZX"
     return False
+
+
+COUNTED = """
+def counted(sample):
+    with open("calls.txt", "a") as file:
+        file.write(f"{sample.response}\\n")
+    if sample.response == "fails":
+        raise RuntimeError("not now")
+    return len(sample.response)
+"""
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_judge_is_asked_once_for_each_response(
+    pool: Pool, sample: Sample, tmp_path: Path, deterministic: bool
+) -> None:
+    entry = {"name": "counted", "deterministic": deterministic}
+    scores = pool(entry, source=COUNTED, max_error_share=1.0)
+    samples = [sample(response) for response in ("a", "bb", "a", "fails")]
+    first, second = scores.score(samples), scores.score(samples)
+    for results in (first, second):
+        assert [result.value for result in results] == [1, 2, 1, None]
+    assert scores.score([sample("a", id="other"), sample("a", num_tokens=3)])[0].value == 1
+    calls = (tmp_path / "calls.txt").read_text().split()
+    # What failed is asked again; another question, and another length, are another thing.
+    expected = {"a": 3, "bb": 1, "fails": 2} if deterministic else {"a": 6, "bb": 2, "fails": 2}
+    assert Counter(calls) == expected
+
+
+def test_verdicts_that_were_not_used_for_long_are_forgotten(sample: Sample) -> None:
+    asked: list[str] = []
+
+    def score(samples: list[RewardInput]) -> list[RewardResult]:
+        asked.extend(each.response for each in samples)
+        return [RewardResult(1.0, {}, {}) for _ in samples]
+
+    verdicts = Verdicts(most=2)
+    for response in ("a", "b", "a", "c", "a", "b"):
+        verdicts.of([sample(response)], score)
+    assert asked == ["a", "b", "c", "b"]
