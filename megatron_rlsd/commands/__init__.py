@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from megatron_rlsd import __version__
 from megatron_rlsd.runtime.errors import UserError, tell
 from megatron_rlsd.runtime.missing import explained
+from megatron_rlsd.runtime.one_voice import LAUNCHED
 
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141
@@ -84,7 +85,8 @@ def run(name: str, argv: list[str]) -> int:
     except BrokenPipeError:
         return _reader_left()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if LAUNCHED not in os.environ:  # else the launcher says so, once
+            print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -10,14 +10,24 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+import psutil
 
 from megatron_rlsd.config import config_parser, load_config
 from megatron_rlsd.runtime import one_voice
 from megatron_rlsd.runtime.errors import EXIT_USER_ERROR, UserError, tell
-from megatron_rlsd.runtime.lifecycle import EXIT_FAILED, EXIT_LOST_RANK, EXIT_PREEMPTED
+from megatron_rlsd.runtime.lifecycle import (
+    EXIT_FAILED,
+    EXIT_LOST_RANK,
+    EXIT_PREEMPTED,
+    STATUS_NAME,
+)
 
 PROGRAMS = {
     "train": ("megatron_rlsd.train", "train"),
@@ -81,10 +91,8 @@ def start_ranks(words: list[str], processes: int, patience: float, run_dir: str 
     # As torchrun: ranks share the cores, and results do not depend on how they were started.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[one_voice.LAUNCHED] = "1"
-    newer: dict[str, Any] = {
-        "signals_to_handle": ",".join(number.name for number in SIGNALS),
-        "shutdown_timeout": int(patience),
-    }
+    # No signal is torch's: it would take a second Ctrl-C for the end of its own wait.
+    newer: dict[str, Any] = {"signals_to_handle": "", "shutdown_timeout": int(patience)}
     known = {field.name for field in fields(LaunchConfig)}
     settings = LaunchConfig(
         min_nodes=1,
@@ -97,13 +105,50 @@ def start_ranks(words: list[str], processes: int, patience: float, run_dir: str 
         max_restarts=0,
         **{key: value for key, value in newer.items() if key in known},
     )
+    status = Path(run_dir) / STATUS_NAME
+    before = _written(status)
     try:
-        elastic_launch(settings, sys.executable)("-m", "megatron_rlsd", *words)
+        with _signals_handed_on(SignalException):
+            elastic_launch(settings, sys.executable)("-m", "megatron_rlsd", *words)
     except ChildFailedError as error:
         return _exit_code({rank: failed.exitcode for rank, failed in error.failures.items()})
     except SignalException as stop:
-        return _told_by_status(run_dir, 128 + stop.sigval)
+        number = signal.Signals(stop.sigval)
+        if _written(status) == before or (code := _told_by(status)) is None:
+            print(f"{number.name}: ended before anything could be saved", file=sys.stderr)
+            return 128 + number
+        return code
     return 0
+
+
+@contextmanager
+def _signals_handed_on(stop: type[Exception]) -> Iterator[None]:
+    """The first signal raises ``stop(message, number)``, at which torch hands it to the ranks and
+    waits for them; each later one goes to the ranks at once, since a second Ctrl-C means more than
+    the first. A SIGINT or SIGHUP that is ignored already (nohup) stays so, as in the ranks.
+    """
+    received = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            raise stop(f"got signal {number}", signal.Signals(number))
+        for rank in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    heeded = [
+        number
+        for number in SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+        or number not in (signal.SIGINT, signal.SIGHUP)
+    ]
+    previous = {number: signal.signal(number, hand_on) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _exit_code(codes: dict[int, int]) -> int:
@@ -121,11 +166,20 @@ def _exit_code(codes: dict[int, int]) -> int:
     return EXIT_LOST_RANK
 
 
-def _told_by_status(run_dir: str | Path, otherwise: int) -> int:
+def _written(status: Path) -> int | None:
+    """When, in nanoseconds; None: it is not there."""
     try:
-        return int(json.loads((Path(run_dir) / "status.json").read_text())["exit_code"])
+        return status.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _told_by(status: Path) -> int | None:
+    """The exit code in status.json; None where it has none."""
+    try:
+        return int(json.loads(status.read_text())["exit_code"])
     except (OSError, ValueError, KeyError, TypeError):
-        return otherwise
+        return None
 
 
 def processes(text: str) -> int | str:

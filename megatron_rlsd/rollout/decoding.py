@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from megatron_rlsd.rollout.engine import EngineError, Progress
-from megatron_rlsd.rollout.kv_cache import RowCache
+from megatron_rlsd.rollout.kv_cache import RowCache, cache_name
 from megatron_rlsd.rollout.routes import RouteRecorder
 from megatron_rlsd.rollout.sampling import RowParams, request_uniforms, sample_tokens
 from megatron_rlsd.types import FinishReason, GenerationRequest
@@ -94,6 +94,7 @@ class DecodingBatch:
         self.waiting = sorted(self.results, key=_prompt_order, reverse=True)
         self.rows: list[Row] = []
         self.capacity = min(max_rows, len(requests))
+        self.cache_name = cache_name(model)
         self.cache = RowCache(
             num_layers=model.config.get_text_config().num_hidden_layers,
             rows=self.capacity,
@@ -142,7 +143,7 @@ class DecodingBatch:
         cache = DynamicCache()
         output = self.model(
             input_ids=torch.tensor(prompts, device=self.device),
-            past_key_values=cache,
+            **{self.cache_name: cache},
             use_cache=True,
             logits_to_keep=1,
         )
@@ -162,7 +163,7 @@ class DecodingBatch:
             input_ids=torch.tensor([[row.token_ids[-1]] for row in self.rows], device=self.device),
             attention_mask=self._mask(position_ids),
             position_ids=position_ids.unsqueeze(1),
-            past_key_values=self.cache,
+            **{self.cache_name: self.cache},
             use_cache=True,
             logits_to_keep=1,
         )

@@ -10,6 +10,9 @@ mask, and column and position are the same number.
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
@@ -66,8 +69,14 @@ class RowCacheLayer(CacheLayerMixin):
         return -1
 
 
+def cache_name(model: Any) -> str:
+    """Under which name the model's forward takes a cache: transformers calls it ``cache`` from 5.24
+    on, and is to forget ``past_key_values`` in 5.40."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class RowCache(Cache):
-    """The cache that a decoding step passes to the model as ``past_key_values``.
+    """The cache that a decoding step passes to the model.
 
     rows: most rows in use at once. max_columns: longest sequence that will be cached; memory grows
     toward it in steps of GROWTH_COLUMNS as sequences get there, since few do.

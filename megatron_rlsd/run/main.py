@@ -70,10 +70,12 @@ def execute(command: Callable[[Config], None], config: Config, check: Check | No
             command(config)
         except Preempted as stop:
             status, code, message = "preempted", EXIT_PREEMPTED, str(stop)
-            print(f"{message}; exit code {code}", file=sys.stderr)
+            if one_voice.is_first_here(message):
+                print(f"{message}; exit code {code}", file=sys.stderr)
         except KeyboardInterrupt:
             status, code, message = "failed", EXIT_INTERRUPTED, "SIGINT twice: nothing was saved"
-            print(f"{message}; exit code {code}", file=sys.stderr)
+            if one_voice.is_first_here(message):
+                print(f"{message}; exit code {code}", file=sys.stderr)
         except Exception as error:
             status = "failed"
             if told := mendable(error):

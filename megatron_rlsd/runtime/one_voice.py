@@ -50,6 +50,12 @@ def is_first_to_say(text: str) -> bool:
         return True
 
 
+def is_first_here(text: str) -> bool:
+    """As ``is_first_to_say`` where ``rlsd --nproc`` shows all ranks in one terminal; elsewhere
+    each rank may have a log of its own, and True lets it say so there."""
+    return LAUNCHED not in os.environ or is_first_to_say(text)
+
+
 def after_rank_zero(patience: float) -> None:
     """On ranks other than 0: wait until rank 0 has found the run possible; it ends it otherwise.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -147,10 +150,46 @@ def test_ranks_start_no_ranks(
     assert "RANK and WORLD_SIZE are set" in capsys.readouterr().err
 
 
-def test_a_signal_leaves_the_code_that_the_run_wrote(tmp_path: Path) -> None:
-    assert launching._told_by_status(tmp_path, 143) == 143
-    (tmp_path / "status.json").write_text('{"status": "preempted", "exit_code": 75}')
-    assert launching._told_by_status(tmp_path, 143) == 75
+def test_the_exit_code_is_in_the_status_file_or_unknown(tmp_path: Path) -> None:
+    status = tmp_path / "status.json"
+    assert launching._written(status) is None
+    for text in ("", "[]", "{}", '{"exit_code": null}'):
+        status.write_text(text)
+        assert launching._told_by(status) is None
+    status.write_text('{"status": "preempted", "exit_code": 75}')
+    assert launching._told_by(status) == 75
+    assert launching._written(status) == status.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize(("written", "code"), [(True, 75), (False, 128 + 15)])
+def test_the_status_of_an_earlier_run_is_not_that_of_this_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    written: bool,
+    code: int,
+) -> None:
+    """A signal may end the ranks before they listen, and so before they remove that status."""
+    status = tmp_path / "status.json"
+    status.write_text('{"status": "finished", "exit_code": 0}')
+    os.utime(status, (1, 1))
+
+    def ranks(*words: str) -> None:
+        if written:
+            status.write_text('{"status": "preempted", "exit_code": 75}')
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: ranks)
+    for name in ("OMP_NUM_THREADS", launching.one_voice.LAUNCHED):
+        monkeypatch.setenv(name, "1")  # start_ranks sets them
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert launching.start_ranks(["train", "config.yaml"], 2, 5, tmp_path) == code
+    finally:
+        logging.disable(logging.NOTSET)
+    assert signal.getsignal(signal.SIGTERM) is before
+    said = capsys.readouterr().err
+    assert said == ("" if written else "SIGTERM: ended before anything could be saved\n")
 
 
 def test_user_errors_at_import_are_told(

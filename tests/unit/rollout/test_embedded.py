@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -431,3 +432,22 @@ def test_a_closed_engine_serves_nothing(hf_folder: HFFolder):
         engine.generate(mixed_requests(1))
     with pytest.raises(EngineError, match="closed"):
         engine.update_weights([], version=1)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_that_the_model_knows(
+    hf_folder: HFFolder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """transformers 5.24 renamed it; whichever is installed, models of both kinds decode alike."""
+    requests = mixed_requests(4)
+    expected = tokens_of(build_engine(hf_folder("qwen3")).generate(requests))
+    engine = build_engine(hf_folder("qwen3"))
+    own, forward = kv_cache_module.cache_name(engine._model), engine._model.forward
+
+    def renamed(**arguments: object) -> object:
+        return forward(**{own if key == name else key: each for key, each in arguments.items()})
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)]
+    renamed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine._model, "forward", renamed)
+    assert tokens_of(engine.generate(requests)) == expected
