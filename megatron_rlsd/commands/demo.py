@@ -3,7 +3,7 @@
     rlsd demo [--out runs/demo] [--nproc 2] [--seed 0] [key=value ...]
 
 Builds a random model of 2 million parameters with a tokenizer of its own, teaches it the task's
-form by supervised fine-tuning, and trains it with RLSD, all in about 7 minutes. What is already
+form by supervised fine-tuning, and trains it with RLSD, all in about 10 minutes. What is already
 there is used again. key=value changes settings: those of sft the warm start's, all others RLSD's,
 so that train.steps=10 makes a short run.
 """
