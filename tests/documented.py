@@ -116,7 +116,8 @@ def kind(command: str) -> str | None:
 def _is_name(command: str) -> bool:
     """A program's name in a sentence, which cannot run without arguments."""
     words = program_words(command) if kind(command) in OURS else None
-    return words is not None and len(words) == 1 and words[0] in ("plan", "replay", "sft", "serve")
+    whole = ("demo", "settings", "--version", "--help")
+    return words is not None and len(words) == 1 and words[0] not in whole
 
 
 def words_of(command: str) -> list[str]:
