@@ -22,6 +22,7 @@ TOOLS = {
     "inspect_samples.py": "inspect",
     "make_tiny_model.py": "tiny-model",
     "plan_run.py": "plan",
+    "prepare_benchmark.py": "prepare",
     "replay_step.py": "replay",
     "report.py": "report",
 }
@@ -48,7 +49,8 @@ NOT_RUN = {
     r"python -m examples\.experiments\.scripted_play .*": "plays thousands of games: "
     "tests/unit/data/test_conversations.py plays some",
     r"python -m examples\.experiments\.claims .*": "hours of training: tests/experiments",
-    r"python -m benchmarks\.layout_matrix": "an hour; CI trains in the same layouts",
+    r"python -m benchmarks\..*": "measures for minutes or hours; its numbers stand on the page",
+    r"rlsd prepare .*": "needs a published file: tests/unit/data/test_benchmarks.py has the forms",
     r"python -m tests\.fuzz .*": "an hour: tests/fuzz runs each target for seconds",
     r"python -m tests\.test_golden_run": "writes committed figures anew: tests/test_golden_run.py",
     r"(\.venv/bin/python -m )?pytest .*": "is these tests",
