@@ -34,7 +34,7 @@ GPU_WARNINGS = ("When using .* to set the environment variable CUDA_DEVICE_MAX_C
 
 
 def _can_be_mended(record: logging.LogRecord) -> bool:
-    """Of what Megatron-Core 0.19 logs when a model is built; no user chose the class."""
+    """Leave out what Megatron-Core 0.19 logs of a class that no user chose."""
     return "GPTModel IS DEPRECATED" not in record.getMessage()
 
 
