@@ -107,3 +107,23 @@ def test_a_wait_that_is_too_long_says_what_is_missing(start, monkeypatch) -> Non
             stream.collect(0)
         for future, _, _ in engine.held:
             future.cancel()
+
+
+def test_while_a_batch_is_waited_for_its_ready_groups_are_counted(start, monkeypatch) -> None:
+    told = []
+    with start(1) as (stream, engine):
+
+        def count(ready: int, wanted: int, unit: str) -> None:
+            told.append((ready, wanted, unit))
+            engine.release()
+
+        engine.hold_next = 100
+        monkeypatch.setattr(stream, "_count", count)
+        publish(stream, engine, 0)
+        wait_until(lambda: len(engine.held) >= BATCH)
+        engine.hold_next = 0
+        groups, _ = stream.collect(0)
+    assert len(groups) == BATCH
+    assert told[0] == (0, BATCH, "groups")
+    assert [ready for ready, _, _ in told] == sorted(ready for ready, _, _ in told)
+    assert all(ready < wanted for ready, wanted, _ in told)
