@@ -43,6 +43,8 @@ class Problem:
     demonstration: tuple[dict[str, str], ...] = ()
     """Messages after the question for the supervised warm start to imitate: turns of the assistant,
     and between two of them what answered the first. Empty for a problem to be solved."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """The source's variables for the chat template, over those of the configuration."""
     privileged: bool | None = None
     """Is it a demonstration whose author knew the hint, to be imitated under the privileged
     prompt? None: ``sft.privileged_share`` decides."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,10 @@ class _Weighted(Section):
     """In place of ``weight``: [step, weight] pairs, such as ``[[0, 1.0], [200, 0.25]]``. Between
     two of them the weight goes in a straight line, after the last it stays. Steps are counted by
     the questions drawn, ``rollout.prompts_per_step`` each."""
+
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template for this source's questions, over
+    ``tokenizer.chat_template_kwargs``, such as ``enable_thinking: false``."""
 
     @model_validator(mode="after")
     def _check_schedule(self) -> _Weighted:

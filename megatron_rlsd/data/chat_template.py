@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, meta, nodes
@@ -36,6 +36,7 @@ UNUSED = ("tools", "documents")
 """Variables that other callers of a template give, and that are None here."""
 
 Messages = list[dict[str, str]]
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 class ChatTemplate:
@@ -74,14 +75,25 @@ class ChatTemplate:
         self.text = "\0".join([*literals, *(c for c in constants if isinstance(c, str))])
         """The strings that the template itself writes or compares with, NUL between them."""
         self.writes_the_date = "strftime_now" in names
-        self._check_options()
+        self._check_options(self._options, "tokenizer.chat_template_kwargs")
 
-    def render(self, messages: Messages, add_generation_prompt: bool) -> str:
-        """The conversation as text. Raises UserError if the template refuses the messages."""
+    def render(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> str:
+        """The conversation as text; ``options`` over those of all renderings.
+
+        Raises UserError if the template refuses the messages, or does not read an option.
+        """
+        if options:
+            self._check_options(options, "chat_template_kwargs of a data source")
         variables = {
             **dict.fromkeys(UNUSED),
             **self._special_tokens,
             **self._options,
+            **options,
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
         }
@@ -103,7 +115,7 @@ class ChatTemplate:
             )
         return text
 
-    def prefill(self) -> str:
+    def prefill(self, options: Mapping[str, Any] = NO_OPTIONS) -> str:
         """What the template writes at the beginning of a turn that the model is to finish.
 
         Some begin it with ``<think>``. Found by comparison with a past turn's beginning; empty for
@@ -113,8 +125,8 @@ class ChatTemplate:
         question = {"role": "user", "content": "."}
         past = [question, {"role": "assistant", "content": content}, question]
         try:
-            before, found, _ = self.render(past, False).partition(content)
-            begun = self.render([question], True)
+            before, found, _ = self.render(past, False, options).partition(content)
+            begun = self.render([question], True, options)
         except UserError:  # of roles: such a template has no past turns
             return ""
         return begun.removeprefix(before) if found and begun.startswith(before) else ""
@@ -131,15 +143,15 @@ class ChatTemplate:
         between = "{{ '' }}" if self.source.startswith("\n") else ""
         return defaults + between + self.source
 
-    def _check_options(self) -> None:
-        taken = sorted(self._options.keys() & GIVEN)
+    def _check_options(self, options: Mapping[str, Any], key: str) -> None:
+        taken = sorted(options.keys() & GIVEN)
         if taken:
-            raise UserError(f"tokenizer.chat_template_kwargs cannot set {', '.join(taken)}")
-        unread = sorted(self._options.keys() - self.reads)
+            raise UserError(f"{key} cannot set {', '.join(taken)}")
+        unread = sorted(options.keys() - self.reads)
         if unread:
             known = sorted(self.reads - GIVEN - self._special_tokens.keys() - set(UNUSED))
             raise UserError(
-                f"tokenizer.chat_template_kwargs sets {', '.join(unread)}, which the chat template "
+                f"{key} sets {', '.join(unread)}, which the chat template "
                 f"does not read; it reads {', '.join(known) or 'no such variable'}"
             )
 

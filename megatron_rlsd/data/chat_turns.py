@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_rlsd.data.chat_template import NO_OPTIONS
 from megatron_rlsd.data.tokenizers import Tokenizer
 from megatron_rlsd.runtime.errors import UserError
 
@@ -29,29 +33,41 @@ class ChatTurns:
                 "set environment.role, or tokenizer.chat_template"
             )
 
-    def between(self, turn_ids: list[int], text: str) -> list[int]:
+    def between(
+        self, turn_ids: list[int], text: str, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> list[int]:
         """The ids from the end of a turn to the beginning of the next, with ``text`` as message.
+
+        options: variables of the chat template, over those of the configuration.
 
         turn_ids: the model's turn; where it ended by itself, its end-of-turn token is not repeated.
         """
-        ids = self._after_turn(text)
+        ids = self._after_turn(text, options)
         ended = bool(turn_ids) and turn_ids[-1] == self._tokenizer.end_of_turn_id
         return ids[len(self._ending) :] if ended else ids
 
-    def _after_turn(self, text: str) -> list[int]:
-        return self._tokenizer.after_turn([{"role": self._role, "content": text}])
+    def _after_turn(self, text: str, options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
+        message = {"role": self._role, "content": text}
+        return self._tokenizer.after_turn([message], options=options)
 
 
 class TurnText:
     """Decodes a turn of the model, without and with what is not in its response's text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._prefill = tokenizer, tokenizer.template.prefill()
+        self._tokenizer, self._prefills = tokenizer, dict[str, str]()
+        self._prefill(NO_OPTIONS)
 
-    def of(self, ids: list[int]) -> tuple[str, str | None]:
-        """``RewardInput.response`` and ``turn`` of these tokens."""
+    def of(self, ids: list[int], options: Mapping[str, Any] = NO_OPTIONS) -> tuple[str, str | None]:
+        """``RewardInput.response`` and ``turn`` of these tokens; the prompt had these options."""
         response = self._tokenizer.decode(ids)
         if ids and ids[-1] in self._tokenizer.stop_token_ids:
             ids = ids[:-1]
-        turn = self._prefill + self._tokenizer.decode(ids, special=True)
+        turn = self._prefill(options) + self._tokenizer.decode(ids, special=True)
         return response, None if turn == response else turn
+
+    def _prefill(self, options: Mapping[str, Any]) -> str:
+        key = repr(sorted(options.items()))
+        if key not in self._prefills:
+            self._prefills[key] = self._tokenizer.template.prefill(options)
+        return self._prefills[key]

@@ -41,7 +41,9 @@ class Conversations:
                 added.append(self._tokenizer.end_of_turn_id)
                 self._check_turn(place, at // 2 + 1, len(added))
             else:
-                added = self._turns_with(message["role"], place).between(ids, message["content"])
+                added = self._turns_with(message["role"], place).between(
+                    ids, message["content"], problem.chat_template_kwargs
+                )
             ids += added
             mask += [int(own)] * len(added)
             if len(ids) > self._max_tokens:

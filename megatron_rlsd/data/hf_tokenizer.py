@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_rlsd.config import TokenizerConfig
-from megatron_rlsd.data.chat_template import ChatTemplate, Messages, template_from
+from megatron_rlsd.data.chat_template import NO_OPTIONS, ChatTemplate, Messages, template_from
 from megatron_rlsd.data.control_text import ControlText
 from megatron_rlsd.data.hf_files import (
     CONFIG_FILE,
@@ -107,14 +109,23 @@ class HFTokenizer:
         return token_id in self._special
 
     def apply_chat_template(
-        self, messages: Messages, add_generation_prompt: bool = True
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] = NO_OPTIONS,
     ) -> list[int]:
-        rendered = self.template.render(self._text.mark(messages), add_generation_prompt)
+        rendered = self.template.render(self._text.mark(messages), add_generation_prompt, options)
         return self._text.encode(rendered)
 
-    def after_turn(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+    def after_turn(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> list[int]:
         turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": TURN}]
-        rendered = self.template.render([*turns, *self._text.mark(messages)], add_generation_prompt)
+        marked = [*turns, *self._text.mark(messages)]
+        rendered = self.template.render(marked, add_generation_prompt, options)
         _, found, rest = rendered.partition(TURN)
         if not found:
             raise UserError("the chat template does not show what the assistant said")

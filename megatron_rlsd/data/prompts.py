@@ -211,7 +211,9 @@ class PromptBuilder:
         paragraphs = [question["content"], *after_question, self._prompts.format_instruction]
         content = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
         return self._tokenizer.apply_chat_template(
-            [*earlier, {"role": "user", "content": content}], add_generation_prompt=True
+            [*earlier, {"role": "user", "content": content}],
+            add_generation_prompt=True,
+            options=problem.chat_template_kwargs,
         )
 
     def _cut(self, hint: str) -> str:

@@ -11,14 +11,20 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from megatron_rlsd.config import TokenizerConfig
-from megatron_rlsd.data.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, template_from
+from megatron_rlsd.data.chat_template import (
+    MAX_TEMPLATE_BYTES,
+    NO_OPTIONS,
+    ChatTemplate,
+    template_from,
+)
 from megatron_rlsd.data.probes import CONVERSATION, TEXTS
 from megatron_rlsd.data.stop_tokens import end_tokens
 from megatron_rlsd.runtime.errors import UserError
@@ -101,17 +107,23 @@ class SentencePieceTokenizer:
         return text + self.decode(ids[start:])
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] = NO_OPTIONS,
     ) -> list[int]:
-        text, guard = self._render(messages, add_generation_prompt)
+        text, guard = self._render(messages, add_generation_prompt, options)
         return [i for part in self._split(text, guard) for i in part]
 
     def after_turn(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] = NO_OPTIONS,
     ) -> list[int]:
         turn = _unused_character([self.template.source, *(m["content"] for m in messages)])
         turns = [{"role": "user", "content": "."}, {"role": "assistant", "content": turn}]
-        text, guard = self._render([*turns, *messages], add_generation_prompt)
+        text, guard = self._render([*turns, *messages], add_generation_prompt, options)
         _, found, rest = text.partition(turn)
         if not found:
             raise UserError("the chat template does not show what the assistant said")
@@ -184,7 +196,10 @@ class SentencePieceTokenizer:
         return ChatTemplate(source, texts, config.chat_template_kwargs, config.template_date)
 
     def _render(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool,
+        options: Mapping[str, Any],
     ) -> tuple[str, str]:
         """The rendered text and the guard character in it."""
         # The contents carry a private character inside whatever could be read as a marker. It
@@ -192,7 +207,7 @@ class SentencePieceTokenizer:
         # once the template's own markers are known.
         guard = _unused_character([self.template.source, *(m["content"] for m in messages)])
         guarded = [{**m, "content": self._guard(m["content"], guard)} for m in messages]
-        text = self.template.render(guarded, add_generation_prompt)
+        text = self.template.render(guarded, add_generation_prompt, options)
         return text, guard
 
     def _split(self, text: str, guard: str) -> Iterator[list[int]]:

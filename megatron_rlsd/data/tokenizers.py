@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_rlsd.config import TokenizerConfig
-from megatron_rlsd.data.chat_template import ChatTemplate
+from megatron_rlsd.data.chat_template import NO_OPTIONS, ChatTemplate
 from megatron_rlsd.data.hf_files import TOKENIZER_FILE
 from megatron_rlsd.data.hf_tokenizer import EXACT_CLASS, HFTokenizer
 from megatron_rlsd.data.probes import check_template
@@ -52,12 +52,21 @@ class Tokenizer(Protocol):
         ``special``: then their names are written."""
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] = NO_OPTIONS,
     ) -> list[int]:
-        """Chat messages (role, content) to ids; UserError if the template refuses them."""
+        """Chat messages (role, content) to ids; UserError if the template refuses them.
+
+        options: variables of the template, over those of the configuration.
+        """
 
     def after_turn(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] = NO_OPTIONS,
     ) -> list[int]:
         """What the chat template puts after an assistant's content when ``messages`` follow, to
         ids: the end of the turn, the messages, the next generation prompt. UserError if the

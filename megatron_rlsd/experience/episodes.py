@@ -148,7 +148,8 @@ class Episodes:
         while going := [e for e in episodes if e.finish_reason is None]:
             requests = [self._request(each, params) for each in going]
             for each, generation in zip(going, self._engine.generate(requests), strict=True):
-                each.add_turn(generation, *self._texts.of(generation.token_ids.tolist()))
+                options = each.problem.chat_template_kwargs
+                each.add_turn(generation, *self._texts.of(generation.token_ids.tolist(), options))
                 if generation.finish_reason == "abort" or (
                     generation.finish_reason == "length"
                     and len(each.token_ids) >= self._most(each, params)
@@ -207,7 +208,8 @@ class Episodes:
         if reply.done:
             episode.finish_reason = episode.turn_reason
             return
-        ids = self._between(episode.token_ids, reply.text)
+        options = episode.problem.chat_template_kwargs
+        ids = self._between(episode.token_ids, reply.text, options)
         # An answer that leaves no room for another turn would not be read.
         last = len(episode.turns) == self._config.max_turns
         if last or len(episode.token_ids) + len(ids) >= max_tokens:

@@ -148,7 +148,8 @@ class GroupBuilder:
     def _trajectory(
         self, problem: Problem, prompt_ids: IntArray, generation: Generation
     ) -> Trajectory:
-        text, turn = self._turns.of(generation.token_ids.tolist())
+        options = problem.chat_template_kwargs
+        text, turn = self._turns.of(generation.token_ids.tolist(), options)
         return Trajectory(
             problem=problem,
             prompt_ids=prompt_ids,
