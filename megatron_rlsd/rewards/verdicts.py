@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,6 +24,7 @@ class Verdicts:
     def __init__(self, most: int = MOST) -> None:
         self._most = most
         self._kept: OrderedDict[bytes, RewardResult] = OrderedDict()
+        self._lock = threading.Lock()
 
     def of(
         self,
@@ -31,16 +33,18 @@ class Verdicts:
     ) -> list[RewardResult]:
         """The results in the order of the samples; ``score`` gets those that are new, each once."""
         keys = [_key(sample) for sample in samples]
-        new = {k: s for k, s in zip(keys, samples, strict=True) if k not in self._kept}
-        results = dict(zip(new, score(list(new.values())), strict=True)) if new else {}
-        for key in dict.fromkeys(keys):
-            if key not in results:
-                results[key] = self._kept[key]
-            if results[key].value is not None and not results[key].errors:
-                self._kept[key] = results[key]
-                self._kept.move_to_end(key)
-        while len(self._kept) > self._most:
-            self._kept.popitem(last=False)
+        with self._lock:  # an evaluation is scored beside a stream's responses
+            results = {key: self._kept[key] for key in keys if key in self._kept}
+        new = {k: s for k, s in zip(keys, samples, strict=True) if k not in results}
+        if new:
+            results |= dict(zip(new, score(list(new.values())), strict=True))
+        with self._lock:
+            for key in dict.fromkeys(keys):
+                if results[key].value is not None and not results[key].errors:
+                    self._kept[key] = results[key]
+                    self._kept.move_to_end(key)
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
         return [results[key] for key in keys]
 
 
