@@ -49,7 +49,7 @@ def test_every_stage_that_a_cpu_can_take_leaves_its_figures(tmp_path: Path) -> N
 def test_a_stage_that_is_cut_short_leaves_what_it_had_and_says_where_it_stood(
     tmp_path: Path,
 ) -> None:
-    done = gpu_day(tmp_path, "--stages", "loop", "--limit", "loop=4")
+    done = gpu_day(tmp_path, "--stages", "loop", "--limit", "loop=8")
     assert done.returncode == 1
     assert "== loop: status 124" in done.stdout
     assert "failed: loop" in done.stdout
