@@ -301,6 +301,8 @@ class TrainRow:
     advantage: float
     solved: bool | None = None
     """As in Trajectory."""
+    group_solved_share: float | None = None
+    """Share of right responses among those of its group of which that is known; None: of none."""
     teacher_prompt_ids: IntArray | None = None
     """[P'] int32, the privileged prompt. None: there is no hint for this response."""
     contrast_prompt_ids: IntArray | None = None

@@ -17,12 +17,14 @@ from megatron_rlsd.algorithms.registry import (
 )
 from megatron_rlsd.algorithms.schedules import lambda_at
 from megatron_rlsd.algorithms.spans import evidence_span
+from megatron_rlsd.algorithms.token_credit import ScoredResponse, turns_of
 from megatron_rlsd.config.variants import Variant
 
 __all__ = [
     "SUMS",
     "Correction",
     "Masks",
+    "ScoredResponse",
     "Variant",
     "correction",
     "correction_metrics",
@@ -35,4 +37,5 @@ __all__ = [
     "register_algorithm",
     "response_advantages",
     "token_loss_weights",
+    "turns_of",
 ]

@@ -1,4 +1,4 @@
-"""Users' own algorithms: a Variant, and up to two functions that no setting can say.
+"""Users' own algorithms: a Variant, and up to three functions that no setting can say.
 
 ``plugins`` of the configuration names the file that registers one (docs/extending.md).
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_rlsd.algorithms.advantages import group_advantages
+from megatron_rlsd.algorithms.token_credit import TokenCreditRule, turn_credit
 from megatron_rlsd.config import AlgorithmConfig, TeacherConfig
 from megatron_rlsd.config.variants import VARIANTS, Variant
 from megatron_rlsd.runtime.errors import UserError
@@ -39,9 +40,12 @@ class OwnFunctions:
 
     advantages: Advantages | None = None
     evidence_weight: EvidenceWeight | None = None
+    token_credit: TokenCreditRule | None = None
+    """Called on every rank of the last stage, on its device, with each response that the teacher
+    has scored; the loss then takes its advantages as they are."""
 
 
-_OWN: dict[str, OwnFunctions] = {}
+_OWN: dict[str, OwnFunctions] = {"agent_opsd": OwnFunctions(token_credit=turn_credit)}
 
 
 def register_algorithm(
@@ -50,12 +54,19 @@ def register_algorithm(
     *,
     advantages: Advantages | None = None,
     evidence_weight: EvidenceWeight | None = None,
+    token_credit: TokenCreditRule | None = None,
 ) -> None:
     """Make ``variant`` known as ``algorithm.name`` ``name``.
 
-    With ``advantages`` the key ``algorithm.advantage`` is fixed at ``own``.
+    With ``advantages`` the key ``algorithm.advantage`` is fixed at ``own``. ``token_credit`` takes
+    the place of the evidence weight, so that one of the two is given.
     Raises UserError for a name that is taken and for keys that a section does not have.
     """
+    if evidence_weight is not None and token_credit is not None:
+        raise UserError(
+            f"algorithm {name!r}: it has an evidence_weight and a token_credit, which takes its "
+            "place; expected one of them"
+        )
     if name in VARIANTS:
         raise UserError(f"an algorithm named {name!r} is registered already")
     for section, keys, known in (
@@ -75,7 +86,7 @@ def register_algorithm(
         own = {"advantage": ("own", "it computes its own advantages")}
         variant = replace(variant, fixed={**variant.fixed, **own})
     VARIANTS[name] = variant
-    _OWN[name] = OwnFunctions(advantages, evidence_weight)
+    _OWN[name] = OwnFunctions(advantages, evidence_weight, token_credit)
 
 
 def own_functions(algorithm: AlgorithmConfig) -> OwnFunctions:

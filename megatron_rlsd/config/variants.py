@@ -177,6 +177,25 @@ The second prompt holds the hint and its paragraphs without the question. Ours: 
 purified gain, under RLSD's weight and sign; the clip.
 """
 
+AGENT_OPSD = Variant(
+    fixed=NO_AUXILIARY
+    | {
+        "evidence": ("teacher_over_student", "its credit comes from the gains of whole turns"),
+        "positive_only": (False, "it weighs turns of either sign"),
+        "negative_only": (False, "it weighs turns of either sign"),
+    }
+)
+"""AgentOPSD (arXiv:2608.05987): credit by turn, from what the teacher makes of the odds of success.
+
+    D_k = sum of lp_T - lp_S over the tokens of turn k, less the mean over the response's K turns
+    logit V_k = logit V_0 + D_1 + .. + D_k,  V_0 the group's share of right responses
+    q_k = V_k - V_{k-1},  z_k = (q_k - mean(q)) / std(q) over the K turns
+    A^ = A ((1 - lambda) + lambda clip(1 + b sign(A) z_k, 1 - b, 1 + b)),  b = ``evidence_clip``
+
+V_0 is kept within 1e-4 of 0 and 1. Centring D is ours: its expectation under the student is a
+negative KL divergence, which would pull every V to 0. A response of one turn keeps A^ = A.
+"""
+
 SDAR = Variant(
     fixed=NO_EVIDENCE
     | {"opd_coef": (0.0, "its distillation is a loss term, not an advantage")}
@@ -316,6 +335,7 @@ VARIANTS: dict[str, Variant] = {
     "rlrt": RLRT,
     "ectr": ECTR,
     "purified_opsd": PURIFIED_OPSD,
+    "agent_opsd": AGENT_OPSD,
     "sdar": SDAR,
     "opd": OPD,
     "opsd": OPSD,

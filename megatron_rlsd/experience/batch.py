@@ -17,10 +17,24 @@ def train_batch(groups: list[Group], *, mask_truncated: bool = False) -> TrainBa
 
     ``mask_truncated``: the loss mask of a response that was cut off at a limit is False throughout.
     """
-    return TrainBatch.of([_row(t, mask_truncated) for t in trained(groups)])
+    return TrainBatch.of(
+        [
+            _row(trajectory, mask_truncated, share)
+            for group in groups
+            for share in [_solved_share(group)]
+            for trajectory in trained([group])
+        ]
+    )
 
 
-def _row(trajectory: Trajectory, mask_truncated: bool) -> TrainRow:
+def _solved_share(group: Group) -> float | None:
+    known = [t.solved for t in group.trajectories if t.solved is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _row(
+    trajectory: Trajectory, mask_truncated: bool, group_solved_share: float | None
+) -> TrainRow:
     generation = trajectory.generation
     mask = generation.loss_mask
     if mask_truncated and generation.finish_reason == "length":
@@ -34,6 +48,7 @@ def _row(trajectory: Trajectory, mask_truncated: bool) -> TrainRow:
         rollout_log_probs=generation.log_probs,
         advantage=trajectory.advantage,
         solved=trajectory.solved,
+        group_solved_share=group_solved_share,
         teacher_prompt_ids=trajectory.teacher_prompt_ids,
         contrast_prompt_ids=trajectory.contrast_prompt_ids,
         evidence_span=trajectory.evidence_span,

@@ -45,6 +45,8 @@ class Plan:
     wanted: dict[ScoreKind, frozenset[int]]
     """Pass -> the rows that need it; a pass that no row needs is left out."""
     loss: PolicyLossConfig
+    credits_tokens: bool
+    """The advantages of tokens come from the algorithm's ``token_credit``."""
     teacher_skipped_share: float
     """Share of the rows that the teacher does not read."""
     dp_rank: int
@@ -96,11 +98,12 @@ def make_plan(
     algorithm, outlines = config.algorithm, batch.outlines
     if not outlines:
         raise ValueError(f"step {step}: a batch without rows")
+    credits_tokens = own_functions(algorithm).token_credit is not None and rlsd_lambda > 0
     hinted = [_has_its_hints(row, algorithm) for row in outlines]
     trained = [row.trained_tokens > 0 for row in outlines]
     loss = policy_loss_config(
         algorithm,
-        rlsd_lambda,
+        0.0 if credits_tokens else rlsd_lambda,
         # Rightly so: there is no hint, or the evidence has a place.
         unscored_is_neutral=any(row.has_evidence_span for row in outlines)
         or not all(hinted)
@@ -113,7 +116,8 @@ def make_plan(
     if algorithm.divergence_rows == "failed":
         distilled &= torch.tensor([row.solved is False for row in outlines])
         has_policy_term &= ~distilled
-    reads = can_score & has_policy_term & teacher_is_needed(advantages, loss)
+    needs_teacher = advantages != 0 if credits_tokens else teacher_is_needed(advantages, loss)
+    reads = can_score & has_policy_term & needs_teacher
     learns = distilled | (has_policy_term & has_policy_loss(advantages, can_score, loss))
     rows = _Rows(_chosen(learns), _chosen(reads), _chosen(distilled))
     return Plan(
@@ -121,8 +125,9 @@ def make_plan(
         rlsd_lambda=rlsd_lambda,
         batch=batch,
         mini_batches=_mini_batches(config, outlines, step, rows, dp_size),
-        wanted=_wanted(config, loss, rows),
+        wanted=_wanted(config, loss, rows, credits_tokens),
         loss=loss,
+        credits_tokens=credits_tokens,
         teacher_skipped_share=1 - len(rows.judged | rows.distilled) / max(1, len(batch)),
         dp_rank=dp_rank,
     )
@@ -139,19 +144,21 @@ def _chosen(rows: torch.Tensor) -> frozenset[int]:
     return frozenset(rows.nonzero()[:, 0].tolist())
 
 
-def _wanted(config: Config, loss: PolicyLossConfig, rows: _Rows) -> dict[ScoreKind, frozenset[int]]:
+def _wanted(
+    config: Config, loss: PolicyLossConfig, rows: _Rows, credits_tokens: bool
+) -> dict[ScoreKind, frozenset[int]]:
     """The passes that something needs.
 
     The old policy is not scored where each rollout is used for one update, since the ratio is then
-    1, or where there is no ratio; the reference not without a KL term.
+    1, or where there is no ratio, unless a rule of credit asks for it; the reference not without a
+    KL term.
     """
     algorithm = config.algorithm
-    by_token = bool(loss.rlsd_lambda or loss.opd_coef or loss.sdar_coef)
+    by_token = credits_tokens or bool(loss.rlsd_lambda or loss.opd_coef or loss.sdar_coef)
     has_ratio = loss.objective != "log_prob"
-    needs_old = (
-        has_ratio
-        and algorithm.off_policy.old_log_probs == "trainer"
-        and (config.updates_per_step > 1 or algorithm.weighs_before_update)
+    needs_old = algorithm.off_policy.old_log_probs == "trainer" and (
+        credits_tokens
+        or (has_ratio and (config.updates_per_step > 1 or algorithm.weighs_before_update))
     )
     needed: dict[ScoreKind, tuple[bool, frozenset[int]]] = {
         "teacher": (by_token, rows.judged),

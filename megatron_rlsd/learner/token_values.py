@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.actor.update_inputs import Distillation, TokenValues
-from megatron_rlsd.algorithms import Masks, correction
+from megatron_rlsd.algorithms import (
+    Masks,
+    ScoredResponse,
+    correction,
+    own_functions,
+    turns_of,
+)
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.learner.plan import MiniBatch, Plan, ScoreKind
 from megatron_rlsd.learner.scoring import Scores
 from megatron_rlsd.ops import DivergenceConfig
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import TrainRow
 
 
@@ -54,6 +61,8 @@ class TokenValueMaker:
         weights = [self._mini_batch.loss_weights[number] for number in self.numbers]
         rollout = self._end_to_end([row.rollout_log_probs[row.loss_mask] for row in self._rows])
         old = self._scored("old")
+        if self._plan.credits_tokens and self._scores is not None:
+            advantages = self._credited(self._scores)
         if self._algorithm.weighs_before_update and old is not None:
             # Every term of the policy loss is linear in A >= 0 or A <= 0, whose sign stays.
             factors = self._correction_weights(old, rollout)
@@ -70,6 +79,44 @@ class TokenValueMaker:
             ref_log_probs=self._scored("ref"),
             distillation=self._distillation(),
         )
+
+    def _credited(self, scores: Scores) -> Tensor:
+        """[R]: the advantages that the algorithm's own rule gives the tokens.
+
+        Raises UserError where it returns anything but a finite number for each token.
+        """
+        rule = own_functions(self._algorithm).token_credit
+        assert rule is not None
+        by_engine = self._algorithm.off_policy.old_log_probs == "rollout"
+        kinds: tuple[ScoreKind, ...] = ("old", "teacher", "contrast")
+        found = {kind: scores.rows(kind) or {} for kind in kinds}
+        parts = []
+        for number, row, length in zip(self.numbers, self._rows, self.lengths, strict=True):
+            teacher = found["teacher"].get(number)
+            if teacher is None:  # it has no hint, or its advantage is 0
+                parts.append(torch.full((length,), row.advantage, device=self._device))
+                continue
+            sampled = torch.from_numpy(row.rollout_log_probs[row.loss_mask])
+            inside = torch.from_numpy(_inside_span(row)).to(teacher.device)
+            credit = rule(
+                ScoredResponse(
+                    advantage=row.advantage,
+                    rlsd_lambda=self._plan.rlsd_lambda,
+                    log_probs=(sampled if by_engine else found["old"][number]).to(teacher),
+                    teacher_log_probs=torch.where(inside, teacher, math.nan),
+                    contrast_log_probs=found["contrast"].get(number),
+                    turns=turns_of(torch.from_numpy(row.loss_mask.nonzero()[0])),
+                    group_solved_share=row.group_solved_share,
+                ),
+                self._algorithm,
+            )
+            if credit.shape != teacher.shape or not credit.isfinite().all():
+                raise UserError(
+                    f"algorithm.name={self._algorithm.name}: its token_credit returned "
+                    f"{credit!r:.200}, expected a finite number for each of {length} tokens"
+                )
+            parts.append(credit.to(self._device, torch.float32))
+        return torch.cat(parts) if parts else torch.zeros(0, device=self._device)
 
     def _correction_weights(self, old: Tensor, rollout: Tensor) -> Tensor:
         """[R]: importance weights and masks of the policy term; what they did is counted."""

@@ -6,7 +6,7 @@ B rows; a column that some rows lack (a hint, a span) lists the K rows that have
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
     if solved := _present(row.solved for row in rows):
         tensors["solved.rows"] = torch.tensor(list(solved), dtype=torch.int64)
         tensors["solved"] = torch.tensor(list(solved.values()), dtype=torch.bool)
+    if shares := _present(row.group_solved_share for row in rows):
+        tensors["group_solved_share.rows"] = torch.tensor(list(shares), dtype=torch.int64)
+        tensors["group_solved_share"] = torch.tensor(list(shares.values()), dtype=torch.float64)
     if spans:
         tensors["evidence_spans.rows"] = torch.tensor(list(spans), dtype=torch.int64)
         tensors["evidence_spans"] = torch.tensor(list(spans.values()), dtype=torch.int64)
@@ -58,9 +61,7 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
     teacher = _read_optional("teacher_prompt_ids", tensors)
     contrast = _read_optional("contrast_prompt_ids", tensors)
     spans = _read_spans(tensors)
-    solved: dict[int, bool] = {}
-    if "solved" in tensors:  # release 0.1 has none
-        solved = dict(zip(tensors["solved.rows"].tolist(), tensors["solved"].tolist(), strict=True))
+    solved, shares = _read_values("solved", tensors), _read_values("group_solved_share", tensors)
     # An engine routes all tokens but each sequence's last.
     inputs = [len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)]
     routes = _read_routes(tensors, inputs)
@@ -73,6 +74,7 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
                 rollout_log_probs=log_probs[number],
                 advantage=advantage,
                 solved=solved.get(number),
+                group_solved_share=shares.get(number),
                 teacher_prompt_ids=teacher.get(number),
                 contrast_prompt_ids=contrast.get(number),
                 evidence_span=spans.get(number),
@@ -98,6 +100,13 @@ def _read_optional(name: str, tensors: dict[str, torch.Tensor]) -> dict[int, np.
     if f"{name}.rows" in tensors:
         return dict(zip(tensors[f"{name}.rows"].tolist(), found, strict=True))
     return {number: ids for number, ids in enumerate(found) if len(ids)}  # release 0.1
+
+
+def _read_values(name: str, tensors: dict[str, torch.Tensor]) -> dict[int, Any]:
+    """One value for each row that has one; release 0.1 recorded none."""
+    if name not in tensors:
+        return {}
+    return dict(zip(tensors[f"{name}.rows"].tolist(), tensors[name].tolist(), strict=True))
 
 
 def _read_spans(tensors: dict[str, torch.Tensor]) -> dict[int, tuple[int, int]]:

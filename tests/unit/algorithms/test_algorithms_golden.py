@@ -3,6 +3,7 @@ response over full logits."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rlsd.algorithms import group_advantages, token_loss_weights
+from megatron_rlsd.algorithms import (
+    ScoredResponse,
+    group_advantages,
+    own_functions,
+    token_loss_weights,
+    turns_of,
+)
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.learner.plan import policy_loss_config
 from megatron_rlsd.ops import DivergenceConfig, divergence_loss, policy_loss
@@ -22,6 +29,7 @@ LENGTHS = [3, 1, 6, 2, 4, 5, 2]
 MAX_TOKENS = 9
 FAILED = (1, 2, 6)
 """Known to be wrong, with a hint: the rows that ``divergence_rows`` failed is about."""
+SOLVED_SHARES = [0.25] * 4 + [2 / 3] * 3
 T = sum(LENGTHS)
 B = len(LENGTHS)
 
@@ -218,6 +226,34 @@ def sdpg(data: Data) -> Tensor:
     return clipped + 0.2 * divergence(data, "reverse_kl") + token_mean(pull)
 
 
+def agent_opsd(data: Data) -> Tensor:
+    """A response's turns are its first two tokens, the next two, and the rest."""
+    A = by_group("group_std")
+
+    def term(i: int, lp: Tensor) -> Tensor:
+        u = [float(each) for each in data.teacher[i] - data.old[i]]
+        weights = [1.0] * len(u)
+        if len(u) > 2:
+            solved = SOLVED_SHARES[i]
+            turns = [part for part in (u[:2], u[2:4], u[4:]) if part]
+            D = [sum(part) for part in turns]
+            logit, V = math.log(solved / (1 - solved)), [solved]
+            for gain in D:
+                logit += gain - sum(D) / len(D)
+                V.append(1 / (1 + math.exp(-logit)))
+            q = [after - before for before, after in itertools.pairwise(V)]
+            mean = sum(q) / len(q)
+            std = math.sqrt(sum((each - mean) ** 2 for each in q) / len(q))
+            w = [1 + 0.3 * math.copysign(1, A[i]) * (each - mean) / std for each in q]
+            weights = [
+                min(max(each, 0.7), 1.3) for each, part in zip(w, turns, strict=True) for _ in part
+            ]
+        A_hat = A[i] * (0.4 + 0.6 * torch.tensor(weights, dtype=torch.float64))
+        return clip_loss(A_hat, (lp - data.old[i]).exp(), 0.2, 0.28, 3.0)
+
+    return token_mean(each(data, term))
+
+
 CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
     "grpo": ({}, lambda d: token_mean(grpo_terms(d))),
     "dr_grpo": ({}, dr_grpo),
@@ -249,6 +285,7 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
         {"rlsd_lambda": 0.4},
         lambda d: weighed(d, 0.5, 0.4, lambda i, lp: d.teacher[i] - d.wrong[i]),
     ),
+    "agent_opsd": ({"rlsd_lambda": 0.6, "evidence_clip": 0.3}, agent_opsd),
     "sdar": ({"sdar_coef": 0.3}, sdar),
     "opd": ({"opd_coef": 0.7}, opd),
     "opsd": ({"divergence": "jsd", "jsd_beta": 0.3}, lambda d: divergence(d, "jsd")),
@@ -281,12 +318,30 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
 }
 
 
+def scored(data: Data, i: int, A: float, lam: float) -> ScoredResponse:
+    # An environment wrote two tokens after the second one, and one after the fourth.
+    places = torch.tensor([0, 1, 4, 5, 7, 8, 9])[: LENGTHS[i]]
+    return ScoredResponse(
+        advantage=A,
+        rlsd_lambda=lam,
+        log_probs=data.old[i],
+        teacher_log_probs=data.teacher[i],
+        contrast_log_probs=data.wrong[i],
+        turns=turns_of(places),
+        group_solved_share=SOLVED_SHARES[i],
+    )
+
+
 def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) -> Tensor:
     """The same loss as the learner forms it: advantages, weights, and the operators of ops."""
     lengths = torch.tensor(LENGTHS)
     A = torch.cat([group_advantages(rewards, algorithm.advantage) for rewards in REWARDS])
-    weights = token_loss_weights(LENGTHS, algorithm.loss_aggregation, MAX_TOKENS)
+    advantages = list(A.repeat_interleave(lengths).split(LENGTHS))
     lam = 0.0 if algorithm.name == "grpo" else algorithm.rlsd_lambda
+    if (rule := own_functions(algorithm).token_credit) is not None:
+        responses = (scored(data, i, float(A[i]), lam) for i in range(B))
+        advantages, lam = [rule(each, algorithm) for each in responses], 0.0
+    weights = token_loss_weights(LENGTHS, algorithm.loss_aggregation, MAX_TOKENS)
     distilled_weights = weights
     if algorithm.divergence_rows == "failed":
         has_failed = torch.tensor([i in FAILED for i in range(B)])
@@ -295,7 +350,7 @@ def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) 
         data.hidden,
         data.weight,
         data.targets,
-        advantages=A.repeat_interleave(lengths),
+        advantages=torch.cat(advantages),
         loss_weights=weights.repeat_interleave(lengths),
         config=policy_loss_config(algorithm, lam),
         old_log_probs=torch.cat(data.old),

@@ -12,6 +12,7 @@ ROWS = [
     train_row([1, 2], [6, 7, 8], 1.5, loss_mask=[1, 0, 1], rollout_log_probs=[-0.5, 0, -1.5]),
     train_row([3], [9], -1.0, teacher_prompt_ids=[4, 5], evidence_span=(0, 0), solved=False),
     train_row([3], [2, 2], 0.0, contrast_prompt_ids=[9, 9, 9], evidence_span=(1, 2), solved=True),
+    train_row([3], [2], 0.5, solved=True, group_solved_share=1 / 3),
 ]
 
 

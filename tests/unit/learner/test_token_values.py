@@ -1,0 +1,112 @@
+"""Advantages of tokens that an algorithm's own rule gives, among rows that it is not asked of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rlsd.algorithms import ScoredResponse, Variant, register_algorithm, turns_of
+from megatron_rlsd.algorithms.token_credit import turn_credit
+from megatron_rlsd.config import AlgorithmConfig
+from megatron_rlsd.experience.batch import train_batch
+from megatron_rlsd.learner.scoring import Scores
+from megatron_rlsd.learner.token_values import TokenValueMaker
+from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.types import Generation, Group, Problem
+from tests.batches import trajectory
+from tests.unit.learner.test_learner_plan import BATCH, config_of, plan_of
+
+
+def values_of(config: Any, **rows: dict[int, torch.Tensor]) -> Any:
+    plan = plan_of(config)
+    return TokenValueMaker(
+        *(plan, plan.mini_batches[0], Scores(**rows), config.algorithm, torch.device("cpu")),
+        lambda tensor: tensor,
+    ).make()
+
+
+def test_a_rule_sees_whole_responses_and_other_rows_keep_their_advantage() -> None:
+    seen: list[ScoredResponse] = []
+
+    def rule(response: ScoredResponse, algorithm: AlgorithmConfig) -> torch.Tensor:
+        seen.append(response)
+        return response.advantage * torch.arange(1.0, 1 + len(response.log_probs))
+
+    register_algorithm("own_rule", Variant(), token_credit=rule)
+    teacher = {0: torch.tensor([-1.0, -2.0, -3.0]), 1: torch.tensor([-4.0])}
+    old = {0: torch.full((3,), -0.5), 1: torch.tensor([-0.25]), 3: torch.zeros(2)}
+    old[5] = torch.zeros(2)
+    values = values_of(config_of("own_rule"), teacher=teacher, old=old)
+    assert values.advantages.tolist() == [1, 2, 3, -1, 1, 1, -1, -1]
+    first, second = seen
+    assert first.log_probs.tolist() == [-0.5] * 3
+    assert second.teacher_log_probs.tolist() == [-4]
+    assert (first.rlsd_lambda, first.group_solved_share) == (0.5, None)
+    assert [turn.tolist() for turn in first.turns] == [[0, 1, 2]]
+    seen.clear()
+    values_of(config_of("own_rule", off_policy={"old_log_probs": "rollout"}), teacher=teacher)
+    assert seen[0].log_probs.tolist() == [-1] * 3  # the engine's
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2), torch.tensor([0.0, math.nan, 0.0])])
+def test_what_a_rule_returns_is_checked(wrong: torch.Tensor) -> None:
+    register_algorithm("own_rule", Variant(), token_credit=lambda response, algorithm: wrong)
+    scores = {"teacher": {0: torch.zeros(3), 1: torch.zeros(1)}}
+    scores["old"] = {row: torch.zeros(4) for row in (0, 1, 3, 5)}
+    with pytest.raises(UserError, match=r"own_rule: its token_credit returned .* each of 3 tokens"):
+        values_of(config_of("own_rule"), **scores)
+
+
+def test_a_rule_and_an_evidence_weight_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="expected one of them"):
+        register_algorithm(
+            "both",
+            Variant(),
+            evidence_weight=lambda gain, A, lp: gain,
+            token_credit=lambda response, algorithm: response.log_probs,
+        )
+
+
+def response(turns: list[int], share: float | None, gains: list[float]) -> ScoredResponse:
+    return ScoredResponse(
+        advantage=-2.0,
+        rlsd_lambda=1.0,
+        log_probs=torch.zeros(len(gains)),
+        teacher_log_probs=torch.tensor(gains),
+        contrast_log_probs=None,
+        turns=turns_of(torch.tensor(turns)),
+        group_solved_share=share,
+    )
+
+
+def test_credit_by_turn() -> None:
+    algorithm = AlgorithmConfig.model_validate({"name": "agent_opsd", "evidence_clip": 0.5})
+    # The second turn lowers the odds: of a wrong response it gets the larger share of the blame.
+    found = turn_credit(response([0, 1, 4], 0.5, [1.0, 0.5, -1.0]), algorithm)
+    assert found.tolist() == pytest.approx([-1, -1, -3])
+    # A group that is all wrong or all right has odds all the same.
+    assert turn_credit(response([0, 4], 0.0, [1.0, -1.0]), algorithm).isfinite().all()
+    assert turn_credit(response([0, 4], 1.0, [1.0, -1.0]), algorithm).isfinite().all()
+    for same in (
+        response([0, 1, 2], 0.5, [1.0, 0.5, -1.0]),  # one turn
+        response([0, 1, 4], None, [1.0, 0.5, -1.0]),  # no verdict in the group
+        response([0, 3], 0.5, [1.0, 1.0]),  # no turn differs
+        response([0, 3], 0.5, [math.nan, math.nan]),  # outside the span
+    ):
+        assert turn_credit(same, algorithm).tolist() == [-2.0] * len(same.log_probs)
+
+
+def test_rows_know_how_their_group_fared() -> None:
+    problem = Problem("p", ({"role": "user", "content": "?"},), "1", source="s")
+    generation = Generation.of([1], [-1.0], "stop", weight_version=0)
+    verdicts = ([True, False, None], [None, None])
+    groups = [
+        Group(problem, [trajectory(problem, generation, solved=each) for each in some])
+        for some in verdicts
+    ]
+    rows = train_batch(groups).rows
+    assert [rows[n].group_solved_share for n in range(5)] == [0.5, 0.5, 0.5, None, None]
+    assert BATCH.rows[0].group_solved_share is None
