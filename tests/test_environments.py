@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +41,7 @@ SETTINGS = {
         "algorithm.rlsd_lambda=0",
         "algorithm.loss_aggregation=fixed_length",
     ),
+    "agent_opsd": ("algorithm.name=agent_opsd", "algorithm.evidence_clip=0.5"),
 }
 
 
@@ -63,7 +66,10 @@ def expected_loss(config: Config, rows: list[Row], model: torch.nn.Module) -> Te
         with torch.no_grad():
             log_q = own_log_probs(model, row, row.teacher_prompt_ids)
         lp, lp_T = log_p.gather(1, chosen)[:, 0], log_q.gather(1, chosen)[:, 0]
-        w = (math.copysign(1, A) * (lp_T - lp.detach())).exp()
+        if algorithm.name == "agent_opsd":
+            w = turn_weights(row, (lp_T - lp.detach()).tolist(), algorithm.evidence_clip)
+        else:
+            w = (math.copysign(1, A) * (lp_T - lp.detach())).exp()
         clip, lam = algorithm.evidence_clip, algorithm.rlsd_lambda
         A_hat = A * (1 - lam + lam * w.clamp(1 - clip, 1 + clip))
         term = -A_hat * (lp - lp.detach()).exp()
@@ -82,6 +88,29 @@ def expected_loss(config: Config, rows: list[Row], model: torch.nn.Module) -> Te
     scale = B * config.rollout.max_response_tokens
     divergence = algorithm.divergence_coef * torch.cat(distances).sum() / scale
     return torch.cat(terms).sum() / scale + divergence
+
+
+def turn_weights(row: Row, gains: list[float], clip: float) -> Tensor:
+    """[own tokens] 1 + b sign(A) z of the token's turn (arXiv:2608.05987)."""
+    turns: list[list[float]] = []
+    own_before, left = False, iter(gains)
+    for own in row.loss_mask:
+        if own:
+            turns += [] if own_before else [[]]
+            turns[-1].append(next(left))
+        own_before = own
+    if len(turns) < 2:
+        return torch.ones(len(gains))
+    start = min(max(row.group_solved_share, 1e-4), 1 - 1e-4)
+    centre = sum(gains) / len(turns)
+    logit, V = math.log(start / (1 - start)), [start]
+    for turn in turns:
+        logit += sum(turn) - centre
+        V.append(1 / (1 + math.exp(-logit)))
+    steps = [after - before for before, after in itertools.pairwise(V)]
+    mean, spread = statistics.fmean(steps), statistics.pstdev(steps)
+    weights = [1 + clip * math.copysign(1, row.advantage) * (q - mean) / spread for q in steps]
+    return torch.tensor([w for w, turn in zip(weights, turns, strict=True) for _ in turn])
 
 
 def one_step(config: Config) -> tuple[list[Row], dict[str, float]]:

@@ -40,8 +40,8 @@ def config_of(name: str, layout: str, folder: Path, model: Path) -> Config:
     changes = {
         # Every digit that a random model writes is a call of the tool.
         "calculator": ("environment.params.call='([0-9])'",),
-        # Products over whole responses, which must not see the environment's tokens.
-        "guessing_game": ("algorithm.tis=sequence",),
+        # Products over whole responses, which must not see the environment's tokens, and turns.
+        "guessing_game": ("algorithm.tis=sequence", "algorithm.name=agent_opsd"),
     }
     return environment_config(name, run_dir, model, *LAYOUTS[layout], *changes[name])
 
