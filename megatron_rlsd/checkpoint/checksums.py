@@ -95,37 +95,35 @@ class CheckedFile(io.RawIOBase):
         self._file = path.open("rb", buffering=0)
         self._bytes = os.fstat(self._file.fileno()).st_size
         self._digests = path.with_name(path.name + BLOCKS_SUFFIX).read_bytes()
-        self._kept: dict[int, bytes] = {}
-        """Blocks of which only parts were asked for, the latest last."""
+        self._kept: dict[int, memoryview] = {}
+        """Blocks of which only parts were asked for, the oldest first."""
         if len(self._digests) != DIGEST_BYTES * -(-self._bytes // BLOCK_BYTES):
             self._file.close()
             raise DamagedError(f"{path} is not what was written (it has another size)")
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._bytes - self._at)]
-        done = 0
-        while done < len(view):
-            number, skipped = divmod(self._at, BLOCK_BYTES)
-            size = min(BLOCK_BYTES, self._bytes - number * BLOCK_BYTES)
-            count = min(size - skipped, len(view) - done)
-            target = view[done : done + count]
-            if count == size:
-                self._read(number, target)
+        view = memoryview(buffer).cast("B")
+        at, done, wanted = self._at, 0, min(len(view), self._bytes - self._at)
+        while done < wanted:
+            number, skipped = divmod(at, BLOCK_BYTES)
+            count = min(BLOCK_BYTES - skipped, wanted - done)
+            if not skipped and (count == BLOCK_BYTES or at + count == self._bytes):
+                self._read(number, view[done : done + count])
             else:
-                target[:] = memoryview(self._block(number, size))[skipped : skipped + count]
+                view[done : done + count] = self._block(number)[skipped : skipped + count]
             done += count
-            self._at += count
+            at += count
+        self._at = at
         return done
 
-    def _block(self, number: int, size: int) -> bytes:
-        block = self._kept.pop(number, None)
+    def _block(self, number: int) -> memoryview:
+        """A block of which a part is wanted; a file's last one is shorter than the memory."""
+        block = self._kept.get(number)
         if block is None:
-            content = bytearray(size)
-            self._read(number, memoryview(content))
-            block = bytes(content)
-        self._kept[number] = block
-        if len(self._kept) > KEPT_BLOCKS:
-            del self._kept[next(iter(self._kept))]
+            oldest = next(iter(self._kept)) if len(self._kept) == KEPT_BLOCKS else None
+            block = memoryview(bytearray(BLOCK_BYTES)) if oldest is None else self._kept.pop(oldest)
+            self._read(number, block[: self._bytes - number * BLOCK_BYTES])
+            self._kept[number] = block
         return block
 
     def _read(self, number: int, target: memoryview) -> None:
