@@ -143,7 +143,7 @@ def choose_folder(config: Config, damaged: Mapping[str, str]) -> Choice:
             hide(folder, DAMAGED)
     whole, passed_over = look_through(own)
     reasons = [*passed_over.values(), *damaged.values()]
-    if not whole:  # what an earlier start set aside is no reason to begin anew either
+    if not whole:  # a run does not begin anew over what an earlier start has set aside, either
         known = {hidden_as(Path(folder), DAMAGED) for folder in damaged}
         earlier = sorted(set(own.glob(f".step_*.{DAMAGED}")) - known)
         reasons += [f"{folder} is damaged: an earlier start set it aside" for folder in earlier]

@@ -112,10 +112,13 @@ def _gpqa(row: Row) -> Row:
 
 def _mmlu_pro(row: Row) -> Row:
     """Up to ten options in their published order."""
-    options = [option for option in row["options"] if option != NO_OPTION]
-    answer = row["answer"]
-    if answer not in LETTERS[: len(options)]:
-        raise Malformed(f"answer {answer!r} is no letter of {len(options)} options")
+    options, answer = row["options"], row["answer"]
+    # Text would be taken apart into its characters.
+    if not isinstance(options, list) or not all(isinstance(each, str) for each in options):
+        raise Malformed(f"options must be a list of texts, got {options!r:.80}")
+    options = [option for option in options if option != NO_OPTION]
+    if answer not in [*LETTERS[: len(options)]]:
+        raise Malformed(f"answer {answer!r} is not the letter of one of {len(options)} options")
     return {
         "prompt": _with_choices(row["question"].strip(), options),
         "answer": answer,

@@ -128,7 +128,7 @@ class ColumnarProblems:
 
 
 def _contents(rows: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any] | Malformed]:
-    """Each row as JSON data, without what is null; Malformed for one that is no such data."""
+    """Yield each row as JSON data without its nulls, or Malformed where it cannot be that."""
     try:
         contents = _python(rows)
     except UnicodeDecodeError:

@@ -80,7 +80,7 @@ class JsonlProblems:
                     columns = Columns(source, kinds)
                     if columns.as_they_are:
                         return columns
-        # What no line has is no mistake in a file without a line: that is told by itself.
+        # A file without lines has no columns to check; another message tells that it is empty.
         return Columns(source, kinds) if kinds else Columns(JsonlSource(kind="jsonl", path=""), {})
 
     def _check_every_line(self) -> None:

@@ -174,6 +174,7 @@ class MixedSource:
                     "were edited or stand in another order, or a generator got other settings"
                 )
         self._drawn = [int(t["drawn"]) for t in state["tables"]]
+        # Where nothing was passed over, as in every release before, the state does not say so.
         self._passed = [int(t.get("passed", 0)) for t in state["tables"]]
         # A schedule that is new begins without debts.
         asked = self._asked()

@@ -149,9 +149,9 @@ def _wanted(
 ) -> dict[ScoreKind, frozenset[int]]:
     """The passes that something needs.
 
-    The old policy is not scored where each rollout is used for one update, since the ratio is then
-    1, or where there is no ratio, unless a rule of credit asks for it; the reference not without a
-    KL term.
+    The old policy is scored where its ratio to the current one is needed (not where each rollout
+    is used for one update: the ratio is then 1), and where a rule of credit reads its
+    log-probabilities. The reference is scored where there is a KL term.
     """
     algorithm = config.algorithm
     by_token = credits_tokens or bool(loss.rlsd_lambda or loss.opd_coef or loss.sdar_coef)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from megatron_rlsd.runtime.terminal_text import visible
 
 WIDTH = 100
-"""The most columns of a step's line, and the width of tables where there is no terminal to ask."""
+"""A step's line has at most so many columns, and so have tables where no terminal gives a width."""
 
 
 @dataclass(frozen=True)

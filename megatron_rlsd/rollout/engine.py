@@ -25,7 +25,7 @@ class RolloutEngine(Protocol):
     """Samples responses with the weights that were last published to it (weight_sync)."""
 
     on_progress: Progress | None
-    """Is told how a call of ``generate`` comes along; None at first: there is no listener."""
+    """A function that ``generate`` tells of its progress. None: nothing listens."""
 
     @property
     def weight_version(self) -> int:

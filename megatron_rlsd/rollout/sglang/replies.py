@@ -375,7 +375,7 @@ def _read_scores(content: bytes, server: str) -> tuple[Entries, int]:
 
 def _check_log_probs(entries: Entries, bad: Bad) -> None:
     values = entries.log_probs
-    # The comparison is False for what is no number, too.
+    # A comparison with NaN is False, so NaN is found as well.
     wrong = ~((values <= ROUNDING) & (values > -np.inf))
     if wrong.any():
         at = int(wrong.argmax())
