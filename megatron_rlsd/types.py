@@ -211,10 +211,11 @@ class Trajectory:
     solved: bool | None = None
     """Is the response right, as ``reward.correctness`` says? None: not known."""
     advantage: float = 0.0
-    contrast_prompt_ids: IntArray | None = None
-    """[P''] int32, the prompt with a wrong hint. None: there is none, or none is asked for."""
+    contrast_prompts: tuple[IntArray, ...] = ()
+    """[P''] int32 each: the prompts with wrong hints. Empty: there is none, or none is asked
+    for."""
     hint_cut: bool = False
-    """The teacher's prompt, or the one with a wrong hint, holds only the beginning of the hint."""
+    """The teacher's prompt, or one with a wrong hint, holds only the beginning of the hint."""
     evidence_span: tuple[int, int] | None = None
     """Tokens [start, stop) that the evidence weight may touch; None: all."""
     credit: TokenCredit | None = None
@@ -281,7 +282,8 @@ class RowOutline:
     solved: bool | None
     teacher_prompt_tokens: int | None
     """None: there is no hint for this response."""
-    contrast_prompt_tokens: int | None
+    contrast_prompt_tokens: tuple[int, ...]
+    """Of each prompt with a wrong hint."""
     has_evidence_span: bool
 
 
@@ -305,8 +307,9 @@ class TrainRow:
     """Share of right responses among those of its group of which that is known; None: of none."""
     teacher_prompt_ids: IntArray | None = None
     """[P'] int32, the privileged prompt. None: there is no hint for this response."""
-    contrast_prompt_ids: IntArray | None = None
-    """[P''] int32, the prompt with a wrong hint. None: there is none, or none is asked for."""
+    contrast_prompts: tuple[IntArray, ...] = ()
+    """[P''] int32 each: the prompts with wrong hints. Empty: there is none, or none is asked
+    for."""
     evidence_span: tuple[int, int] | None = None
     """Tokens [start, stop) that the evidence weight may touch. None: all."""
     routed_experts: Tensor | None = None
@@ -315,7 +318,7 @@ class TrainRow:
     @property
     def outline(self) -> RowOutline:
         """The row without its tokens."""
-        teacher, contrast = self.teacher_prompt_ids, self.contrast_prompt_ids
+        teacher = self.teacher_prompt_ids
         return RowOutline(
             prompt_tokens=len(self.prompt_ids),
             response_tokens=len(self.response_ids),
@@ -323,7 +326,7 @@ class TrainRow:
             advantage=self.advantage,
             solved=self.solved,
             teacher_prompt_tokens=None if teacher is None else len(teacher),
-            contrast_prompt_tokens=None if contrast is None else len(contrast),
+            contrast_prompt_tokens=tuple(map(len, self.contrast_prompts)),
             has_evidence_span=self.evidence_span is not None,
         )
 

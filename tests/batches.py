@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ def train_row(
     rollout_log_probs: ArrayLike | None = None,
     loss_mask: ArrayLike | None = None,
     teacher_prompt_ids: ArrayLike | None = None,
-    contrast_prompt_ids: ArrayLike | None = None,
+    contrast_prompts: Sequence[ArrayLike] = (),
     **others: Any,
 ) -> TrainRow:
     """A row of these numbers; log-probabilities are -1 and every token is trained unless given."""
@@ -37,7 +38,7 @@ def train_row(
         ),
         advantage=advantage,
         teacher_prompt_ids=ids(teacher_prompt_ids),
-        contrast_prompt_ids=ids(contrast_prompt_ids),
+        contrast_prompts=tuple(np.array(each, np.int32) for each in contrast_prompts),
         **others,
     )
 
@@ -71,12 +72,13 @@ def trajectory(
 
 def plain(item: Any) -> SimpleNamespace:
     """An object's fields, arrays as lists, which compare with == and join with +."""
-    return SimpleNamespace(
-        **{
-            name: value.tolist() if isinstance(value, np.ndarray) else value
-            for name, value in vars(item).items()
-        }
-    )
+    return SimpleNamespace(**{name: _plain_value(value) for name, value in vars(item).items()})
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [*map(_plain_value, value)]
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def plain_rows(batch: TrainBatch) -> list[SimpleNamespace]:

@@ -57,6 +57,23 @@ def sampled(log_p: Tensor, response: list[int]) -> Tensor:
     return log_p.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
+@torch.no_grad()
+def second_score(row: Row, Q: Scorer) -> Tensor:
+    """The logarithm of the mean probability under the row's further prompts."""
+    scores = [sampled(Q(each, row.response_ids), row.response_ids) for each in row.contrast_prompts]
+    return torch.stack(scores).exp().mean(0).log()
+
+
+def selected_tokens(config: Config, row: Row, Q: Scorer) -> Tensor:
+    """[T] bool: those that RLCSD moves."""
+    if not (row.advantage and row.teacher_prompt_ids and row.contrast_prompts):
+        return torch.zeros(len(row.response_ids), dtype=torch.bool)
+    with torch.no_grad():
+        lp_T = sampled(Q(row.teacher_prompt_ids, row.response_ids), row.response_ids)
+    r = config.algorithm.rlsd_lambda * ((lp_T - second_score(row, Q)) / 0.02).tanh()
+    return r.abs() > 0.02
+
+
 def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
     """L_t of one response at ratio 1, without the divergence over the vocabulary."""
     algorithm, response, A = config.algorithm, row.response_ids, row.advantage
@@ -83,10 +100,12 @@ def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
         A_hat = reweighted(lp_T - lp.detach())
     elif name == "rlrt" and lp_T is not None and A > 0:
         A_hat = reweighted(lp.detach() - lp_T)
-    elif name in ("ectr", "purified_opsd") and row.contrast_prompt_ids:
-        with torch.no_grad():
-            wrong = sampled(Q(row.contrast_prompt_ids, response), response)
-        A_hat = reweighted(lp_T - wrong)
+    elif name in ("ectr", "purified_opsd") and row.contrast_prompts:
+        A_hat = reweighted(lp_T - second_score(row, Q))
+    elif name == "rlcsd" and lp_T is not None and row.contrast_prompts:
+        r = lam * ((lp_T - second_score(row, Q)) / 0.02).tanh()
+        moved = (A + r).clamp(min=0) if A > 0 else (A + r).clamp(max=0)
+        A_hat = torch.where(r.abs() > 0.02, moved, A)
     elif name == "opd":
         A_hat = A_hat - algorithm.opd_coef * (lp.detach() - lp_T)
     elif name == "sdar":
@@ -132,6 +151,13 @@ def expected_loss(config: Config, rows: list[Row], S: Scorer, Q: Scorer) -> Tens
         ]
     else:
         terms = [token_terms(config, row, S, Q) for row in rows]
+    if algorithm.name == "rlcsd":
+        every, chosen = (
+            torch.cat(terms),
+            torch.cat([selected_tokens(config, row, Q) for row in rows]),
+        )
+        assert chosen.any()
+        return every[~chosen].mean() + every[chosen].mean()
     loss = {
         "token_mean": lambda: torch.cat(terms).mean(),
         "sequence_mean": lambda: sum(t.mean() for t in terms) / B,
@@ -168,6 +194,8 @@ def test_a_step_has_the_loss_and_the_gradient_of_the_formula(
     if config.algorithm.divergence_rows == "failed":
         hinted = {(row.solved, bool(row.teacher_prompt_ids)) for row in rows if row.advantage}
         assert {(True, True), (False, True)} <= hinted
+    if name == "rlcsd":
+        assert max(len(row.contrast_prompts) for row in rows) > 1
     student = Scorer(tiny_model)
     teacher = Scorer(other_model) if name == "opd" else student
     loss = expected_loss(config, rows, student, teacher)
@@ -219,8 +247,9 @@ def test_hints_come_from_the_group_and_their_absence_is_counted(
         sum(c in "02468" for c in text if c.isdigit()) / max(1, sum(map(str.isdigit, text))) >= 0.5
         for text in texts
     ]
-    column = "contrast_prompt_ids" if name == "ectr" else "teacher_prompt_ids"
-    prompts = [getattr(row, column) for row in rows]
+    prompts = [row.teacher_prompt_ids for row in rows]
+    if name == "ectr":
+        prompts = [row.contrast_prompts[0] if row.contrast_prompts else None for row in rows]
     wanted = [not each for each in solved] if name == "ectr" else solved
     for i, prompt in enumerate(prompts):
         group = range(i // 4 * 4, i // 4 * 4 + 4)

@@ -1,5 +1,6 @@
 """The algorithm around the loss: advantages, weights, filters and schedules; plain torch."""
 
+import megatron_rlsd.algorithms.rules as _rules  # noqa: F401  # it registers them
 from megatron_rlsd.algorithms.advantages import group_advantages, has_signal
 from megatron_rlsd.algorithms.loss_weights import token_loss_weights
 from megatron_rlsd.algorithms.off_policy import (
@@ -10,6 +11,7 @@ from megatron_rlsd.algorithms.off_policy import (
     correction_metrics,
     importance_weights,
 )
+from megatron_rlsd.algorithms.readings import Hint, Reading, ScoreGroup, Source
 from megatron_rlsd.algorithms.registry import (
     own_functions,
     register_algorithm,
@@ -17,14 +19,24 @@ from megatron_rlsd.algorithms.registry import (
 )
 from megatron_rlsd.algorithms.schedules import lambda_at
 from megatron_rlsd.algorithms.spans import evidence_span
-from megatron_rlsd.algorithms.token_credit import ScoredResponse, turns_of
+from megatron_rlsd.algorithms.token_credit import (
+    ScoredResponse,
+    SplitCredit,
+    part_factors,
+    turns_of,
+)
 from megatron_rlsd.config.variants import Variant
 
 __all__ = [
     "SUMS",
     "Correction",
+    "Hint",
     "Masks",
+    "Reading",
+    "ScoreGroup",
     "ScoredResponse",
+    "Source",
+    "SplitCredit",
     "Variant",
     "correction",
     "correction_metrics",
@@ -34,6 +46,7 @@ __all__ = [
     "importance_weights",
     "lambda_at",
     "own_functions",
+    "part_factors",
     "register_algorithm",
     "response_advantages",
     "token_loss_weights",

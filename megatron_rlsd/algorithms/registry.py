@@ -1,4 +1,6 @@
-"""Users' own algorithms: a Variant, and up to three functions that no setting can say.
+"""Algorithms with functions of their own: a Variant, and what no setting can say.
+
+Those of users, and those of ``algorithms.rules``.
 
 ``plugins`` of the configuration names the file that registers one (docs/extending.md).
 
@@ -8,13 +10,15 @@ Shapes: G responses to one question; N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
 from megatron_rlsd.algorithms.advantages import group_advantages
-from megatron_rlsd.algorithms.token_credit import TokenCreditRule, turn_credit
+from megatron_rlsd.algorithms.readings import ScoreGroup
+from megatron_rlsd.algorithms.token_credit import TokenCreditRule
 from megatron_rlsd.config import AlgorithmConfig, TeacherConfig
 from megatron_rlsd.config.variants import VARIANTS, Variant
 from megatron_rlsd.runtime.errors import UserError
@@ -34,18 +38,27 @@ usual, and 1 where the teacher did not score the token. Called on every rank of 
 its device."""
 
 
+Reads = Literal["policy"]
+"""policy: the log-probabilities of the policy before the update, which cost a pass."""
+POLICY: frozenset[Reads] = frozenset({"policy"})
+
+
 @dataclass(frozen=True)
 class OwnFunctions:
-    """What a user's algorithm computes by itself; None: as the settings say."""
+    """What an algorithm computes by itself; None: as the settings say."""
 
     advantages: Advantages | None = None
     evidence_weight: EvidenceWeight | None = None
     token_credit: TokenCreditRule | None = None
     """Called on every rank of the last stage, on its device, with each response that the teacher
     has scored; the loss then takes its advantages as they are."""
+    reads: frozenset[Reads] = POLICY
+    """What ``token_credit`` needs beside the teacher's log-probabilities."""
+    score_group: ScoreGroup | None = None
+    """Called on rank 0 with each scored group: the hints that the teacher reads."""
 
 
-_OWN: dict[str, OwnFunctions] = {"agent_opsd": OwnFunctions(token_credit=turn_credit)}
+_OWN: dict[str, OwnFunctions] = {}
 
 
 def register_algorithm(
@@ -55,11 +68,15 @@ def register_algorithm(
     advantages: Advantages | None = None,
     evidence_weight: EvidenceWeight | None = None,
     token_credit: TokenCreditRule | None = None,
+    reads: Collection[Reads] = POLICY,
+    score_group: ScoreGroup | None = None,
 ) -> None:
     """Make ``variant`` known as ``algorithm.name`` ``name``.
 
     With ``advantages`` the key ``algorithm.advantage`` is fixed at ``own``. ``token_credit`` takes
-    the place of the evidence weight, so that one of the two is given.
+    the place of the evidence weight, so that one of the two is given; of what it ``reads`` the rest
+    is not computed. Give ``score_group`` the key ``evidence`` ``own_hints`` where its readings hold
+    contrasts, and ``teacher.hint`` ``own`` where it chooses the hint as well.
     Raises UserError for a name that is taken and for keys that a section does not have.
     """
     if evidence_weight is not None and token_credit is not None:
@@ -86,7 +103,9 @@ def register_algorithm(
         own = {"advantage": ("own", "it computes its own advantages")}
         variant = replace(variant, fixed={**variant.fixed, **own})
     VARIANTS[name] = variant
-    _OWN[name] = OwnFunctions(advantages, evidence_weight, token_credit)
+    _OWN[name] = OwnFunctions(
+        advantages, evidence_weight, token_credit, frozenset(reads), score_group
+    )
 
 
 def own_functions(algorithm: AlgorithmConfig) -> OwnFunctions:

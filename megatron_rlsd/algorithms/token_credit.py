@@ -6,7 +6,6 @@ all tokens of a response, its turns and how its group fared, and is asked before
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +13,6 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.config import AlgorithmConfig
-
-SUCCESS_BOUND = 1e-4
-"""A group's success rate is taken as at least this far from 0 and 1."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,20 +26,52 @@ class ScoredResponse:
     """A, of the whole response."""
     rlsd_lambda: float
     """That of this step."""
-    log_probs: Tensor
-    """lp_S: of the policy before the update."""
+    log_probs: Tensor | None
+    """lp_S: of the policy before the update; None: the rule does not read it."""
     teacher_log_probs: Tensor
     """lp_T; NaN outside ``span_start`` and ``span_end``."""
     contrast_log_probs: Tensor | None
-    """lp_T under the second prompt, where ``evidence`` compares two."""
+    """lp_T under the second prompt, where ``evidence`` compares two; of several wrong hints the
+    logarithm of their mean probability."""
     turns: list[Tensor]
     """[T_k] int64 each: the places of each turn's tokens; one turn where nothing was answered."""
     group_solved_share: float | None
     """Share of right responses among those of its group that were judged; None: not known."""
 
 
-TokenCreditRule = Callable[[ScoredResponse, AlgorithmConfig], Tensor]
+@dataclass(frozen=True, eq=False)
+class SplitCredit:
+    """Advantages of tokens in two parts, each of which has a mean of its own in the loss.
+
+    The loss is then mean over the other tokens + mean over the selected ones, each over the
+    mini-batch, in place of one mean over all.
+    """
+
+    advantages: Tensor
+    """[T] finite."""
+    selected: Tensor
+    """[T] bool."""
+
+
+TokenCreditRule = Callable[[ScoredResponse, AlgorithmConfig], Tensor | SplitCredit]
 """-> [T] finite advantages A^ of the response's tokens."""
+
+
+def part_factors(
+    selected: Tensor, weights: Tensor, whole: float, total: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[R] the factors that make of one mean two: W / (sum of weights of the token's own part).
+
+    The policy term is linear in A of either sign, so that an advantage times its factor is the
+    term times it.
+
+    selected, weights: [R] bool and float, of this rank's tokens. whole: W, the sum of the weights
+    of all ranks' tokens, those without a gradient included. total: sums over the ranks.
+    """
+    of_selected = total((weights.double() * selected).sum()[None])
+    in_part = torch.where(selected, of_selected, whole - of_selected)
+    # A part that has no weight has no token with a gradient either.
+    return torch.where(in_part > 0, whole / in_part, 1.0).to(weights.dtype)
 
 
 def turns_of(places: Tensor) -> list[Tensor]:
@@ -53,27 +81,3 @@ def turns_of(places: Tensor) -> list[Tensor]:
         return []
     ends = (places.diff() > 1).nonzero()[:, 0] + 1
     return list(torch.arange(len(places)).tensor_split(ends))
-
-
-def turn_credit(response: ScoredResponse, algorithm: AlgorithmConfig) -> Tensor:
-    """AgentOPSD's advantages, alike within a turn; see ``config.variants.AGENT_OPSD``."""
-    share = response.group_solved_share
-    advantages = torch.full_like(response.log_probs, response.advantage)
-    if share is None or len(response.turns) < 2:
-        return advantages
-    gains = (response.teacher_log_probs - response.log_probs).double().nan_to_num(0.0)
-    by_turn = torch.stack([gains[turn].sum() for turn in response.turns])
-    start = min(max(share, SUCCESS_BOUND), 1 - SUCCESS_BOUND)
-    logits = math.log(start / (1 - start)) + (by_turn - by_turn.mean()).cumsum(0)
-    values = torch.cat([torch.tensor([start], dtype=torch.float64).to(logits), logits.sigmoid()])
-    steps = values.diff()
-    spread = steps.std(correction=0)
-    if not spread > 0:
-        return advantages
-    scores = (steps - steps.mean()) / spread
-    clip, share_of_weight = algorithm.evidence_clip, response.rlsd_lambda
-    sign = math.copysign(1.0, response.advantage)
-    weights = (1 + clip * sign * scores).clamp(1 - clip, 1 + clip)
-    for turn, weight in zip(response.turns, weights.tolist(), strict=True):
-        advantages[turn] *= (1 - share_of_weight) + share_of_weight * weight
-    return advantages

@@ -79,6 +79,12 @@ class Config(Section):
         return self.eval.max_response_tokens or self.rollout.max_response_tokens
 
     @property
+    def answer_pattern(self) -> str | None:
+        """Where a response's answer stands; None: in its last box."""
+        correctness = self.reward.functions[self.reward.labels.index(self.reward.correctness_label)]
+        return self.eval.answer_pattern or correctness.params.get("pattern")
+
+    @property
     def pack_multiple(self) -> int:
         """Each micro-batch, context-parallel ranks together, is padded to a multiple of this."""
         parallel, precision = self.parallel, self.model.precision
@@ -147,7 +153,8 @@ class Config(Section):
             problems += self._problems_of_a_served_teacher()
         samples = self.rollout.n_samples_per_prompt
         compares = algorithm.advantage not in ("none", "one", "own")
-        if samples == 1 and (compares or teacher.hint == "own_correct_response"):
+        of_group = teacher.hint in ("own_correct_response", "own_correct_step")
+        if samples == 1 and (compares or of_group):
             problems.append(
                 f"rollout.n_samples_per_prompt=1 leaves nothing to compare a response with; "
                 f"algorithm.advantage={algorithm.advantage} and teacher.hint={teacher.hint} need "

@@ -9,7 +9,13 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from megatron_rlsd.config.secrets import Secret, without_login
 from megatron_rlsd.config.section import Section
-from megatron_rlsd.config.variants import VARIANTS, contradictions, filled_in, known_name
+from megatron_rlsd.config.variants import (
+    VARIANTS,
+    contradictions,
+    filled_in,
+    known_name,
+    unknown_params,
+)
 
 
 def _is_range(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -55,9 +61,12 @@ class OffPolicyConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """Keys that ``name`` fixes or presets are in config/variants.py."""
+    """Keys that ``name`` fixes or presets are in config/variants.py and algorithms/rules."""
 
     name: Annotated[str, AfterValidator(known_name)] = "rlsd"
+    params: dict[str, float] = {}
+    """Constants of the algorithm's own functions, such as ``tau`` of ``rlcsd``; docs/algorithms.md
+    lists them."""
     advantage: Literal["group_std", "group_mean", "leave_one_out", "none", "one", "own"] = (
         "group_std"
     )
@@ -79,10 +88,12 @@ class AlgorithmConfig(Section):
         "student_over_teacher",
         "correct_over_wrong_hint",
         "hint_over_hint_alone",
+        "own_hints",
     ] = "teacher_over_student"
     """The gain under the evidence weight: lp_T - lp_S (RLSD) | lp_S - lp_T (RLRT) | lp_T under
-    ``teacher.hint`` - lp_T under a wrong response of the group (ECTR) | - lp_T under the same hint
-    without the question (Purified OPSD)."""
+    ``teacher.hint`` - lp_T under wrong responses of the group (ECTR; ``teacher.wrong_hints``) |
+    - lp_T under the same hint without the question (Purified OPSD) | - lp_T under the hints that
+    the algorithm's own function chooses (docs/extending.md)."""
     evidence_clip: float = Field(0.2, ge=0)
     negative_only: bool = False
     positive_only: bool = False
@@ -148,6 +159,12 @@ class AlgorithmConfig(Section):
     @model_validator(mode="after")
     def _check_combination(self) -> AlgorithmConfig:
         problems = contradictions(self.name, self, "algorithm")
+        problems += unknown_params(self.name, self.params)
+        if self.evidence == "own_hints" and "evidence" not in VARIANTS[self.name].fixed:
+            problems.append(
+                f"algorithm.evidence=own_hints is for an algorithm that brings a function for it, "
+                f"which {self.name} does not"
+            )
         if self.advantage == "own" and "advantage" not in VARIANTS[self.name].fixed:
             problems.append(
                 f"algorithm.advantage=own is for an algorithm that brings a function for it, which "
@@ -216,8 +233,8 @@ class AlgorithmConfig(Section):
 
     @property
     def contrasts_hints(self) -> bool:
-        """Does the teacher score a response under two prompts?"""
-        return self.evidence in ("correct_over_wrong_hint", "hint_over_hint_alone")
+        """Does the teacher score a response under further prompts?"""
+        return self.evidence not in ("teacher_over_student", "student_over_teacher")
 
 
 class TeacherServerConfig(Section):
@@ -254,17 +271,27 @@ class TeacherConfig(Section):
         "answer",
         "own_correct_response",
         "own_correct_or_reference",
+        "own_correct_step",
         "critique",
+        "own",
         "none",
     ] = "reference_solution"
     """Privileged information in the teacher's prompt. reference_solution: problems without one use
     the answer. own_correct_response: another solved response of the same group.
     own_correct_or_reference: that for responses that are right, and reference_solution for the
-    others. critique: the
-    problem's metadata under ``critique_key``. Responses for which there is none get no signal from
+    others. own_correct_step: another solved response of the group up to its first line that differs
+    from the response, of several the one that agrees longest. critique: the problem's metadata
+    under ``critique_key``. own: what the algorithm's own function says (docs/extending.md).
+    Responses for which there is none get no signal from
     the teacher and are counted. none: both prompts are identical, so that the gain shows the noise
     floor."""
     critique_key: str = "critique"
+    wrong_hints: int = Field(1, ge=1)
+    """evidence=correct_over_wrong_hint: at most so many wrong responses of the group, each in a
+    prompt of its own; the score is the logarithm of the mean probability under them. All are scored
+    in one packed pass."""
+    wrong_hints_with_answer: bool = False
+    """Only wrong responses that hold an answer, as ``eval.answer_pattern`` finds it, are hints."""
     noise_interval: int = Field(50, ge=0)
     """Steps between measurements of the gain under an identical prompt, the first at step 0; its
     true value is 0, so this is the noise of the credit. 0: none."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_rlsd.config.secrets import masked
 from megatron_rlsd.config.training import AlgorithmConfig, TeacherConfig
-from megatron_rlsd.config.variants import VARIANTS, Variant
+from megatron_rlsd.config.variants import Variant, variant_named
 
 OF_EVIDENCE = (
     "rlsd_lambda",
@@ -53,7 +53,10 @@ def drop_unused(raw: dict[str, Any], typed: Collection[str], files_name: Any) ->
         return []
     name = algorithm.get("name", "rlsd")
     before = "rlsd" if files_name is None else files_name
-    if name == before or not {name, before} <= VARIANTS.keys() or "algorithm.name" not in typed:
+    if name == before or "algorithm.name" not in typed:
+        return []
+    chosen, files = variant_named(name), variant_named(before)
+    if chosen is None or files is None:
         return []
     dropped = []
     for part in ("algorithm", "teacher"):
@@ -65,16 +68,18 @@ def drop_unused(raw: dict[str, Any], typed: Collection[str], files_name: Any) ->
             if any(each == place or each.startswith(f"{place}.") for each in typed):
                 continue
             if part == "algorithm":
-                unused = _is_another_algorithms(key, name, before, algorithm)
+                unused = _is_another_algorithms(key, chosen, files, algorithm)
             else:
-                unused = _is_another_teachers(key, name, section[key])
+                unused = _is_another_teachers(key, chosen, section[key], takes_any=name == "opd")
             if unused:
                 dropped.append(f"{place}={masked(section.pop(key), key)}")
     return dropped
 
 
-def _is_another_algorithms(key: str, name: str, before: str, section: dict[str, Any]) -> bool:
-    chosen, value = VARIANTS[name], section[key]
+def _is_another_algorithms(
+    key: str, chosen: Variant, before: Variant, section: dict[str, Any]
+) -> bool:
+    name, value = section["name"], section[key]
     if key not in AlgorithmConfig.model_fields or key == "name":
         return False  # told by their own checks
     if key in chosen.fixed and value != chosen.fixed[key][0]:
@@ -85,17 +90,19 @@ def _is_another_algorithms(key: str, name: str, before: str, section: dict[str, 
         # For an algorithm that learns from its teacher alone.
         return not any(_default(chosen, each) for each in DISTILLS)
     # Where the two differ by default, the file's value was chosen for its own.
-    return bool(_default(chosen, key) != _default(VARIANTS[before], key))
+    return bool(_default(chosen, key) != _default(before, key))
 
 
-def _is_another_teachers(key: str, name: str, value: Any) -> bool:
-    fixed = VARIANTS[name].teacher_fixed
+def _is_another_teachers(key: str, chosen: Variant, value: Any, *, takes_any: bool) -> bool:
+    fixed = chosen.teacher_fixed
     if key in fixed:
         return bool(value != fixed[key][0])
-    return key in OF_ANOTHER_TEACHER and key in TeacherConfig.model_fields and name != "opd"
+    return key in OF_ANOTHER_TEACHER and key in TeacherConfig.model_fields and not takes_any
 
 
 def _default(variant: Variant, key: str) -> Any:
+    if key == "params":
+        return variant.params
     if key in variant.fixed:
         return variant.fixed[key][0]
     return variant.defaults.get(key, AlgorithmConfig.model_fields[key].default)

@@ -6,11 +6,13 @@ of the sampled token under the student, the teacher and the policy before the up
 stop-gradient, rho = exp(lp_S - lp_old), p and q the student's and the teacher's distribution.
 Rewards R of the G responses to one question; T tokens of a response, N of the global batch.
 
-docs/algorithms.md has a row for each. More come from users: algorithms.register_algorithm.
+docs/algorithms.md has a row for each. Those that need functions of their own lie in
+algorithms/rules; more come from users: algorithms.register_algorithm.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +28,8 @@ class Variant:
     teacher_fixed: dict[str, tuple[Any, str]] = field(default_factory=dict)
     teacher_defaults: dict[str, Any] = field(default_factory=dict)
     """The same for keys of ``teacher``."""
+    params: dict[str, float] = field(default_factory=dict)
+    """The constants of its functions that ``algorithm.params`` may set, with their values."""
 
 
 NO_EVIDENCE = {"rlsd_lambda": (0.0, "it does not reweight tokens by evidence")}
@@ -177,25 +181,6 @@ The second prompt holds the hint and its paragraphs without the question. Ours: 
 purified gain, under RLSD's weight and sign; the clip.
 """
 
-AGENT_OPSD = Variant(
-    fixed=NO_AUXILIARY
-    | {
-        "evidence": ("teacher_over_student", "its credit comes from the gains of whole turns"),
-        "positive_only": (False, "it weighs turns of either sign"),
-        "negative_only": (False, "it weighs turns of either sign"),
-    }
-)
-"""AgentOPSD (arXiv:2608.05987): credit by turn, from what the teacher makes of the odds of success.
-
-    D_k = sum of lp_T - lp_S over the tokens of turn k, less the mean over the response's K turns
-    logit V_k = logit V_0 + D_1 + .. + D_k,  V_0 the group's share of right responses
-    q_k = V_k - V_{k-1},  z_k = (q_k - mean(q)) / std(q) over the K turns
-    A^ = A ((1 - lambda) + lambda clip(1 + b sign(A) z_k, 1 - b, 1 + b)),  b = ``evidence_clip``
-
-V_0 is kept within 1e-4 of 0 and 1. Centring D is ours: its expectation under the student is a
-negative KL divergence, which would pull every V to 0. A response of one turn keeps A^ = A.
-"""
-
 SDAR = Variant(
     fixed=NO_EVIDENCE
     | {"opd_coef": (0.0, "its distillation is a loss term, not an advantage")}
@@ -335,7 +320,6 @@ VARIANTS: dict[str, Variant] = {
     "rlrt": RLRT,
     "ectr": ECTR,
     "purified_opsd": PURIFIED_OPSD,
-    "agent_opsd": AGENT_OPSD,
     "sdar": SDAR,
     "opd": OPD,
     "opsd": OPSD,
@@ -347,26 +331,52 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+def every_variant() -> dict[str, Variant]:
+    """The whole table, with those that come with functions."""
+    importlib.import_module("megatron_rlsd.algorithms")  # which needs torch
+    return VARIANTS
+
+
+def variant_named(name: object) -> Variant | None:
+    """The algorithm ``name``; None: there is no such."""
+    if not isinstance(name, str):
+        return None
+    return VARIANTS.get(name) or every_variant().get(name)
+
+
 def filled_in(name: object, section: dict[str, Any], part: Literal["algorithm", "teacher"]) -> Any:
     """A raw section with the variant's values in the keys that it does not set."""
-    variant = VARIANTS.get(name) if isinstance(name, str) else None
+    variant = variant_named(name)
     if variant is None:
         return section  # the section's own check names the valid choices
     fixed = variant.fixed if part == "algorithm" else variant.teacher_fixed
     defaults = variant.defaults if part == "algorithm" else variant.teacher_defaults
-    return {**defaults, **{key: value for key, (value, _) in fixed.items()}, **section}
+    filled = {**defaults, **{key: value for key, (value, _) in fixed.items()}, **section}
+    if part == "algorithm" and isinstance(params := filled.get("params", {}), dict):
+        filled["params"] = {**variant.params, **params}
+    return filled
 
 
 def known_name(name: str) -> str:
     """``name`` itself; ValueError that lists the known ones if there is no such algorithm."""
     if name == "sft":
         raise ValueError("supervised training is a program: python -m megatron_rlsd.sft")
-    if name not in VARIANTS:
+    if variant_named(name) is None:
         raise ValueError(
             f"there is no algorithm {name!r}; known: {', '.join(VARIANTS)}. One of your own is "
             "registered by a file under plugins (docs/extending.md)"
         )
     return name
+
+
+def unknown_params(name: str, params: dict[str, float]) -> list[str]:
+    """One sentence where ``algorithm.params`` holds what the algorithm does not have."""
+    known = VARIANTS[name].params
+    unknown = sorted(params.keys() - known.keys())
+    if not unknown:
+        return []
+    has = f"it has: {', '.join(known)}" if known else "it has none"
+    return [f"algorithm.params: {name} has no {', '.join(unknown)}; {has}"]
 
 
 def contradictions(name: str, section: object, part: Literal["algorithm", "teacher"]) -> list[str]:

@@ -50,7 +50,7 @@ def _row(
         solved=trajectory.solved,
         group_solved_share=group_solved_share,
         teacher_prompt_ids=trajectory.teacher_prompt_ids,
-        contrast_prompt_ids=trajectory.contrast_prompt_ids,
+        contrast_prompts=trajectory.contrast_prompts,
         evidence_span=trajectory.evidence_span,
         routed_experts=generation.routed_experts,
     )

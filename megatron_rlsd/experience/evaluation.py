@@ -113,7 +113,7 @@ def evaluate_set(
         sampled = Responses(
             groups,
             settings.n_samples,
-            sampled_accuracies(groups, builder.solved, settings, answer_pattern(config)),
+            sampled_accuracies(groups, builder.solved, settings, config.answer_pattern),
         )
     return SetResult(greedy, sampled)
 
@@ -142,13 +142,6 @@ def sampled_accuracies(
             n,
         )
     return found
-
-
-def answer_pattern(config: Config) -> str | None:
-    """Where a response's answer stands, for maj@k; None: in its last box."""
-    reward = config.reward
-    correctness = reward.functions[reward.labels.index(reward.correctness_label)]
-    return config.eval.answer_pattern or correctness.params.get("pattern")
 
 
 def _formatted(trajectory: Trajectory) -> float | None:

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from megatron_rlsd.algorithms import evidence_span
+from megatron_rlsd.algorithms import Hint, Reading, Source, evidence_span, own_functions
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, Tokenizer, TurnText
 from megatron_rlsd.experience.episodes import Episodes
 from megatron_rlsd.experience.seeds import sample_seed
+from megatron_rlsd.rewards.answers import first_answer
 from megatron_rlsd.rollout.engine import RolloutEngine
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.teacher import Hint, Source, response_hints, wrong_hints
+from megatron_rlsd.teacher import response_hints, wrong_hints
 from megatron_rlsd.types import (
     Generation,
     GenerationRequest,
@@ -188,30 +189,27 @@ class GroupBuilder:
     def _add_hints(self, group: Group) -> None:
         """Everything that the teacher's passes need."""
         algorithm, problem = self._config.algorithm, group.problem
-        solved = [self.solved(t) for t in group.trajectories]
-        hints = response_hints(group, solved, self._config.teacher)
+        for trajectory in group.trajectories:
+            trajectory.solved = self.solved(trajectory)
+        readings = self._readings(group)
         prompts: dict[Hint, tuple[IntArray | None, bool]] = {None: (None, False)}
-        for trajectory, is_solved, hint in zip(group.trajectories, solved, hints, strict=True):
-            if hint not in prompts:  # one array for all that share it
-                text = None if isinstance(hint, Source) else hint
-                prompts[hint] = self._teacher_prompt(problem, text)
-            trajectory.teacher_prompt_ids, trajectory.hint_cut = prompts[hint]
-            trajectory.solved = is_solved
-        if algorithm.evidence == "correct_over_wrong_hint":
-            for trajectory, hint in zip(
-                group.trajectories, wrong_hints(group, solved), strict=True
-            ):
-                if hint is not None:
-                    ids, hint_cut = self._teacher_prompt(problem, hint)
-                    trajectory.contrast_prompt_ids = ids
-                    trajectory.hint_cut |= hint_cut
-        elif algorithm.evidence == "hint_over_hint_alone":
-            alone: dict[Hint, IntArray | None] = {None: None}
-            for trajectory, hint in zip(group.trajectories, hints, strict=True):
-                if hint not in alone:
+        for hint in {each for r in readings for each in (r.hint, *r.contrast)} - prompts.keys():
+            # One array for all that share it.
+            text = None if isinstance(hint, Source) else hint
+            prompts[hint] = self._teacher_prompt(problem, text)
+        for trajectory, reading in zip(group.trajectories, readings, strict=True):
+            trajectory.teacher_prompt_ids, trajectory.hint_cut = prompts[reading.hint]
+            contrast = [prompts[each] for each in reading.contrast]
+            trajectory.contrast_prompts = tuple(ids for ids, _ in contrast if ids is not None)
+            trajectory.hint_cut |= any(was_cut for _, was_cut in contrast)
+        if algorithm.evidence == "hint_over_hint_alone":
+            alone: dict[Hint, tuple[IntArray, ...]] = {None: ()}
+            for trajectory, reading in zip(group.trajectories, readings, strict=True):
+                if (hint := reading.hint) not in alone:
                     text = None if isinstance(hint, Source) else hint
-                    alone[hint] = _ids(self._prompts.hint_alone(problem, text))
-                trajectory.contrast_prompt_ids = alone[hint]
+                    ids = _ids(self._prompts.hint_alone(problem, text))
+                    alone[hint] = () if ids is None else (ids,)
+                trajectory.contrast_prompts = alone[hint]
         if algorithm.span_start is not None or algorithm.span_end is not None:
             # A mark may be a special token.
             decode = partial(self._tokenizer.decode, special=True)
@@ -220,6 +218,31 @@ class GroupBuilder:
                 t.evidence_span = evidence_span(decode(ids), ids, decode, algorithm)
         if self._config.teacher.hint == "critique" and not self._critique_seen:
             self._look_for_critiques(group)
+
+    def _readings(self, group: Group) -> list[Reading]:
+        """[G] the hints under which the teacher scores the responses.
+
+        Raises UserError where an algorithm's own function returns anything else.
+        """
+        config, algorithm = self._config, self._config.algorithm
+        solved = [t.solved for t in group.trajectories]
+        hints = response_hints(group, solved, config.teacher)
+        if (own := own_functions(algorithm).score_group) is not None:
+            found = list(own(group, hints, algorithm))
+            if len(found) != len(hints) or not all(isinstance(each, Reading) for each in found):
+                raise UserError(
+                    f"algorithm.name={algorithm.name}: its score_group returned {found!r:.200} for "
+                    f"{group.problem.id}, expected a Reading for each of {len(hints)} responses"
+                )
+            return found
+        if algorithm.evidence != "correct_over_wrong_hint":
+            return [Reading(hint) for hint in hints]
+        usable = []
+        if config.teacher.wrong_hints_with_answer:
+            pattern = config.answer_pattern
+            usable = [first_answer(t.texts, pattern) is not None for t in group.trajectories]
+        wrong = wrong_hints(group, solved, most=config.teacher.wrong_hints, usable=usable)
+        return [Reading(*each) for each in zip(hints, wrong, strict=True)]
 
     def _teacher_prompt(
         self, problem: Problem, hint: str | None = None

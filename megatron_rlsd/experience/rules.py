@@ -117,7 +117,7 @@ class BatchRules:
     def _without_hint(self, trajectory: Trajectory) -> bool:
         missing = trajectory.teacher_prompt_ids is None
         if self._config.algorithm.contrasts_hints:
-            missing = missing or trajectory.contrast_prompt_ids is None
+            missing = missing or not trajectory.contrast_prompts
         return missing
 
 

@@ -83,6 +83,7 @@ class Learner:
             raise ValueError(f"step {plan.step}: this update needs scores of {', '.join(missing)}")
         self.credit.clear()
         self._correction_sums = dict.fromkeys(SUMS, 0.0)
+        self._selected_tokens = 0
         rounds = self._config.train.epochs_per_rollout * plan.mini_batches
         results = [
             self._update_once(plan, mini_batch, scores, another_follows=left > 0)
@@ -106,6 +107,7 @@ class Learner:
         if groups.reports_stats and groups.cp.rank() == 0:
             for name, count in maker.correction_sums.items():
                 self._correction_sums[name] += count
+            self._selected_tokens += maker.selected_tokens
         return self._actor.update(
             student_sequences(plan, mini_batch.by_rank),
             values,

@@ -29,6 +29,8 @@ class MiniBatch:
     loss_weights: dict[int, float]
     """Row -> the weight of each of its trained tokens, for all rows of the mini-batch: those
     without a gradient are part of the mean."""
+    weight_sum: float
+    """The sum of the weights of all its trained tokens."""
     divergence_weights: dict[int, float]
     """The same of the divergence: its mean is over the rows that have a hint; with
     ``divergence_rows`` failed it shares the policy loss's mean, and each row has one of the two."""
@@ -137,7 +139,7 @@ def _has_its_hints(row: RowOutline, algorithm: AlgorithmConfig) -> bool:
     """Whether the row has the prompts that its teacher reads."""
     if row.teacher_prompt_tokens is None:
         return False
-    return not algorithm.contrasts_hints or row.contrast_prompt_tokens is not None
+    return not algorithm.contrasts_hints or bool(row.contrast_prompt_tokens)
 
 
 def _chosen(rows: torch.Tensor) -> frozenset[int]:
@@ -156,8 +158,9 @@ def _wanted(
     algorithm = config.algorithm
     by_token = credits_tokens or bool(loss.rlsd_lambda or loss.opd_coef or loss.sdar_coef)
     has_ratio = loss.objective != "log_prob"
+    reads_policy = credits_tokens and "policy" in own_functions(algorithm).reads
     needs_old = algorithm.off_policy.old_log_probs == "trainer" and (
-        credits_tokens
+        reads_policy
         or (has_ratio and (config.updates_per_step > 1 or algorithm.weighs_before_update))
     )
     needed: dict[ScoreKind, tuple[bool, frozenset[int]]] = {
@@ -202,6 +205,9 @@ def _mini_batches(
             MiniBatch(
                 by_rank=[[rows[at] for at in part] for part in parts],
                 loss_weights=loss_weights,
+                weight_sum=sum(
+                    weight * outlines[row].trained_tokens for row, weight in loss_weights.items()
+                ),
                 divergence_weights={
                     row: config.algorithm.divergence_coef * weight
                     for row, weight in divergence.items()

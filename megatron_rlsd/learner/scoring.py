@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ class Scores:
     old: Rows | None = None
     ref: Rows | None = None
     contrast: Rows | None = None
-    """The teacher's under a wrong hint."""
+    """The teacher's under wrong hints: of several the logarithm of their mean probability."""
     teacher_states: Rows | None = None
     """The teacher's last hidden states [T', D], where distributions are compared."""
     teacher_head: Tensor | None = None
@@ -67,7 +68,7 @@ def student_sequences(plan: Plan, by_rank: list[list[int]]) -> SequencesByRank:
     return [
         [student_sequence(plan.row(number)) for number in part]
         if rank == plan.dp_rank
-        else [Elsewhere(_num_inputs(outlines[number], "old")) for number in part]
+        else [Elsewhere(size) for number in part for size in _num_inputs(outlines[number], "old")]
         for rank, part in enumerate(by_rank)
     ]
 
@@ -78,29 +79,37 @@ def scored_sequences(plan: Plan, kind: ScoreKind) -> SequencesByRank:
     if kind == "old":
         return student_sequences(plan, by_rank)
     return [
-        [_sequence(plan.row(number), kind) for number in part]
+        [each for number in part for each in _sequences(plan.row(number), kind)]
         if rank == plan.dp_rank
-        else [Elsewhere(_num_inputs(outlines[number], kind)) for number in part]
+        else [Elsewhere(size) for number in part for size in _num_inputs(outlines[number], kind)]
         for rank, part in enumerate(by_rank)
     ]
 
 
-def _sequence(row: TrainRow, kind: ScoreKind) -> Sequence:
-    prompt = {"contrast": row.contrast_prompt_ids, "ref": row.prompt_ids}.get(
-        kind, row.teacher_prompt_ids
-    )
-    assert prompt is not None
-    return Sequence(prompt_ids=prompt, response_ids=row.response_ids, loss_mask=row.loss_mask)
+def _sequences(row: TrainRow, kind: ScoreKind) -> list[Sequence]:
+    """The row's response under each prompt that the pass is about."""
+    if kind == "contrast":
+        prompts = list(row.contrast_prompts)
+    else:
+        prompt = row.prompt_ids if kind == "ref" else row.teacher_prompt_ids
+        assert prompt is not None
+        prompts = [prompt]
+    return [
+        Sequence(prompt_ids=ids, response_ids=row.response_ids, loss_mask=row.loss_mask)
+        for ids in prompts
+    ]
 
 
-def _num_inputs(outline: RowOutline, kind: ScoreKind) -> int:
-    prompt = {
-        "contrast": outline.contrast_prompt_tokens,
-        "ref": outline.prompt_tokens,
-        "old": outline.prompt_tokens,
-    }.get(kind, outline.teacher_prompt_tokens)
-    assert prompt is not None
-    return prompt + outline.response_tokens - 1
+def _num_inputs(outline: RowOutline, kind: ScoreKind) -> list[int]:
+    """The tokens of each of the row's sequences in the pass."""
+    if kind == "contrast":
+        prompts = list(outline.contrast_prompt_tokens)
+    else:
+        of_student = kind in ("ref", "old")
+        prompt = outline.prompt_tokens if of_student else outline.teacher_prompt_tokens
+        assert prompt is not None
+        prompts = [prompt]
+    return [tokens + outline.response_tokens - 1 for tokens in prompts]
 
 
 class Scorer:
@@ -144,7 +153,10 @@ class Scorer:
                 scores.ref = self._log_probs(plan, "ref")
         outlines = plan.batch.outlines
         tokens = sum(
-            _num_inputs(outlines[n], kind) for kind, rows in plan.wanted.items() for n in rows
+            size
+            for kind, rows in plan.wanted.items()
+            for n in rows
+            for size in _num_inputs(outlines[n], kind)
         )
         scores.metrics["score/tokens"] = float(tokens)
         return scores
@@ -226,7 +238,22 @@ def _teacher_pair(row: TrainRow) -> tuple[IntArray, IntArray]:
 def _by_row(plan: Plan, kind: ScoreKind, flat: Tensor) -> Rows:
     """This rank's results of a pass, which come end to end."""
     mine = plan.by_rank(kind)[plan.dp_rank]
-    return dict(zip(mine, flat.split(plan.lengths(mine)), strict=True)) if mine else {}
+    if not mine:
+        return {}
+    if kind != "contrast":
+        return dict(zip(mine, flat.split(plan.lengths(mine)), strict=True))
+    counts = [len(plan.batch.outlines[row].contrast_prompt_tokens) for row in mine]
+    sizes = zip(counts, plan.lengths(mine), strict=True)
+    blocks = flat.split([count * length for count, length in sizes])
+    return {
+        row: log_mean_exp(block.view(count, -1))
+        for row, count, block in zip(mine, counts, blocks, strict=True)
+    }
+
+
+def log_mean_exp(log_probs: Tensor) -> Tensor:
+    """[K, T] -> [T]: log of the mean over K of exp; of one row its very numbers."""
+    return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
 def joined_scores(plan: Plan, parts: list[tuple[Plan, Scores]], groups: ParallelGroups) -> Scores:

@@ -16,8 +16,10 @@ from megatron_rlsd.actor.update_inputs import Distillation, TokenValues
 from megatron_rlsd.algorithms import (
     Masks,
     ScoredResponse,
+    SplitCredit,
     correction,
     own_functions,
+    part_factors,
     turns_of,
 )
 from megatron_rlsd.config import AlgorithmConfig
@@ -53,16 +55,18 @@ class TokenValueMaker:
         """Trained tokens of each."""
         self.correction_sums: dict[str, float] = {}
         """What ``make`` counted of off-policy corrections: ``algorithms.Correction.sums``."""
+        self.selected_tokens = 0
+        """Tokens in the second part of an own rule's loss: ``algorithms.SplitCredit``."""
         self._rows = [plan.row(number) for number in self.numbers]
 
     def make(self) -> TokenValues:
         """All values, each [R] float32."""
         advantages = self._of_each_row([row.advantage for row in self._rows])
-        weights = [self._mini_batch.loss_weights[number] for number in self.numbers]
+        weights = self._of_each_row([self._mini_batch.loss_weights[n] for n in self.numbers])
         rollout = self._end_to_end([row.rollout_log_probs[row.loss_mask] for row in self._rows])
         old = self._scored("old")
         if self._plan.credits_tokens and self._scores is not None:
-            advantages = self._credited(self._scores)
+            advantages = self._credited(self._scores, weights)
         if self._algorithm.weighs_before_update and old is not None:
             # Every term of the policy loss is linear in A >= 0 or A <= 0, whose sign stays.
             factors = self._correction_weights(old, rollout)
@@ -71,7 +75,7 @@ class TokenValueMaker:
             old = rollout
         return TokenValues(
             advantages=advantages,
-            loss_weights=self._of_each_row(weights),
+            loss_weights=weights,
             rollout_log_probs=rollout,
             old_log_probs=old,
             teacher_log_probs=self._within_spans(self._scored("teacher")),
@@ -80,29 +84,35 @@ class TokenValueMaker:
             distillation=self._distillation(),
         )
 
-    def _credited(self, scores: Scores) -> Tensor:
-        """[R]: the advantages that the algorithm's own rule gives the tokens.
+    def _credited(self, scores: Scores, weights: Tensor) -> Tensor:
+        """[R]: the advantages that the algorithm's own rule gives the tokens, whose loss weights
+        are ``weights``. Collective over the data-parallel ranks.
 
         Raises UserError where it returns anything but a finite number for each token.
         """
-        rule = own_functions(self._algorithm).token_credit
+        own = own_functions(self._algorithm)
+        rule, reads_policy = own.token_credit, "policy" in own.reads
         assert rule is not None
         by_engine = self._algorithm.off_policy.old_log_probs == "rollout"
         kinds: tuple[ScoreKind, ...] = ("old", "teacher", "contrast")
         found = {kind: scores.rows(kind) or {} for kind in kinds}
-        parts = []
+        parts, selected = [], []
         for number, row, length in zip(self.numbers, self._rows, self.lengths, strict=True):
             teacher = found["teacher"].get(number)
             if teacher is None:  # it has no hint, or its advantage is 0
                 parts.append(torch.full((length,), row.advantage, device=self._device))
+                selected.append(torch.zeros(length, dtype=torch.bool))
                 continue
-            sampled = torch.from_numpy(row.rollout_log_probs[row.loss_mask])
+            policy = None
+            if reads_policy:
+                sampled = torch.from_numpy(row.rollout_log_probs[row.loss_mask])
+                policy = (sampled if by_engine else found["old"][number]).to(teacher)
             inside = torch.from_numpy(_inside_span(row)).to(teacher.device)
             credit = rule(
                 ScoredResponse(
                     advantage=row.advantage,
                     rlsd_lambda=self._plan.rlsd_lambda,
-                    log_probs=(sampled if by_engine else found["old"][number]).to(teacher),
+                    log_probs=policy,
                     teacher_log_probs=torch.where(inside, teacher, math.nan),
                     contrast_log_probs=found["contrast"].get(number),
                     turns=turns_of(torch.from_numpy(row.loss_mask.nonzero()[0])),
@@ -110,13 +120,22 @@ class TokenValueMaker:
                 ),
                 self._algorithm,
             )
-            if credit.shape != teacher.shape or not credit.isfinite().all():
+            if isinstance(credit, Tensor):
+                credit = SplitCredit(credit, torch.zeros(length, dtype=torch.bool))
+            advantages = credit.advantages
+            if advantages.shape != teacher.shape or not advantages.isfinite().all():
                 raise UserError(
                     f"algorithm.name={self._algorithm.name}: its token_credit returned "
-                    f"{credit!r:.200}, expected a finite number for each of {length} tokens"
+                    f"{advantages!r:.200}, expected a finite number for each of {length} tokens"
                 )
-            parts.append(credit.to(self._device, torch.float32))
-        return torch.cat(parts) if parts else torch.zeros(0, device=self._device)
+            parts.append(advantages.to(self._device, torch.float32))
+            selected.append(credit.selected)
+        if not parts:
+            parts, selected = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+        chosen = torch.cat([each.to(self._device) for each in selected])
+        self.selected_tokens = int(chosen.sum())
+        whole = self._mini_batch.weight_sum
+        return torch.cat(parts).to(self._device) * part_factors(chosen, weights, whole, self._total)
 
     def _correction_weights(self, old: Tensor, rollout: Tensor) -> Tensor:
         """[R]: importance weights and masks of the policy term; what they did is counted."""

@@ -6,7 +6,7 @@ A replica is all ranks with one data-parallel rank: they hold the same rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -27,10 +27,14 @@ def share_outlines(batch: TrainBatch | None, groups: ParallelGroups) -> TrainBat
     told = json.loads(broadcast_bytes(payload, groups.control))
     if batch is not None:
         return batch
-    names = list(RowOutline.__dataclass_fields__)
-    return TrainBatch(
-        outlines=[RowOutline(**dict(zip(names, each, strict=True))) for each in told], rows={}
-    )
+    return TrainBatch(outlines=[_outline(each) for each in told], rows={})
+
+
+def _outline(values: list[Any]) -> RowOutline:
+    """From its fields as JSON, which knows no tuples."""
+    told: Iterator[Any] = (tuple(each) if isinstance(each, list) else each for each in values)
+    fields: dict[str, Any] = dict(zip(RowOutline.__dataclass_fields__, told, strict=True))
+    return RowOutline(**fields)
 
 
 def share_rows(batch: TrainBatch, by_rank: list[list[int]], groups: ParallelGroups) -> TrainBatch:

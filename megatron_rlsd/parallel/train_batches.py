@@ -36,7 +36,7 @@ def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
         | ragged("loss_mask", [row.loss_mask for row in rows], np.bool_)
         | {"advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float64)}
         | _optional("teacher_prompt_ids", [row.teacher_prompt_ids for row in rows])
-        | _optional("contrast_prompt_ids", [row.contrast_prompt_ids for row in rows])
+        | _several("contrast_prompt_ids", [row.contrast_prompts for row in rows])
     )
     if solved := _present(row.solved for row in rows):
         tensors["solved.rows"] = torch.tensor(list(solved), dtype=torch.int64)
@@ -59,7 +59,7 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
     log_probs = unragged("rollout_log_probs", tensors)
     masks = _masks(tensors, responses)
     teacher = _read_optional("teacher_prompt_ids", tensors)
-    contrast = _read_optional("contrast_prompt_ids", tensors)
+    contrast = _read_several("contrast_prompt_ids", tensors)
     spans = _read_spans(tensors)
     solved, shares = _read_values("solved", tensors), _read_values("group_solved_share", tensors)
     # An engine routes all tokens but each sequence's last.
@@ -76,7 +76,7 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
                 solved=solved.get(number),
                 group_solved_share=shares.get(number),
                 teacher_prompt_ids=teacher.get(number),
-                contrast_prompt_ids=contrast.get(number),
+                contrast_prompts=contrast.get(number, ()),
                 evidence_span=spans.get(number),
                 routed_experts=routes.get(number),
             )
@@ -93,6 +93,22 @@ def _optional(name: str, column: list[np.ndarray | None]) -> dict[str, torch.Ten
     present = _present(column)
     rows = torch.tensor(list(present), dtype=torch.int64)
     return {f"{name}.rows": rows} | ragged(name, list(present.values()))
+
+
+def _several(name: str, column: list[tuple[np.ndarray, ...]]) -> dict[str, torch.Tensor]:
+    """As ``_optional``; a row that has several stands there as often."""
+    rows = [number for number, each in enumerate(column) for _ in each]
+    values = [ids for each in column for ids in each]
+    return {f"{name}.rows": torch.tensor(rows, dtype=torch.int64)} | ragged(name, values)
+
+
+def _read_several(name: str, tensors: dict[str, torch.Tensor]) -> dict[int, tuple[np.ndarray, ...]]:
+    if f"{name}.rows" not in tensors:
+        return {number: (ids,) for number, ids in _read_optional(name, tensors).items()}
+    found: dict[int, tuple[np.ndarray, ...]] = {}
+    for number, ids in zip(tensors[f"{name}.rows"].tolist(), unragged(name, tensors), strict=True):
+        found[number] = (*found.get(number, ()), ids)
+    return found
 
 
 def _read_optional(name: str, tensors: dict[str, torch.Tensor]) -> dict[int, np.ndarray]:

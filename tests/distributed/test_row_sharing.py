@@ -25,7 +25,7 @@ def make_batch() -> TrainBatch:
     rows = [
         train_row([1, 2], [6, 7, 8], 1 / 3, loss_mask=[1, 0, 1], rollout_log_probs=[-0.1, 0, -9]),
         train_row([3], [9], -1.0, teacher_prompt_ids=[4, 5], evidence_span=(0, 0), solved=False),
-        train_row([3], [2, 2], 0.0, contrast_prompt_ids=[9, 9], evidence_span=(1, 2), solved=True),
+        train_row([3], [2, 2], 0.0, contrast_prompts=[[9], [8]], evidence_span=(1, 2), solved=True),
         train_row([3], [2, 2], 0.1, routed_experts=routes),
     ]
     return TrainBatch.of(rows)

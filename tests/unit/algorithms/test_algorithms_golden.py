@@ -16,11 +16,13 @@ from megatron_rlsd.algorithms import (
     ScoredResponse,
     group_advantages,
     own_functions,
+    part_factors,
     token_loss_weights,
     turns_of,
 )
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.learner.plan import policy_loss_config
+from megatron_rlsd.learner.scoring import log_mean_exp
 from megatron_rlsd.ops import DivergenceConfig, divergence_loss, policy_loss
 
 D, V = 5, 31
@@ -47,6 +49,8 @@ class Data:
     teacher: list[Tensor]
     wrong: list[Tensor]
     reference: list[Tensor]
+    several_wrong: list[Tensor]
+    """[3, T] each: under three wrong hints."""
 
     def distributions(self) -> tuple[list[Tensor], list[Tensor]]:
         """log p of the student, differentiable, and log q of the teacher, [T, V] each."""
@@ -79,6 +83,7 @@ def data() -> Data:
         *(hidden.detach() + normal(T, D, scale=0.3), weight.detach() + normal(V, D, scale=0.3)),
         *(old, teacher, wrong),
         list((log_probs + normal(T, scale=0.6)).split(LENGTHS)),
+        list((log_probs + normal(3, T, scale=0.4)).split(LENGTHS, dim=1)),
     )
 
 
@@ -254,6 +259,23 @@ def agent_opsd(data: Data) -> Tensor:
     return token_mean(each(data, term))
 
 
+def rlcsd(data: Data) -> Tensor:
+    A = by_group("group_std")
+    apart: dict[bool, list[Tensor]] = {True: [], False: []}
+    for i, lp in enumerate(data.log_probs()):
+        for t in range(len(lp)):
+            wrong = sum(math.exp(each) for each in data.several_wrong[i][:, t]) / 3
+            e = float(data.teacher[i][t]) - math.log(wrong)
+            r = min(max(1.5 * 0.6 * math.tanh(e / 0.3), -2), 2)
+            shifted = max(0.0, A[i] + r) if A[i] > 0 else min(0.0, A[i] + r)
+            selected = abs(r) > 0.4
+            A_hat = torch.tensor(shifted if selected else A[i], dtype=torch.float64)
+            rho = (lp[t] - data.old[i][t]).exp()
+            apart[selected].append(clip_loss(A_hat, rho, 0.2, 0.28, 3.0))
+    assert min(map(len, apart.values())) > 3
+    return torch.stack(apart[False]).mean() + 0.7 * torch.stack(apart[True]).mean()
+
+
 CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
     "grpo": ({}, lambda d: token_mean(grpo_terms(d))),
     "dr_grpo": ({}, dr_grpo),
@@ -286,6 +308,13 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
         lambda d: weighed(d, 0.5, 0.4, lambda i, lp: d.teacher[i] - d.wrong[i]),
     ),
     "agent_opsd": ({"rlsd_lambda": 0.6, "evidence_clip": 0.3}, agent_opsd),
+    "rlcsd": (
+        {
+            "rlsd_lambda": 0.6,
+            "params": {"tau": 0.3, "beta": 1.5, "delta": 0.4, "eta": 0.7},
+        },
+        rlcsd,
+    ),
     "sdar": ({"sdar_coef": 0.3}, sdar),
     "opd": ({"opd_coef": 0.7}, opd),
     "opsd": ({"divergence": "jsd", "jsd_beta": 0.3}, lambda d: divergence(d, "jsd")),
@@ -318,7 +347,12 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
 }
 
 
-def scored(data: Data, i: int, A: float, lam: float) -> ScoredResponse:
+def contrast(data: Data, name: str) -> list[Tensor]:
+    """The second score of each response."""
+    return [*map(log_mean_exp, data.several_wrong)] if name == "rlcsd" else data.wrong
+
+
+def scored(data: Data, name: str, i: int, A: float, lam: float) -> ScoredResponse:
     # An environment wrote two tokens after the second one, and one after the fourth.
     places = torch.tensor([0, 1, 4, 5, 7, 8, 9])[: LENGTHS[i]]
     return ScoredResponse(
@@ -326,7 +360,7 @@ def scored(data: Data, i: int, A: float, lam: float) -> ScoredResponse:
         rlsd_lambda=lam,
         log_probs=data.old[i],
         teacher_log_probs=data.teacher[i],
-        contrast_log_probs=data.wrong[i],
+        contrast_log_probs=contrast(data, name)[i],
         turns=turns_of(places),
         group_solved_share=SOLVED_SHARES[i],
     )
@@ -339,9 +373,15 @@ def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) 
     advantages = list(A.repeat_interleave(lengths).split(LENGTHS))
     lam = 0.0 if algorithm.name == "grpo" else algorithm.rlsd_lambda
     if (rule := own_functions(algorithm).token_credit) is not None:
-        responses = (scored(data, i, float(A[i]), lam) for i in range(B))
-        advantages, lam = [rule(each, algorithm) for each in responses], 0.0
+        responses = (scored(data, algorithm.name, i, float(A[i]), lam) for i in range(B))
+        credits = [rule(each, algorithm) for each in responses]
+        advantages, lam = [c if isinstance(c, Tensor) else c.advantages for c in credits], 0.0
     weights = token_loss_weights(LENGTHS, algorithm.loss_aggregation, MAX_TOKENS)
+    factors = torch.ones(T, dtype=torch.float64)
+    if rule is not None and not isinstance(credits[0], Tensor):
+        selected = torch.cat([c.selected for c in credits])
+        each_token = weights.repeat_interleave(lengths)
+        factors = part_factors(selected, each_token, float(each_token.sum()), lambda sums: sums)
     distilled_weights = weights
     if algorithm.divergence_rows == "failed":
         has_failed = torch.tensor([i in FAILED for i in range(B)])
@@ -350,7 +390,7 @@ def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) 
         data.hidden,
         data.weight,
         data.targets,
-        advantages=torch.cat(advantages),
+        advantages=torch.cat(advantages) * factors,
         loss_weights=weights.repeat_interleave(lengths),
         config=policy_loss_config(algorithm, lam),
         old_log_probs=torch.cat(data.old),

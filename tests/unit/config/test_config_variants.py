@@ -132,3 +132,18 @@ def test_single_knobs_go_with_rlsd_and_grpo():
     assert mixed.scores_every_response
     assert AlgorithmConfig(name="grpo", objective="clipped_weight").objective == "clipped_weight"
     assert AlgorithmConfig(name="grpo", rlsd_lambda=0.8).name == "grpo"
+
+
+def test_constants_of_an_algorithms_functions_are_checked_and_filled_in():
+    assert AlgorithmConfig(name="rlcsd", params={"tau": 0.5}).params == {
+        "tau": 0.5,
+        "beta": 1.0,
+        "delta": 0.02,
+        "eta": 1.0,
+    }
+    with pytest.raises(UserError, match="params: rlcsd has no sigma; it has: tau, beta, delta"):
+        parse({"name": "rlcsd", "params": {"sigma": 1}})
+    with pytest.raises(UserError, match="params: grpo has no tau; it has none"):
+        parse({"name": "grpo", "params": {"tau": 1}})
+    with pytest.raises(UserError, match="own_hints is for an algorithm that brings a function"):
+        parse({"evidence": "own_hints"})

@@ -15,7 +15,7 @@ from megatron_rlsd.ops import has_policy_loss, teacher_is_needed
 from megatron_rlsd.types import TrainBatch
 from tests.batches import train_row
 
-HINT = {"teacher_prompt_ids": [5, 5, 5], "contrast_prompt_ids": [6, 6]}
+HINT = {"teacher_prompt_ids": [5, 5, 5], "contrast_prompts": [[6, 6], [7]]}
 BATCH = TrainBatch.of(
     [
         train_row([1, 2], [3, 4, 5], 1.0, **HINT),

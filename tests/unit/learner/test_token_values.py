@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rlsd.algorithms import ScoredResponse, Variant, register_algorithm, turns_of
-from megatron_rlsd.algorithms.token_credit import turn_credit
+from megatron_rlsd.algorithms import (
+    ScoredResponse,
+    SplitCredit,
+    Variant,
+    part_factors,
+    register_algorithm,
+    turns_of,
+)
+from megatron_rlsd.algorithms.rules.agent_opsd import turn_credit
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.experience.batch import train_batch
 from megatron_rlsd.learner.scoring import Scores
@@ -110,3 +117,34 @@ def test_rows_know_how_their_group_fared() -> None:
     rows = train_batch(groups).rows
     assert [rows[n].group_solved_share for n in range(5)] == [0.5, 0.5, 0.5, None, None]
     assert BATCH.rows[0].group_solved_share is None
+
+
+def test_the_two_means_of_a_split_are_over_all_ranks() -> None:
+    """Rank 0 holds three of the six weights, and one of two selected tokens."""
+    selected, weights = torch.tensor([True, False, False]), torch.full((3,), 1 / 6)
+
+    def total(sums: torch.Tensor) -> torch.Tensor:
+        return sums + 1 / 6  # the other rank's
+
+    factors = part_factors(selected, weights, 1.0, total)
+    # One mean over 6 becomes one over the 2 selected tokens and one over the 4 others.
+    assert factors.tolist() == pytest.approx([6 / 2, 6 / 4, 6 / 4])
+    nothing = part_factors(torch.zeros(3, dtype=torch.bool), weights, 1.0, lambda sums: sums)
+    assert nothing.tolist() == [1, 1, 1]
+    everything = part_factors(torch.ones(3, dtype=torch.bool), weights, 0.5, lambda sums: sums)
+    assert everything.tolist() == pytest.approx([1, 1, 1])
+
+
+def test_a_rule_that_splits_and_reads_no_policy_pays_for_no_pass() -> None:
+    def rule(response: ScoredResponse, algorithm: AlgorithmConfig) -> SplitCredit:
+        assert response.log_probs is None
+        return SplitCredit(response.teacher_log_probs, response.teacher_log_probs < -3)
+
+    register_algorithm("own_rule", Variant(), token_credit=rule, reads=())
+    config = config_of("own_rule")
+    assert plan_of(config).wanted.keys() == {"teacher"}
+    teacher = {0: torch.tensor([-1.0, -2.0, -4.0]), 1: torch.tensor([-5.0])}
+    values = values_of(config, teacher=teacher)
+    # Two of the ten trained tokens are selected; row 2 has no gradient, and counts.
+    apart = [10 / 8 * -1, 10 / 8 * -2, 10 / 2 * -4, 10 / 2 * -5, *[10 / 8] * 2, *[-10 / 8] * 2]
+    assert values.advantages.tolist() == pytest.approx(apart)

@@ -11,7 +11,7 @@ from tests.batches import plain_rows, rows_of, train_row
 ROWS = [
     train_row([1, 2], [6, 7, 8], 1.5, loss_mask=[1, 0, 1], rollout_log_probs=[-0.5, 0, -1.5]),
     train_row([3], [9], -1.0, teacher_prompt_ids=[4, 5], evidence_span=(0, 0), solved=False),
-    train_row([3], [2, 2], 0.0, contrast_prompt_ids=[9, 9, 9], evidence_span=(1, 2), solved=True),
+    train_row([3], [2, 2], 0.0, contrast_prompts=[[9, 9], [8]], evidence_span=(1, 2), solved=True),
     train_row([3], [2], 0.5, solved=True, group_solved_share=1 / 3),
 ]
 
@@ -61,8 +61,8 @@ def test_batches_recorded_by_release_0_1_are_read() -> None:
             assert first.loss_mask == ([True, False, True] if masked else [True] * 3)
             assert (first.teacher_prompt_ids, second.teacher_prompt_ids) == (None, [4, 5])
             assert (first.evidence_span, second.evidence_span) == (
-                ((0, 2), (1, 1)) if masked else (None, None)
+                ([0, 2], [1, 1]) if masked else (None, None)
             )
-            assert first.contrast_prompt_ids is None
+            assert first.contrast_prompts == []
             assert batch.outlines[0].trained_tokens == (2 if masked else 3)
             train_batch_tensors(batch)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_rlsd.algorithms import Source
 from megatron_rlsd.config import TeacherConfig
-from megatron_rlsd.teacher import Source, response_hints, wrong_hints
+from megatron_rlsd.teacher import response_hints, wrong_hints
 from megatron_rlsd.types import Generation, Group, Problem
 from tests.batches import trajectory
 
@@ -47,16 +48,48 @@ def test_a_lone_correct_response_teaches_the_others_only():
 
 def test_wrong_hints_are_wrong_and_of_others():
     solved = [True, False, True, False]
-    assert wrong_hints(group("a", "b", "c", "d"), solved) == ["b", "d", "d", "b"]
-    assert wrong_hints(group("a", "b"), [True, False]) == ["b", None]
-    assert wrong_hints(group("a", "b"), [True, True]) == [None, None]
+    assert wrong_hints(group("a", "b", "c", "d"), solved) == [("b",), ("d",), ("d",), ("b",)]
+    assert wrong_hints(group("a", "b"), [True, False]) == [("b",), ()]
+    assert wrong_hints(group("a", "b"), [True, True]) == [(), ()]
+
+
+def test_several_wrong_hints_hold_an_answer_and_never_the_response_itself() -> None:
+    six = group("a", "b", "c", "d", "b", "e")
+    solved = [True, False, False, None, False, False]
+    assert wrong_hints(six, solved, most=2) == [
+        ("b", "c"),
+        ("c", "e"),  # not "b" again, which is its own text
+        ("b", "e"),
+        ("b", "e"),
+        ("e", "c"),
+        ("b", "c"),
+    ]
+    answered = [True, True, False, True, True, False]
+    assert wrong_hints(six, solved, most=4, usable=answered) == [
+        ("b", "b"),
+        (),
+        ("b", "b"),
+        ("b", "b"),
+        (),
+        ("b", "b"),
+    ]
+
+
+def test_the_next_correct_step_is_where_the_response_leaves_a_right_one() -> None:
+    texts = ("1 + 2 = 3 \n3 + 4 = 8\n#### 8", "4 + 3 = 7\n#### 7", "1 + 2 = 3\n3 + 4 = 7\n#### 7")
+    chosen = hints(group(*texts), [False, True, True], "own_correct_step")
+    # The second right one agrees for a line; the responses that are right have each other.
+    assert chosen == ["1 + 2 = 3\n3 + 4 = 7", "1 + 2 = 3", "4 + 3 = 7"]
+    assert hints(group("a", "b"), [True, False], "own_correct_step") == [None, "a"]
+    assert hints(group("a", "a"), [True, True], "own_correct_step") == [None, None]
+    assert hints(group("1\n2\n3", "1\n2"), [False, True], "own_correct_step") == ["1\n2", None]
 
 
 def test_a_response_without_a_verdict_is_neither_a_right_nor_a_wrong_hint():
     solved = [None, True, False, None]
     four = group("a", "b", "c", "d")
     assert hints(four, solved, "own_correct_response") == ["b", None, "b", "b"]
-    assert wrong_hints(four, solved) == ["c", "c", None, "c"]
+    assert wrong_hints(four, solved) == [("c",), ("c",), (), ("c",)]
 
 
 def test_a_response_without_text_is_no_hint():
