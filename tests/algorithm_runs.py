@@ -30,5 +30,5 @@ def small_config(name: str, run_dir: Path, model: Path, teacher: Path, *override
     if name == "opd":
         changes.append(f"teacher.hf_path={teacher}")
     if name == "rlcsd":
-        changes.append("eval.answer_pattern='([0-9])'")  # a random model's answer
+        changes.append("eval.answer_pattern='([a-z])'")  # what a random model writes
     return load_config(CONFIGS / f"{name}.yaml", [*changes, *overrides])
