@@ -10,6 +10,7 @@ what it had:
     engine     the same on Transformer Engine's layers, in bfloat16
     fp8        the same with FP8 by blocks
     loop       ten steps of the real program on a random model of 135M parameters
+    served     five steps in turns with an SGLang server on the same GPU (SGLANG_PYTHON)
     tests      tests/gpu, in parallel workers: compiling is what takes their time
     memory     those of them that measure or fill the memory, one by one
     peers      other projects' heads beside ours, in turns
@@ -44,6 +45,8 @@ class Stage:
     """Limit; none of the stage is left running after it."""
     needs: tuple[str, ...] = ()
     """Modules without which it is skipped."""
+    variable: str | None = None
+    """Environment variable that names a program without which it is skipped."""
 
 
 def stages(out: Path, toy: bool) -> list[Stage]:
@@ -97,6 +100,13 @@ def stages(out: Path, toy: bool) -> list[Stage]:
             engine,
         ),
         Stage("loop", program("gpu_loop", *written("loop"), *small), 120, actor),
+        Stage(
+            "served",
+            program("gpu_served", *written("served"), *small),
+            600 if toy else 150,
+            actor,
+            "SGLANG_PYTHON",
+        ),
         Stage("tests", tests(out / "tests.xml", "-n", "6", "-m", "not whole_gpu"), 150, workers),
         Stage("memory", tests(out / "memory.xml", "-m", "whole_gpu"), 90, ("pytest",)),
         Stage(
@@ -174,6 +184,8 @@ def main() -> int:
 def run(stage: Stage) -> bool:
     """Whether the stage ended well; one that lacks a module is skipped and counts as well."""
     missing = [name for name in stage.needs if importlib.util.find_spec(name) is None]
+    if stage.variable and not Path(os.environ.get(stage.variable, "")).is_file():
+        missing.append(f"a program at ${stage.variable}")
     if missing:
         print(f"== {stage.name}: skipped, needs {', '.join(missing)}", flush=True)
         return True

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu_loop_") as name:
         folder = Path(name)
         config = write_inputs(folder, steps, args.toy)
-        sizes = {} if args.toy else SMOLLM2
-        flags = [text for key, size in sizes.items() for text in (f"--{key}", str(size))]
-        timed(out, "make_model", ["tools/make_tiny_model.py", str(config), f"{name}/model", *flags])
+        make_model(out, config, folder / "model", {} if args.toy else SMOLLM2)
         timed(out, "train", ["-m", "megatron_rlsd.train", str(config)])
-        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        out.add("steps", sum("time/step_s" in row for row in rows))
+        rows = step_rows(folder / "run")
+        out.add("steps", len(rows))
         out.add("metrics", medians(rows))
 
 
-def write_inputs(folder: Path, steps: int, toy: bool) -> Path:
-    """Problems and a configuration; its path."""
+def write_inputs(
+    folder: Path, steps: int, toy: bool, changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> Path:
+    """Write problems and a configuration, with ``changes`` of its sections; return its path."""
     draw = random.Random(0)
     with (folder / "sums.jsonl").open("w") as file:
         for _ in range(400):
@@ -91,9 +91,22 @@ def write_inputs(folder: Path, steps: int, toy: bool) -> Path:
         "    text = sample.response\n"
         "    return sum(c.isdigit() for c in text) / max(1, len(text))\n"
     )
+    for section, values in (changes or {}).items():
+        config[section] = config.get(section, {}) | values
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
     return path
+
+
+def make_model(out: ResultsFile, config: Path, folder: Path, sizes: Mapping[str, int]) -> None:
+    flags = [text for key, size in sizes.items() for text in (f"--{key}", str(size))]
+    timed(out, "make_model", ["tools/make_tiny_model.py", str(config), str(folder), *flags])
+
+
+def step_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the metrics of every step."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "time/step_s" in row]
 
 
 def timed(out: ResultsFile, name: str, command: list[str]) -> None:
@@ -104,7 +117,7 @@ def timed(out: ResultsFile, name: str, command: list[str]) -> None:
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return the median of every number that all steps after the first have."""
-    steps = [row for row in rows if "time/step_s" in row][1:]
+    steps = rows[1:]
     names = set.intersection(*(set(row) for row in steps)) if steps else set()
     numbers = {n: [row[n] for row in steps] for n in sorted(names)}
     return {
