@@ -16,7 +16,7 @@ def gpu_day(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "benchmarks/gpu_day.py", "--toy", "--out", str(out), *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_PYTHON": ""},
         capture_output=True,
         text=True,
         timeout=600,
