@@ -102,6 +102,12 @@ def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
         A_hat = reweighted(lp.detach() - lp_T)
     elif name in ("ectr", "purified_opsd") and row.contrast_prompts:
         A_hat = reweighted(lp_T - second_score(row, Q))
+    elif name == "egrsd":
+        with torch.no_grad():
+            log_q = Q(teacher, response)
+        gate = 0.2 + 0.8 * (log_q.exp() * log_q).sum(1).exp()
+        w = (sign * (lp_T - lp.detach())).exp().clamp(1 - clip, 1 + clip)
+        A_hat = A * ((1 - lam) + lam * gate * w)
     elif name == "rlcsd" and lp_T is not None and row.contrast_prompts:
         r = lam * ((lp_T - second_score(row, Q)) / 0.02).tanh()
         moved = (A + r).clamp(min=0) if A > 0 else (A + r).clamp(max=0)

@@ -195,17 +195,42 @@ class Actor:
         """Log-probabilities [R] of every response token; None on ranks before the last stage."""
 
         def score(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            log_probs, _ = token_log_probs(
-                rows,
-                weight,
-                targets,
-                temperature=temperature,
-                tp_group=self.groups.tp,
-                vocab_size=self.vocab_size,
-            )
-            return log_probs.float()
+            return self._head_scores(rows, weight, targets, temperature)[0].float()
 
         return self._score(sequences_by_rank, score, ())
+
+    def token_log_probs_and_entropy(
+        self, sequences_by_rank: SequencesByRank, temperature: float
+    ) -> Tensor | None:
+        """[R, 2]: ``token_log_probs``, and the entropy of the token's distribution in nats."""
+
+        def score(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            log_probs, entropy = self._head_scores(
+                rows, weight, targets, temperature, with_entropy=True
+            )
+            assert entropy is not None
+            return torch.stack([log_probs, entropy], dim=1).float()
+
+        return self._score(sequences_by_rank, score, (2,))
+
+    def _head_scores(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        *,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        return token_log_probs(
+            rows,
+            weight,
+            targets,
+            temperature=temperature,
+            tp_group=self.groups.tp,
+            vocab_size=self.vocab_size,
+            with_entropy=with_entropy,
+        )
 
     def token_states(self, sequences_by_rank: SequencesByRank) -> tuple[Tensor, Tensor] | None:
         """What the head makes every response token's distribution from; None before the last stage.

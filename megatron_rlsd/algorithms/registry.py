@@ -38,8 +38,9 @@ usual, and 1 where the teacher did not score the token. Called on every rank of 
 its device."""
 
 
-Reads = Literal["policy"]
-"""policy: the log-probabilities of the policy before the update, which cost a pass."""
+Reads = Literal["policy", "teacher_entropy"]
+"""policy: the log-probabilities of the policy before the update, which cost a pass.
+teacher_entropy: that of the teacher's distribution at each token, which comes with its pass."""
 POLICY: frozenset[Reads] = frozenset({"policy"})
 
 

@@ -33,6 +33,8 @@ class ScoredResponse:
     contrast_log_probs: Tensor | None
     """lp_T under the second prompt, where ``evidence`` compares two; of several wrong hints the
     logarithm of their mean probability."""
+    teacher_entropy: Tensor | None = None
+    """H of the teacher's distribution, in nats; None: the rule does not read it."""
     turns: list[Tensor]
     """[T_k] int64 each: the places of each turn's tokens; one turn where nothing was answered."""
     group_solved_share: float | None

@@ -14,10 +14,10 @@ from megatron_rlsd.config import AlgorithmConfig, Config
 from megatron_rlsd.ops import PolicyLossConfig, has_policy_loss, teacher_is_needed
 from megatron_rlsd.types import RowOutline, TrainBatch, TrainRow
 
-ScoreKind = Literal["teacher", "contrast", "teacher_states", "old", "ref"]
-"""Passes before the update: log-probabilities under the teacher, under the teacher with a wrong
-hint, the teacher's hidden states, and log-probabilities of the policy before the update and of the
-reference model."""
+ScoreKind = Literal["teacher", "teacher_entropy", "contrast", "teacher_states", "old", "ref"]
+"""Passes before the update: log-probabilities under the teacher (and, of the same pass, the entropy
+of its distributions), under the teacher with wrong hints, the teacher's hidden states, and
+log-probabilities of the policy before the update and of the reference model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +158,14 @@ def _wanted(
     algorithm = config.algorithm
     by_token = credits_tokens or bool(loss.rlsd_lambda or loss.opd_coef or loss.sdar_coef)
     has_ratio = loss.objective != "log_prob"
-    reads_policy = credits_tokens and "policy" in own_functions(algorithm).reads
+    reads = own_functions(algorithm).reads if credits_tokens else frozenset()
     needs_old = algorithm.off_policy.old_log_probs == "trainer" and (
-        reads_policy
+        "policy" in reads
         or (has_ratio and (config.updates_per_step > 1 or algorithm.weighs_before_update))
     )
     needed: dict[ScoreKind, tuple[bool, frozenset[int]]] = {
         "teacher": (by_token, rows.judged),
+        "teacher_entropy": ("teacher_entropy" in reads, rows.judged),
         "contrast": (by_token and algorithm.contrasts_hints, rows.judged),
         "teacher_states": (algorithm.divergence_coef != 0, rows.distilled),
         "old": (needs_old, rows.active),

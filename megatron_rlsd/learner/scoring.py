@@ -38,6 +38,8 @@ class Scores:
     teacher: Rows | None = None
     old: Rows | None = None
     ref: Rows | None = None
+    teacher_entropy: Rows | None = None
+    """Of the teacher's distribution, in nats."""
     contrast: Rows | None = None
     """The teacher's under wrong hints: of several the logarithm of their mean probability."""
     teacher_states: Rows | None = None
@@ -144,7 +146,7 @@ class Scorer:
             scores.teacher = self._other_models_log_probs(plan)
         elif not another_model and plan.wanted.keys() & {"teacher", "contrast", "teacher_states"}:
             with self.teacher.applied():
-                scores.teacher = self._log_probs(plan, "teacher")
+                self._score_teacher(plan, scores)
                 scores.contrast = self._log_probs(plan, "contrast")
                 self._score_states(plan, scores)
         scores.old = self._log_probs(plan, "old")
@@ -155,6 +157,7 @@ class Scorer:
         tokens = sum(
             size
             for kind, rows in plan.wanted.items()
+            if kind != "teacher_entropy"  # no pass of its own
             for n in rows
             for size in _num_inputs(outlines[n], kind)
         )
@@ -193,6 +196,19 @@ class Scorer:
             scored_sequences(plan, kind), self._config.rollout.temperature
         )
         return {} if flat is None else _by_row(plan, kind, flat)
+
+    def _score_teacher(self, plan: Plan, scores: Scores) -> None:
+        if "teacher_entropy" not in plan.wanted:
+            scores.teacher = self._log_probs(plan, "teacher")
+            return
+        scores.teacher, scores.teacher_entropy = {}, {}
+        both = self._actor.token_log_probs_and_entropy(
+            scored_sequences(plan, "teacher"), self._config.rollout.temperature
+        )
+        if both is not None:
+            log_probs, entropy = both.unbind(1)
+            scores.teacher = _by_row(plan, "teacher", log_probs)
+            scores.teacher_entropy = _by_row(plan, "teacher", entropy)
 
     def _score_states(self, plan: Plan, scores: Scores) -> None:
         if "teacher_states" not in plan.wanted:

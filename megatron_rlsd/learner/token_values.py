@@ -94,7 +94,7 @@ class TokenValueMaker:
         rule, reads_policy = own.token_credit, "policy" in own.reads
         assert rule is not None
         by_engine = self._algorithm.off_policy.old_log_probs == "rollout"
-        kinds: tuple[ScoreKind, ...] = ("old", "teacher", "contrast")
+        kinds: tuple[ScoreKind, ...] = ("old", "teacher", "teacher_entropy", "contrast")
         found = {kind: scores.rows(kind) or {} for kind in kinds}
         parts, selected = [], []
         for number, row, length in zip(self.numbers, self._rows, self.lengths, strict=True):
@@ -114,6 +114,7 @@ class TokenValueMaker:
                     rlsd_lambda=self._plan.rlsd_lambda,
                     log_probs=policy,
                     teacher_log_probs=torch.where(inside, teacher, math.nan),
+                    teacher_entropy=found["teacher_entropy"].get(number),
                     contrast_log_probs=found["contrast"].get(number),
                     turns=turns_of(torch.from_numpy(row.loss_mask.nonzero()[0])),
                     group_solved_share=row.group_solved_share,

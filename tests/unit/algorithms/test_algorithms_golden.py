@@ -259,6 +259,27 @@ def agent_opsd(data: Data) -> Tensor:
     return token_mean(each(data, term))
 
 
+def entropies(data: Data, i: int) -> list[float]:
+    """H of the teacher's distributions in response i."""
+    _, log_q = data.distributions()
+    return [-sum(math.exp(each) * each for each in row) for row in log_q[i].tolist()]
+
+
+def egrsd(data: Data) -> Tensor:
+    A = by_group("group_std")
+
+    def term(i: int, lp: Tensor) -> Tensor:
+        u = (data.teacher[i] - data.old[i]).tolist()
+        weights = []
+        for gain, H in zip(u, entropies(data, i), strict=True):
+            w = min(max(math.exp(math.copysign(1, A[i]) * gain), 0.7), 1.3)
+            weights.append(0.4 + 0.6 * (0.1 + 0.9 * math.exp(-0.5 * H)) * w)
+        A_hat = A[i] * torch.tensor(weights, dtype=torch.float64)
+        return clip_loss(A_hat, (lp - data.old[i]).exp(), 0.2, 0.28, 3.0)
+
+    return token_mean(each(data, term))
+
+
 def rlcsd(data: Data) -> Tensor:
     A = by_group("group_std")
     apart: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -315,6 +336,10 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
         },
         rlcsd,
     ),
+    "egrsd": (
+        {"rlsd_lambda": 0.6, "evidence_clip": 0.3, "params": {"floor": 0.1, "slope": 0.5}},
+        egrsd,
+    ),
     "sdar": ({"sdar_coef": 0.3}, sdar),
     "opd": ({"opd_coef": 0.7}, opd),
     "opsd": ({"divergence": "jsd", "jsd_beta": 0.3}, lambda d: divergence(d, "jsd")),
@@ -353,6 +378,7 @@ def contrast(data: Data, name: str) -> list[Tensor]:
 
 
 def scored(data: Data, name: str, i: int, A: float, lam: float) -> ScoredResponse:
+    q = [rows.detach() for rows in data.distributions()[1]]
     # An environment wrote two tokens after the second one, and one after the fourth.
     places = torch.tensor([0, 1, 4, 5, 7, 8, 9])[: LENGTHS[i]]
     return ScoredResponse(
@@ -361,6 +387,7 @@ def scored(data: Data, name: str, i: int, A: float, lam: float) -> ScoredRespons
         log_probs=data.old[i],
         teacher_log_probs=data.teacher[i],
         contrast_log_probs=contrast(data, name)[i],
+        teacher_entropy=-(q[i].exp() * q[i]).sum(1),
         turns=turns_of(places),
         group_solved_share=SOLVED_SHARES[i],
     )
