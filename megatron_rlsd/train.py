@@ -27,7 +27,7 @@ def train(config: Config) -> None:
     steps = config.train.steps
     with assemble(config, total_updates=config.total_updates, total_steps=steps) as run:
         learner = Learner(config, run.actor)
-        start = run.continuity.resume(run.actor, learner.snapshots(), run.collector)
+        start = run.continuity.resume(run.actor, learner.snapshots(), run.collector, learner)
         run.colocation.servers_take_over()
         run.publish_weights(version=start)
         if config.eval.at_start and start == 0:

@@ -108,6 +108,11 @@ def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
         gate = 0.2 + 0.8 * (log_q.exp() * log_q).sum(1).exp()
         w = (sign * (lp_T - lp.detach())).exp().clamp(1 - clip, 1 + clip)
         A_hat = A * ((1 - lam) + lam * gate * w)
+    elif name == "antisd":
+        gain = lp_T - lp.detach()
+        bound = 2 * gain.std(correction=0)
+        A_hat = A + lam / 2 * (math.log(2) - (1 + gain.clamp(-bound, bound).exp()).log())
+        A_hat = A_hat if A else torch.zeros_like(gain)
     elif name == "rlcsd" and lp_T is not None and row.contrast_prompts:
         r = lam * ((lp_T - second_score(row, Q)) / 0.02).tanh()
         moved = (A + r).clamp(min=0) if A > 0 else (A + r).clamp(max=0)
@@ -347,6 +352,41 @@ def test_a_replayed_step_needs_no_teacher(name, tiny_model, other_model, tmp_pat
     replayed = replay(config, 0).metrics
     assert replayed["train/loss"] == metrics["train/loss"]
     assert replayed["train/grad_norm"] == metrics["train/grad_norm"]
+
+
+def test_the_gate_of_a_rule_goes_on_after_a_restart_and_in_a_replay(
+    tiny_model, other_model, tmp_path
+):
+    """antisd's warm-up takes three steps, of which the second start makes the last; then every
+    teacher is too sure."""
+    settings = (
+        *("train.record_steps=all", "checkpoint.interval=2", "checkpoint.keep=null"),
+        "algorithm.params={warmup: 3, low: 100, high: 200}",
+    )
+
+    def run(steps: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        config = small_config(
+            *("antisd", tmp_path / "run", tiny_model, other_model, f"train.steps={steps}"),
+            *settings,
+        )
+        train.train(config)
+        state = tmp_path / f"run/checkpoints/step_{steps:08d}/state.json"
+        lines = read_metrics(tmp_path / "run/metrics.jsonl")
+        return [m for m in lines if "train/loss" in m], json.loads(state.read_text())["learner"]
+
+    first, state = run(2)
+    entropies = [step["teacher/entropy_mean"] for step in first]
+    assert state["gate"] == {"first": pytest.approx(entropies), "is_open": True}
+    steps, state = run(4)
+    assert state["gate"]["first"][:2] == pytest.approx(entropies)
+    assert (len(state["gate"]["first"]), state["gate"]["is_open"]) == (3, False)
+    assert [step["algorithm/gate_open"] for step in steps] == [1, 1, 1, 0]
+    config = small_config(
+        *("antisd", tmp_path / "run", tiny_model, other_model, "train.steps=4", *settings)
+    )
+    replayed = replay(config, 3).metrics
+    for key in ("train/loss", "train/grad_norm", "algorithm/gate_open"):
+        assert replayed[key] == steps[3][key], key
 
 
 def test_a_replayed_step_that_compares_distributions_has_its_teacher(

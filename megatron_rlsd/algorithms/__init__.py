@@ -22,6 +22,7 @@ from megatron_rlsd.algorithms.spans import evidence_span
 from megatron_rlsd.algorithms.token_credit import (
     ScoredResponse,
     SplitCredit,
+    StepGate,
     part_factors,
     turns_of,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "ScoredResponse",
     "Source",
     "SplitCredit",
+    "StepGate",
     "Variant",
     "correction",
     "correction_metrics",

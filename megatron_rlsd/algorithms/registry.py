@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_rlsd.algorithms.advantages import group_advantages
 from megatron_rlsd.algorithms.readings import ScoreGroup
-from megatron_rlsd.algorithms.token_credit import TokenCreditRule
+from megatron_rlsd.algorithms.token_credit import StepGate, TokenCreditRule
 from megatron_rlsd.config import AlgorithmConfig, TeacherConfig
 from megatron_rlsd.config.variants import VARIANTS, Variant
 from megatron_rlsd.runtime.errors import UserError
@@ -55,6 +55,8 @@ class OwnFunctions:
     has scored; the loss then takes its advantages as they are."""
     reads: frozenset[Reads] = POLICY
     """What ``token_credit`` needs beside the teacher's log-probabilities."""
+    gate: Callable[[AlgorithmConfig], StepGate] | None = None
+    """Makes what switches ``token_credit`` on and off from step to step."""
     score_group: ScoreGroup | None = None
     """Called on rank 0 with each scored group: the hints that the teacher reads."""
 
@@ -70,20 +72,27 @@ def register_algorithm(
     evidence_weight: EvidenceWeight | None = None,
     token_credit: TokenCreditRule | None = None,
     reads: Collection[Reads] = POLICY,
+    gate: Callable[[AlgorithmConfig], StepGate] | None = None,
     score_group: ScoreGroup | None = None,
 ) -> None:
     """Make ``variant`` known as ``algorithm.name`` ``name``.
 
     With ``advantages`` the key ``algorithm.advantage`` is fixed at ``own``. ``token_credit`` takes
     the place of the evidence weight, so that one of the two is given; of what it ``reads`` the rest
-    is not computed. Give ``score_group`` the key ``evidence`` ``own_hints`` where its readings hold
-    contrasts, and ``teacher.hint`` ``own`` where it chooses the hint as well.
+    is not computed. A ``gate`` needs ``teacher_entropy`` to be read. With ``score_group`` the
+    variant fixes the key ``evidence`` at ``own_hints`` where the readings hold contrasts, and
+    ``teacher.hint`` at ``own`` where they choose the hint as well.
     Raises UserError for a name that is taken and for keys that a section does not have.
     """
     if evidence_weight is not None and token_credit is not None:
         raise UserError(
             f"algorithm {name!r}: it has an evidence_weight and a token_credit, which takes its "
             "place; expected one of them"
+        )
+    if gate is not None and "teacher_entropy" not in reads:
+        raise UserError(
+            f"algorithm {name!r}: it has a gate, which observes the teacher's entropy, but does "
+            "not read teacher_entropy"
         )
     if name in VARIANTS:
         raise UserError(f"an algorithm named {name!r} is registered already")
@@ -105,7 +114,7 @@ def register_algorithm(
         variant = replace(variant, fixed={**variant.fixed, **own})
     VARIANTS[name] = variant
     _OWN[name] = OwnFunctions(
-        advantages, evidence_weight, token_credit, frozenset(reads), score_group
+        advantages, evidence_weight, token_credit, frozenset(reads), gate, score_group
     )
 
 

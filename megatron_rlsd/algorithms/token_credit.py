@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,10 +36,32 @@ class ScoredResponse:
     logarithm of their mean probability."""
     teacher_entropy: Tensor | None = None
     """H of the teacher's distribution, in nats; None: the rule does not read it."""
+    is_gate_open: bool = True
+    """What the rule's ``StepGate`` says of this step."""
     turns: list[Tensor]
     """[T_k] int64 each: the places of each turn's tokens; one turn where nothing was answered."""
     group_solved_share: float | None
     """Share of right responses among those of its group that were judged; None: not known."""
+
+
+class StepGate(Protocol):
+    """Switches a rule on and off by what its teacher is like; every rank has one, all alike.
+
+    It is asked once a step, before the update, and is part of checkpoints.
+    """
+
+    is_open: bool
+    """Of the step that was observed last."""
+
+    def observe(self, teacher_entropy: float) -> None:
+        """Take note of a step: the mean entropy of its teacher over all scored tokens, in nats."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What ``load_state`` needs to go on, as JSON data."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)

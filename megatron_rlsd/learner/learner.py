@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from megatron_rlsd.actor.outcome import UpdateResult
 from megatron_rlsd.algorithms import SUMS, correction_metrics
 from megatron_rlsd.config import Config
 from megatron_rlsd.learner.credit import CreditCollector
+from megatron_rlsd.learner.gate import CreditGate
 from megatron_rlsd.learner.metrics import update_metrics
 from megatron_rlsd.learner.noise import NoiseGauge, both
 from megatron_rlsd.learner.plan import MiniBatch, Plan, make_plan
@@ -34,6 +37,7 @@ class Learner:
         dumped = config.observability.samples_per_step * config.rollout.n_samples_per_prompt
         self.credit = CreditCollector(dumped if actor.groups.reports_stats else 0)
         self.noise = NoiseGauge(config, actor)
+        self._gate = CreditGate(config.algorithm, actor.groups)
 
     @property
     def teacher(self) -> Teacher:
@@ -83,13 +87,28 @@ class Learner:
             raise ValueError(f"step {plan.step}: this update needs scores of {', '.join(missing)}")
         self.credit.clear()
         self._correction_sums = dict.fromkeys(SUMS, 0.0)
-        self._selected_tokens = 0
+        self._split_sums = {"selected": 0.0, "split": 0.0}
+        gate_metrics = self._gate.observe(plan, scores)
         rounds = self._config.train.epochs_per_rollout * plan.mini_batches
         results = [
             self._update_once(plan, mini_batch, scores, another_follows=left > 0)
             for left, mini_batch in zip(reversed(range(len(rounds))), rounds, strict=True)
         ]
-        return update_metrics(results) | scores.metrics | self._correction_metrics()
+        return (
+            update_metrics(results)
+            | scores.metrics
+            | gate_metrics
+            | self._split_metrics(plan)
+            | self._correction_metrics()
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside tensors, as JSON data."""
+        return {"gate": self._gate.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        self._gate.load_state(state["gate"])
 
     def _update_once(
         self, plan: Plan, mini_batch: MiniBatch, scores: Scores, *, another_follows: bool
@@ -107,7 +126,9 @@ class Learner:
         if groups.reports_stats and groups.cp.rank() == 0:
             for name, count in maker.correction_sums.items():
                 self._correction_sums[name] += count
-            self._selected_tokens += maker.selected_tokens
+            if maker.selected_tokens is not None:
+                self._split_sums["split"] += 1
+                self._split_sums["selected"] += maker.selected_tokens
         return self._actor.update(
             student_sequences(plan, mini_batch.by_rank),
             values,
@@ -125,6 +146,17 @@ class Learner:
         """The sum over data-parallel ranks, which hold other rows."""
         dist.all_reduce(tensor, group=self._actor.groups.dp)
         return tensor
+
+    def _split_metrics(self, plan: Plan) -> dict[str, float]:
+        """Share of the trained tokens in the second part of an own rule's loss, if it has two."""
+        if not plan.credits_tokens:
+            return {}
+        sums, _ = all_reduce_metrics(self._split_sums, {}, self._actor.groups.control)
+        if not sums["split"]:
+            return {}
+        trained = sum(outline.trained_tokens for outline in plan.batch.outlines)
+        epochs = self._config.train.epochs_per_rollout
+        return {"algorithm/selected_share": sums["selected"] / (trained * epochs)}
 
     def _correction_metrics(self) -> dict[str, float]:
         algorithm = self._config.algorithm

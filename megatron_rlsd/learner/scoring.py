@@ -46,6 +46,8 @@ class Scores:
     """The teacher's last hidden states [T', D], where distributions are compared."""
     teacher_head: Tensor | None = None
     """[V / tp, D], the weight that goes with them."""
+    is_gate_open: bool | None = None
+    """What the algorithm's gate said of the step; None: it was not asked."""
     metrics: dict[str, float] = field(default_factory=dict)
 
     def rows(self, kind: ScoreKind) -> Rows | None:

@@ -55,8 +55,8 @@ class TokenValueMaker:
         """Trained tokens of each."""
         self.correction_sums: dict[str, float] = {}
         """What ``make`` counted of off-policy corrections: ``algorithms.Correction.sums``."""
-        self.selected_tokens = 0
-        """Tokens in the second part of an own rule's loss: ``algorithms.SplitCredit``."""
+        self.selected_tokens: int | None = None
+        """Tokens in the second part of an own rule's loss; None: nothing was split."""
         self._rows = [plan.row(number) for number in self.numbers]
 
     def make(self) -> TokenValues:
@@ -96,7 +96,7 @@ class TokenValueMaker:
         by_engine = self._algorithm.off_policy.old_log_probs == "rollout"
         kinds: tuple[ScoreKind, ...] = ("old", "teacher", "teacher_entropy", "contrast")
         found = {kind: scores.rows(kind) or {} for kind in kinds}
-        parts, selected = [], []
+        parts, selected, is_split = [], [], False
         for number, row, length in zip(self.numbers, self._rows, self.lengths, strict=True):
             teacher = found["teacher"].get(number)
             if teacher is None:  # it has no hint, or its advantage is 0
@@ -108,19 +108,21 @@ class TokenValueMaker:
                 sampled = torch.from_numpy(row.rollout_log_probs[row.loss_mask])
                 policy = (sampled if by_engine else found["old"][number]).to(teacher)
             inside = torch.from_numpy(_inside_span(row)).to(teacher.device)
-            credit = rule(
+            found_credit = rule(
                 ScoredResponse(
                     advantage=row.advantage,
                     rlsd_lambda=self._plan.rlsd_lambda,
                     log_probs=policy,
                     teacher_log_probs=torch.where(inside, teacher, math.nan),
                     teacher_entropy=found["teacher_entropy"].get(number),
+                    is_gate_open=scores.is_gate_open is not False,
                     contrast_log_probs=found["contrast"].get(number),
                     turns=turns_of(torch.from_numpy(row.loss_mask.nonzero()[0])),
                     group_solved_share=row.group_solved_share,
                 ),
                 self._algorithm,
             )
+            credit = found_credit
             if isinstance(credit, Tensor):
                 credit = SplitCredit(credit, torch.zeros(length, dtype=torch.bool))
             advantages = credit.advantages
@@ -129,12 +131,14 @@ class TokenValueMaker:
                     f"algorithm.name={self._algorithm.name}: its token_credit returned "
                     f"{advantages!r:.200}, expected a finite number for each of {length} tokens"
                 )
+            is_split |= not isinstance(found_credit, Tensor)
             parts.append(advantages.to(self._device, torch.float32))
             selected.append(credit.selected)
         if not parts:
             parts, selected = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
         chosen = torch.cat([each.to(self._device) for each in selected])
-        self.selected_tokens = int(chosen.sum())
+        if is_split:
+            self.selected_tokens = int(chosen.sum())
         whole = self._mini_batch.weight_sum
         return torch.cat(parts).to(self._device) * part_factors(chosen, weights, whole, self._total)
 

@@ -29,7 +29,7 @@ from megatron_rlsd.runtime.warn import warn
 
 
 class Position(Protocol):
-    """Where a stream of data stands (ProblemSource, Collector), as JSON data."""
+    """Where a stream of data stands (ProblemSource, Collector), or a learner, as JSON data."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -59,6 +59,7 @@ class Continuity:
         """Steps in a row whose update was skipped, the last one included."""
         self._state: TrainingState | None = None
         self._position: Position | None = None
+        self._learner: Position | None = None
 
     @property
     def start(self) -> Start:
@@ -70,18 +71,23 @@ class Continuity:
         actor: Actor,
         snapshots: Mapping[str, Mapping[str, Tensor]],
         position: Position | None,
+        learner: Position | None = None,
     ) -> int:
         """Set everything to where the run starts; returns the first step to run.
 
-        ``position`` is given at least on rank 0, and set wherever it is given.
+        ``position`` is given at least on rank 0, and set wherever it is given; ``learner``, where
+        the program has one, on every rank.
         """
-        self._position = position
+        self._position, self._learner = position, learner
         self._state = TrainingState(actor, snapshots, self._host_state)
         content = self.starting_point.load(partial(self.checkpoints.load, self._state))
         if content:
             self._bad_in_a_row = content["consecutive_bad_steps"]
             if position is not None:
                 position.load_state(content["position"])
+            # Checkpoints of release 0.1 have none, nor has one of a supervised run.
+            if learner is not None and content.get("learner") is not None:
+                learner.load_state(content["learner"])
         self._signals.saves = True
         return self.start.step
 
@@ -178,6 +184,7 @@ class Continuity:
         return {
             "program": self._program,
             "position": self._position.state() if self._position else None,
+            "learner": self._learner.state() if self._learner else None,
             "consecutive_bad_steps": self._bad_in_a_row,
         }
 

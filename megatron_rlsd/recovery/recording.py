@@ -130,11 +130,12 @@ def read_step(run_dir: Path, step: int) -> RecordedStep:
         kind: {index: tensors[f"{kind}.{index}"] for index in indices}
         for kind, indices in header["scored"].items()
     }
+    gate = header["metrics"].get("algorithm/gate_open")
     return RecordedStep(
         step=header["step"],
         rlsd_lambda=header["rlsd_lambda"],
         batch=train_batch_of(tensors),
-        scores=Scores(**rows),
+        scores=Scores(**rows, is_gate_open=None if gate is None else gate > 0),
         metrics=header["metrics"],
     )
 

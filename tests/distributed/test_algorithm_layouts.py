@@ -12,7 +12,7 @@ from megatron_rlsd.config import Config
 from tests.algorithm_runs import NAMES, small_config
 from tests.distributed.runs import LAYOUTS, assert_same_two_steps, run_on_one_and_two, steps_of
 
-TEACHERS = ("rlcsd", "opd", "sdpo", "grpo_opsd", "h2sd")
+TEACHERS = ("rlcsd", "antisd", "opd", "sdpo", "h2sd")
 """Between them they use every kind of teacher's pass."""
 ON_TWO = [(name, "tensor") for name in NAMES]
 ON_TWO += [(name, "data") for name in ("dr_grpo", "gspo", *TEACHERS)]

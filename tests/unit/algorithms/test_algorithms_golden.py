@@ -280,6 +280,21 @@ def egrsd(data: Data) -> Tensor:
     return token_mean(each(data, term))
 
 
+def antisd(data: Data) -> Tensor:
+    A = by_group("group_std")
+
+    def term(i: int, lp: Tensor) -> Tensor:
+        u = (data.teacher[i] - data.old[i]).tolist()
+        mean = sum(u) / len(u)
+        most = 2 * math.sqrt(sum((each - mean) ** 2 for each in u) / len(u))
+        bounded = [min(max(each, -most), most) for each in u]
+        A_hat = [A[i] + 0.3 * (math.log(2) - math.log(1 + math.exp(each))) for each in bounded]
+        rho = (lp - data.old[i]).exp()
+        return clip_loss(torch.tensor(A_hat, dtype=torch.float64), rho, 0.2, 0.28, 3.0)
+
+    return token_mean(each(data, term))
+
+
 def rlcsd(data: Data) -> Tensor:
     A = by_group("group_std")
     apart: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -340,6 +355,7 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
         {"rlsd_lambda": 0.6, "evidence_clip": 0.3, "params": {"floor": 0.1, "slope": 0.5}},
         egrsd,
     ),
+    "antisd": ({"rlsd_lambda": 0.6}, antisd),
     "sdar": ({"sdar_coef": 0.3}, sdar),
     "opd": ({"opd_coef": 0.7}, opd),
     "opsd": ({"divergence": "jsd", "jsd_beta": 0.3}, lambda d: divergence(d, "jsd")),
