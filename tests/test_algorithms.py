@@ -113,6 +113,10 @@ def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
         bound = 2 * gain.std(correction=0)
         A_hat = A + lam / 2 * (math.log(2) - (1 + gain.clamp(-bound, bound).exp()).log())
         A_hat = A_hat if A else torch.zeros_like(gain)
+    elif name == "cscr":
+        m = (lp_T - second_score(row, Q)).abs()
+        w = 1 / (1 + m / m.mean())
+        A_hat = A * w / w.mean()
     elif name == "rlcsd" and lp_T is not None and row.contrast_prompts:
         r = lam * ((lp_T - second_score(row, Q)) / 0.02).tanh()
         moved = (A + r).clamp(min=0) if A > 0 else (A + r).clamp(max=0)

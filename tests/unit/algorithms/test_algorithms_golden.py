@@ -295,6 +295,19 @@ def antisd(data: Data) -> Tensor:
     return token_mean(each(data, term))
 
 
+def cscr(data: Data) -> Tensor:
+    A = by_group("group_std")
+
+    def term(i: int, lp: Tensor) -> Tensor:
+        m = [abs(each) for each in (data.teacher[i] - data.wrong[i]).tolist()]
+        damped = [1 / (1 + 2 * each * len(m) / sum(m)) for each in m]
+        weights = [0.2 + 0.8 * each * len(m) / sum(damped) for each in damped]
+        A_hat = A[i] * torch.tensor(weights, dtype=torch.float64)
+        return clip_loss(A_hat, (lp - data.old[i]).exp(), 0.2, 0.28, 3.0)
+
+    return token_mean(each(data, term))
+
+
 def rlcsd(data: Data) -> Tensor:
     A = by_group("group_std")
     apart: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -356,6 +369,7 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
         egrsd,
     ),
     "antisd": ({"rlsd_lambda": 0.6}, antisd),
+    "cscr": ({"rlsd_lambda": 0.8, "params": {"damping": 2.0}}, cscr),
     "sdar": ({"sdar_coef": 0.3}, sdar),
     "opd": ({"opd_coef": 0.7}, opd),
     "opsd": ({"divergence": "jsd", "jsd_beta": 0.3}, lambda d: divergence(d, "jsd")),

@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_rlsd.algorithms import group_advantages
+from megatron_rlsd.algorithms import (
+    Hint,
+    Reading,
+    Source,
+    Variant,
+    group_advantages,
+    register_algorithm,
+)
+from megatron_rlsd.config import AlgorithmConfig, TokenizerConfig
+from megatron_rlsd.data import load_tokenizer
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.types import Group
 from tests.unit.experience.conftest import BATCH, publish
 
 pytestmark = [
@@ -51,6 +62,41 @@ def test_one_critique_among_the_first_questions_is_enough(
         collector.collect(1)
     assert metrics["teacher/without_hint_share"] == 0.5
     assert {t.teacher_prompt_ids is None for g in groups for t in g.trajectories} == {True, False}
+
+
+def test_an_algorithms_own_function_says_what_the_teacher_reads(
+    start, staleness: int, tiny_model: Path
+) -> None:
+    seen: list[tuple[list[Any], list[Any]]] = []
+
+    def score_group(group: Group, hints: Sequence[Hint], algorithm: AlgorithmConfig):
+        seen.append(([t.solved for t in group.trajectories], list(hints)))
+        found = [Reading("Twice", contrast=("Once", "Thrice")), Reading(None)]
+        return found[: algorithm.max_refills]
+
+    own = Variant(fixed={"evidence": ("own_hints", "it says so")})
+    register_algorithm("own", own, score_group=score_group)
+    for taken in (2, 1):
+        algorithm = {"name": "own", "max_refills": taken}
+        with start(staleness, algorithm=algorithm) as (collector, engine):
+            publish(collector, engine, 0)
+            if taken == 1:
+                with pytest.raises(UserError, match=r"score_group returned .* for each of 2 resp"):
+                    collector.collect(0)
+                continue
+            groups, metrics = collector.collect(0)
+    tokenizer = load_tokenizer(TokenizerConfig(), tiny_model)
+    for first, second in (group.trajectories for group in groups):
+        assert (second.teacher_prompt_ids, second.contrast_prompts) == (None, ())
+        prompts = [first.teacher_prompt_ids, *first.contrast_prompts]
+        texts = [tokenizer.decode(ids.tolist()) for ids in prompts]
+        assert [[w for w in ("Twice", "Once", "Thrice") if w in text] for text in texts] == [
+            *(["Twice"], ["Once"], ["Thrice"])
+        ]
+    assert metrics["teacher/without_hint_share"] == 0.5
+    solved, hints = seen[0]
+    assert None not in solved  # they are judged by then
+    assert hints == [Source.PROBLEM] * 2
 
 
 def test_groups_without_signal_make_room_but_not_for_ever(start, staleness: int) -> None:

@@ -83,6 +83,7 @@ def plan_of(config: Config, rlsd_lambda: float = 0.5, **ranks: int) -> Plan:
         ),
         ("agent_opsd", {}, 0.0, {0, 1, 3, 5}, {}),
         ("rlcsd", {}, 0.5, {0, 1, 3, 5}, {"teacher": {0, 1}, "contrast": {0, 1}}),
+        ("cscr", {}, 1.0, {0, 1, 3, 5}, {"teacher": {0, 1}, "contrast": {0, 1}}),
         ("antisd", {}, 0.0, {0, 1, 3, 5}, {}),
         (
             "egrsd",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_rlsd.algorithms import (
     turns_of,
 )
 from megatron_rlsd.algorithms.rules.agent_opsd import turn_credit
+from megatron_rlsd.algorithms.rules.cscr import steady_credit
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.experience.batch import train_batch
 from megatron_rlsd.learner.scoring import Scores
@@ -104,6 +106,26 @@ def test_credit_by_turn() -> None:
         response([0, 3], 0.5, [math.nan, math.nan]),  # outside the span
     ):
         assert turn_credit(same, algorithm).tolist() == [-2.0] * len(same.log_probs)
+
+
+def test_credit_that_depends_less_on_the_verdict_counts_more() -> None:
+    def credit(right: list[float], wrong: list[float]) -> list[float]:
+        given = replace(
+            response([0, 1, 2, 3][: len(right)], 0.5, [0.0] * len(right)),
+            teacher_log_probs=torch.tensor(right),
+            contrast_log_probs=torch.tensor(wrong),
+            log_probs=None,
+        )
+        return steady_credit(given, AlgorithmConfig(name="cscr")).tolist()
+
+    # Moves of 0, 1 and 2 are damped to 1, 1/2 and 1/3, whose mean is 11/18; the sum stays.
+    found = credit([-1.0, -1.0, -3.0], [-1.0, -2.0, -1.0])
+    assert found == pytest.approx([-2 * 18 / 11 * each for each in (1, 1 / 2, 1 / 3)])
+    assert sum(found) == pytest.approx(-6)
+    assert credit([-1.0, -2.0], [-1.0, -2.0]) == [-2, -2]
+    outside = credit([-1.0, -1.0, -3.0, math.nan], [-1.0, -2.0, -1.0, -1.0])
+    assert outside == pytest.approx([*found, -2])
+    assert credit([math.nan], [-1.0]) == [-2]
 
 
 def test_rows_know_how_their_group_fared() -> None:
