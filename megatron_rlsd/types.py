@@ -168,6 +168,8 @@ class RewardResult:
     """Each function's own value before its weight; None: it gave none."""
     errors: dict[str, str] = field(default_factory=dict)
     """Function name -> why it gave no value: an exception, a time-out, no finite number."""
+    timed_out: tuple[str, ...] = ()
+    """Of ``errors`` those that a time limit brought."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -48,8 +48,13 @@ NOT_RUN = {
     "tests/slurm submits; tests/unit/diagnosis/test_preflight.py",
     r"python -m examples\.experiments\.scripted_play .*": "plays thousands of games: "
     "tests/unit/data/test_conversations.py plays some",
-    r"python -m examples\.experiments\.claims .*": "hours of training: tests/experiments",
+    r"python -m examples\.experiments\.(claims|several_turns) .*": "hours of training: "
+    "tests/experiments",
+    r"python tools/convert_hf_checkpoint\.py .* --plugin .*/model_family/phi3\.py": "needs "
+    "such a model: tests/test_extending.py loads one by this file",
     r"python -m benchmarks\..*": "measures for minutes or hours; its numbers stand on the page",
+    r"rlsd reward-server .*": "serves until it is told to end: "
+    "tests/unit/rewards/test_reward_server.py",
     r"rlsd prepare .*": "needs a published file: tests/unit/data/test_benchmarks.py has the forms",
     r"python -m tests\.fuzz .*": "an hour: tests/fuzz runs each target for seconds",
     r"python -m tests\.test_golden_run": "writes committed figures anew: tests/test_golden_run.py",
@@ -74,7 +79,8 @@ def shown() -> list[tuple[str, str]]:
         text = page.read_text()
         lines = [
             line.removeprefix("$ ")
-            for block in re.findall(r"^ *```(?:bash)?\n(.*?)^ *```", text, re.M | re.S)
+            for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.M | re.S)
+            if language in ("", "bash")
             for line in _commands_of(block)
         ]
         lines += [

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from megatron_rlsd import train
+from megatron_rlsd.config import RewardConfig
+from megatron_rlsd.config.secrets import MASK
 from megatron_rlsd.data import build_sources
 from megatron_rlsd.observability import read_metrics
+from megatron_rlsd.rewards import RewardPool
 from tests.conftest import ROOT
+from tests.unit.rewards.judge_server import Answer, JudgeServer, Request, reply
+
+KEY = "sk-0815"
 
 
 def blocks(language: str) -> list[str]:
@@ -20,13 +27,34 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_three_steps_on_parquet_in_verls_layout(
+def example(language: str, holding: str) -> str:
+    (found,) = [block for block in blocks(language) if holding in block]
+    return found
+
+
+def grade(request: Request) -> Answer:
+    """Of a judge that grades by the number of digits, and refuses every fourth length."""
+    asked = request.body["messages"][0]["content"]
+    response = asked.partition("Response: ")[2].partition("\nGrade the")[0]
+    refusal = "I will not grade this" if len(response) % 4 == 0 else None
+    digits = min(10, sum(character.isdigit() for character in response))
+    message = {"content": None if refusal else f"Well.\nScore: {digits}", "refusal": refusal}
+    return reply({"choices": [{"message": message, "finish_reason": "stop"}]})
+
+
+def test_three_steps_on_parquet_in_verls_layout_with_a_judge(
     make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JUDGE_KEY", KEY)
     exec(blocks("python")[0], {})
-    config = make_config(data=yaml.safe_load(blocks("yaml")[0])["data"])
-    train.train(config)
+    with JudgeServer(grade) as judge:
+        example_of_a_judge = example("yaml", "form: chat").replace(
+            "http://127.0.0.1:30000", judge.url
+        )
+        reward = yaml.safe_load(example_of_a_judge)["reward"]
+        config = make_config(data=yaml.safe_load(blocks("yaml")[0])["data"], reward=reward)
+        train.train(config)
     run = Path(config.run_dir)
     steps = [line for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
     assert [step["step"] for step in steps] == [0, 1, 2]
@@ -36,5 +64,28 @@ def test_three_steps_on_parquet_in_verls_layout(
     for sample in samples:
         twice = int(sample["question"].split()[2]) * 2
         assert sample["answer"] == str(twice)
+        text = sample["response"]
+        if len(text) % 4 == 0:
+            assert sample["reward"] is None
+            assert "the judge refused" in sample["reward_errors"]["http"]
+        else:
+            graded = min(10, sum(character.isdigit() for character in text))
+            assert sample["reward_parts"]["http"] == graded
+    assert {r.headers["authorization"] for r in judge.requests} == {f"Bearer {KEY}"}
+    written = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
+    assert not any(KEY.encode() in content for content in written)
     (problem,) = build_sources(config.data.train, config.train.seed).next(1)
     assert "is twice" in (problem.reference_solution or "")
+
+
+@pytest.mark.parametrize("holding", ["results.*.score", "url: [http", "server: {port"])
+def test_entries_of_rewards_are_what_a_pool_takes(
+    holding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARD_KEY", KEY)
+    shown: Any = yaml.safe_load(example("yaml", holding))
+    raw = {"functions": shown} if isinstance(shown, list) else shown["reward"]
+    config = RewardConfig.model_validate(raw)
+    RewardPool(config)
+    assert KEY not in config.model_dump_json()
+    assert MASK not in config.model_dump_json()

@@ -38,6 +38,9 @@ COMMANDS = {
     "train": Command("train", "RLSD and its relatives on the questions and rewards of a CONFIG"),
     "sft": Command("sft", "supervised warm start with the same CONFIG"),
     "serve": Command("serve", "this node's SGLang servers, for a trainer that runs elsewhere"),
+    "reward-server": Command(
+        "reward_server", "the reward functions of a CONFIG over HTTP, for trainers elsewhere"
+    ),
     "rollout": Command("rollout", "sample and score responses without training"),
     "evaluate": Command("evaluate", "pass@k, avg@k and maj@k of a model on held-out problems"),
     "prepare": Command("prepare", "a benchmark's published file as questions in our form"),

@@ -13,8 +13,6 @@ from megatron_rlsd.config.data import (
     ParquetSource,
     PromptConfig,
     ReasoningGymSource,
-    RewardConfig,
-    RewardFunctionConfig,
     Source,
 )
 from megatron_rlsd.config.environment import EnvironmentConfig
@@ -32,6 +30,12 @@ from megatron_rlsd.config.operation import (
     MlflowConfig,
     ObservabilityConfig,
     WandbConfig,
+)
+from megatron_rlsd.config.reward import (
+    HttpRewardConfig,
+    RewardConfig,
+    RewardFunctionConfig,
+    RewardServerConfig,
 )
 from megatron_rlsd.config.rollout import (
     AsynchronousConfig,
@@ -69,6 +73,7 @@ __all__ = [
     "Fusion",
     "GuessingGameSource",
     "HfSource",
+    "HttpRewardConfig",
     "JsonlSource",
     "MlflowConfig",
     "ModelConfig",
@@ -81,6 +86,7 @@ __all__ = [
     "ReasoningGymSource",
     "RewardConfig",
     "RewardFunctionConfig",
+    "RewardServerConfig",
     "RolloutConfig",
     "SFTConfig",
     "SGLangConfig",

@@ -1,16 +1,14 @@
-"""Where problems come from, how they become prompts, and how answers are scored."""
+"""Where problems come from, and how they become prompts."""
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import pairwise
-from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_rlsd.config.secrets import Named
-from megatron_rlsd.config.section import OnError, Section
+from megatron_rlsd.config.section import Section
 
 NAME = r"^[^\s/=]+$"
 """A source's name is part of a metric's, ``eval/NAME/greedy_pass@1``."""
@@ -178,74 +176,3 @@ class PromptConfig(Section):
     """Longer student prompts are left out and counted."""
     max_hint_tokens: int = Field(2048, ge=1)
     """The hint is cut to its first so many tokens."""
-
-
-class RewardFunctionConfig(Section):
-    name: str
-    """A registered reward (exact_match, choice, math_verify, reasoning_gym, format, length,
-    environment) or ``path/to/file.py:function``."""
-    weight: float = 1.0
-    params: Named = {}
-    deterministic: bool = False
-    """It says the same of the same response every time. Where all functions do, a response to a
-    question that was scored before is not scored again: for judges whose calls are dear."""
-
-
-class RewardConfig(Section):
-    functions: list[RewardFunctionConfig] = Field(min_length=1)
-    timeout_seconds: float = Field(10.0, gt=0)
-    """Limit of one call; a call that passes it gives no value and its worker is replaced."""
-    workers: int = Field(2, ge=1)
-    on_error: OnError = "leave_out"
-    """What an exception or a value that is not a finite number does: the response has no verdict
-    and is left out of its group's comparison, or the run stops."""
-    max_error_share: float = Field(0.5, ge=0, le=1)
-    """With on_error=leave_out the run still stops when more than this share of a step's calls
-    fail."""
-    min_verdict_share: float = Field(0.5, ge=0, le=1)
-    """A group of which a smaller share has a verdict, or one response alone, is left out, and
-    another question asked in its place at most ``algorithm.max_refills`` times."""
-    correctness: str | None = None
-    """The function that says whether a response is right: it decides what counts as solved, which
-    groups the group filter leaves out, and which responses may be hints. A name among
-    ``functions``, or its name in metrics (``function`` of ``path/to/file.py:function``, ``#2`` on
-    from the second use); None: the first."""
-    solved_threshold: float = 0.999
-    """A response counts as solved if that function returns at least this."""
-
-    @property
-    def labels(self) -> list[str]:
-        """What metrics call each function: of ``path/to/file.py:function`` its ``function``.
-
-        Of files with functions of one name ``file.function``; ``#2`` on from a label's second use.
-        """
-        names = [function.name for function in self.functions]
-        own = {name: name.rpartition(":")[2] for name in names}
-        shared = Counter(own.values())
-        uses: Counter[str] = Counter()
-        labels = []
-        for name in names:
-            label = own[name]
-            if shared[label] > 1 and label != name:
-                label = f"{PurePath(name.rpartition(':')[0]).stem}.{label}"
-            uses[label] += 1
-            labels.append(label if uses[label] == 1 else f"{label}#{uses[label]}")
-        return labels
-
-    @property
-    def correctness_label(self) -> str:
-        if self.correctness is None:
-            return self.labels[0]
-        # As it is configured, or as metrics call it.
-        names = [function.name for function in self.functions]
-        configured = self.correctness in names and self.correctness not in self.labels
-        return self.labels[names.index(self.correctness)] if configured else self.correctness
-
-    @model_validator(mode="after")
-    def _correctness_is_a_function(self) -> RewardConfig:
-        if self.correctness_label not in self.labels:
-            raise ValueError(
-                f"correctness={self.correctness!r} is none of the functions: "
-                f"{', '.join(self.labels)}"
-            )
-        return self

@@ -18,13 +18,25 @@ from megatron_rlsd.runtime.durable import write_whole
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.one_voice import notice
 
+NO_RUN = {
+    "run_dir": "none",
+    "model": {"hf_path": "none"},
+    "data": {"train": [{"kind": "jsonl", "path": "none"}]},
+}
+"""Stands for the required sections of a configuration from which nothing is run."""
+
 
 def load_config(
-    path: str | Path, overrides: list[str] | None = None, *, needs_secrets: bool = True
+    path: str | Path,
+    overrides: list[str] | None = None,
+    *,
+    needs_secrets: bool = True,
+    rewards_only: bool = False,
 ) -> Config:
     """Read a YAML file, apply ``a.b=value`` overrides (``override_value``) and validate.
 
-    needs_secrets: refuse masks, which ``dump_config`` writes in place of secrets.
+    needs_secrets: refuse masks, which ``dump_config`` writes in place of secrets. rewards_only: the
+    file may lack what the other sections require, which then means nothing.
 
     Raises UserError that names each unknown or repeated key, bad value or missing section.
     """
@@ -42,6 +54,8 @@ def load_config(
     algorithm = raw.get("algorithm")
     files_name = algorithm.get("name") if isinstance(algorithm, dict) else None
     with_overrides(raw, overrides or [])
+    if rewards_only:
+        raw = {**NO_RUN, **raw}
     _load_plugins(raw, str(path))
     typed = {override.partition("=")[0] for override in overrides or []}
     if dropped := drop_unused(raw, typed, files_name):
@@ -86,7 +100,9 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"]) or "(whole config)"
+            parts = [str(part) for part in item["loc"]]
+            # Blank: the kind of a reward function.
+            key = ".".join(part for part in parts if part.strip()) or "(whole config)"
             if item["type"] == "extra_forbidden":
                 lines.append(f"  {key}: unknown key{_known_keys(item['loc'])}")
             else:

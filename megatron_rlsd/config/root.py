@@ -9,11 +9,12 @@ from typing import Any
 from pydantic import model_validator
 
 from megatron_rlsd.config.alarms import AlarmsConfig
-from megatron_rlsd.config.data import DataConfig, PromptConfig, RewardConfig
+from megatron_rlsd.config.data import DataConfig, PromptConfig
 from megatron_rlsd.config.environment import EnvironmentConfig
 from megatron_rlsd.config.model import ModelConfig, ParallelConfig, TokenizerConfig
 from megatron_rlsd.config.operation import CheckpointConfig, DistributedConfig, ObservabilityConfig
 from megatron_rlsd.config.precision import fp8_parameter_problems, tp_overlap_problems
+from megatron_rlsd.config.reward import HttpRewardConfig, RewardConfig
 from megatron_rlsd.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_rlsd.config.section import Section
 from megatron_rlsd.config.training import (
@@ -247,6 +248,15 @@ class Config(Section):
                 "rollout.colocated=true needs weight_sync.transport=ipc or disk: nccl connects no "
                 "two processes on one GPU"
             )
+        for number, function in enumerate(self.reward.functions):
+            if not isinstance(function, HttpRewardConfig):
+                continue
+            if function.deadline_seconds >= self.distributed.timeout_seconds:
+                raise ValueError(
+                    f"reward.functions.{number}.deadline_seconds={function.deadline_seconds:g} "
+                    "must be below distributed.timeout_seconds="
+                    f"{self.distributed.timeout_seconds:g}, after which the other ranks give up"
+                )
         if self.rollout.engine == "sglang":
             for key in ("generate_timeout_seconds", "start_timeout_seconds"):
                 limit = getattr(self.rollout.sglang, key)

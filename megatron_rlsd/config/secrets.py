@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ _NAME = (
 _SECRET_NAME = re.compile(rf"(?i)(?:.*[_-])?(?:{_NAME})|token")
 _ASSIGNED = re.compile(rf"(?i)((?:{_NAME})[\"']?\s*[:=]\s*)(?![\s\"']*{REFERENCE})[^\s,}}]+")
 _URL_PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]+@")
+_URL_KEY = re.compile(rf"(?i)(://\S*[?&](?:{_NAME}|token)=)[^&\s]+")
 
 
 def is_secret(name: str) -> bool:
@@ -39,7 +41,7 @@ def masked(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         if is_secret(name):
             return _shown_text(value)
-        return _URL_PASSWORD.sub(rf"\1:{MASK}@", value)
+        return _URL_KEY.sub(rf"\1{MASK}", _URL_PASSWORD.sub(rf"\1:{MASK}@", value))
     return MASK if is_secret(name) and isinstance(value, int | float) else value
 
 
@@ -54,6 +56,29 @@ def masked_text(text: str) -> str:
 def without(secret: str | None, text: str) -> str:
     """``text`` from elsewhere, which may repeat ``secret``."""
     return text.replace(secret, MASK) if secret else text
+
+
+def key_of(configured: SecretStr | None, place: str) -> str | None:
+    """What the api_key at ``place`` of the configuration stands for; None: there is none.
+
+    Raises ValueError for a variable that is not set, and for a text that no HTTP header carries.
+    """
+    if configured is None:
+        return None
+    secret = configured.get_secret_value()
+    if secret.startswith(REFERENCE):
+        name = secret.removeprefix(REFERENCE)
+        place = f"{place}={secret}"
+        if not (secret := os.environ.get(name, "")):
+            raise ValueError(f"{place}: {name} is not set")
+    if secret == MASK:
+        raise ValueError(f"{place} is only a mask; give the key again")
+    if not (secret.isascii() and secret.isprintable() and secret == secret.strip()):
+        raise ValueError(
+            f"{place}: the key begins or ends with white space (a line's end?), or has characters "
+            "other than printable ASCII"
+        )
+    return secret
 
 
 def masks_in(value: Any, key: str = "") -> Iterator[str]:

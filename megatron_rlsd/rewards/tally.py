@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_rlsd.plugins import Reference
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import RewardInput, RewardResult
 
 
 @dataclass(frozen=True)
-class PoolFunction:
+class TallyFunction:
     """One entry of ``reward.functions``."""
 
     label: str
     """Its key in RewardResult; see ``RewardConfig.labels``."""
-    reference: Reference
-    params: dict[str, Any]
+    name: str
+    """As configured."""
     weight: float
 
 
@@ -29,7 +27,7 @@ class Tally:
     def __init__(
         self,
         samples: list[RewardInput],
-        functions: list[PoolFunction],
+        functions: list[TallyFunction],
         stop_on_error: bool,
         max_error_share: float,
     ) -> None:
@@ -39,6 +37,7 @@ class Tally:
         self._max_error_share = max_error_share
         self._values: list[list[float | None]] = [[None] * len(functions) for _ in samples]
         self._errors: list[dict[str, str]] = [{} for _ in samples]
+        self._timed_out: list[list[str]] = [[] for _ in samples]
         self._reasons: Counter[tuple[str, str]] = Counter()
         self._examples: dict[tuple[str, str], str] = {}
         self._total = len(samples) * len(functions)
@@ -54,10 +53,12 @@ class Tally:
         problem = self._samples[sample].problem.id
         if self._stop_on_error and not timed_out:
             raise UserError(
-                f"reward function {entry.reference.name!r} failed on problem {problem!r}: {reason}"
+                f"reward function {entry.name!r} failed on problem {problem!r}: {reason}"
                 f"{_indented(detail)}"
             )
         self._errors[sample][entry.label] = reason
+        if timed_out:
+            self._timed_out[sample].append(entry.label)
         self._reasons[entry.label, reason] += 1
         self._examples.setdefault((entry.label, reason), f"problem {problem!r}{_indented(detail)}")
         failed = self._reasons.total()
@@ -72,23 +73,23 @@ class Tally:
 
     def results(self) -> list[RewardResult]:
         """In the order of the samples; errors in the order of the functions."""
-        return [
-            self._result(values, errors)
-            for values, errors in zip(self._values, self._errors, strict=True)
-        ]
+        found = zip(self._values, self._errors, self._timed_out, strict=True)
+        return [self._result(values, errors, tuple(late)) for values, errors, late in found]
 
-    def _result(self, values: list[float | None], errors: dict[str, str]) -> RewardResult:
+    def _result(
+        self, values: list[float | None], errors: dict[str, str], timed_out: tuple[str, ...]
+    ) -> RewardResult:
         parts = {e.label: value for e, value in zip(self._functions, values, strict=True)}
         total = 0.0
         for entry, value in zip(self._functions, values, strict=True):
             if value is not None:
                 total += entry.weight * value
             elif entry.weight:
-                return RewardResult(None, parts, errors)
+                return RewardResult(None, parts, errors, timed_out)
         if not math.isfinite(total):
             reason = f"is {total}, which is not a finite number"
-            return RewardResult(None, parts, {**errors, "the weighted sum": reason})
-        return RewardResult(total, parts, errors)
+            return RewardResult(None, parts, {**errors, "the weighted sum": reason}, timed_out)
+        return RewardResult(total, parts, errors, timed_out)
 
 
 def _indented(detail: str) -> str:

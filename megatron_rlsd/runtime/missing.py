@@ -23,6 +23,9 @@ DISTRIBUTIONS = {
     "pyarrow": "pyarrow",
     "simdjson": "pysimdjson",
     "triton": "triton",
+    "uvicorn": "uvicorn",
+    "starlette": "starlette",
+    "regex": "regex",
 }
 """Module -> the distribution that brings it, of those that the programs need."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import SecretStr
 
 from megatron_rlsd.config import SGLangConfig
-from megatron_rlsd.config.secrets import MASK, REFERENCE
+from megatron_rlsd.config.secrets import key_of
 from megatron_rlsd.rollout.checks import check_request
 from megatron_rlsd.rollout.engine import EngineError, Part, Progress
 from megatron_rlsd.rollout.routes import RoutesShape
@@ -225,23 +224,8 @@ class SGLangEngine:
 
 
 def resolved_api_key(configured: SecretStr | None, section: str = "rollout") -> str | None:
-    """What ``section``.sglang.api_key stands for.
-
-    Raises EngineError for a variable that is not set, and for a text that no HTTP header carries.
-    """
-    if configured is None:
-        return None
-    secret, place = configured.get_secret_value(), f"{section}.sglang.api_key"
-    if secret.startswith(REFERENCE):
-        name = secret.removeprefix(REFERENCE)
-        place = f"{place}={secret}"
-        if not (secret := os.environ.get(name, "")):
-            raise EngineError(f"{place}: {name} is not set")
-    if secret == MASK:
-        raise EngineError(f"{place} is only a mask; give the key again")
-    if not (secret.isascii() and secret.isprintable() and secret == secret.strip()):
-        raise EngineError(
-            f"{place}: the key begins or ends with white space (a line's end?), or has characters "
-            "other than printable ASCII"
-        )
-    return secret
+    """What ``section``.sglang.api_key stands for; EngineError where ``key_of`` refuses it."""
+    try:
+        return key_of(configured, f"{section}.sglang.api_key")
+    except ValueError as error:
+        raise EngineError(str(error)) from None

@@ -149,5 +149,8 @@ def test_names_of_secrets_and_others():
     assert not any(map(is_secret, plain))
     # What every setting of ours is called; those of this kind are declared as secrets.
     found = {each.key for each in settings() if is_secret(each.key.rpartition(".")[2])}
-    assert found == {"rollout.sglang.api_key", "teacher.sglang.api_key"}
+    assert found == {
+        f"{section}.api_key"
+        for section in ("rollout.sglang", "teacher.sglang", "reward.functions.0", "reward.server")
+    }
     assert all("shown as a mask" in each.kind for each in settings() if each.key in found)

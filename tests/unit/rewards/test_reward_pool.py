@@ -312,7 +312,7 @@ def reward(sample):
 """
     scorer = pool("reward", source=source, timeout_seconds=1, max_error_share=1)
     for ending in ("exit", "hang", "close"):
-        path = Path(scorer._functions[0].reference.path).with_name(ending)
+        path = Path(scorer._functions[0].name.rpartition(":")[0]).with_name(ending)
         scorer.score([sample(str(path)), sample("fine")])
         if ending == "close":
             assert _is_running(int(path.read_text()))
