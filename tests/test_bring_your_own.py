@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import yaml
 
 from megatron_rlsd import train
-from megatron_rlsd.config import RewardConfig
+from megatron_rlsd.config import DataConfig, RewardConfig
 from megatron_rlsd.config.secrets import MASK
 from megatron_rlsd.data import build_sources
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.rewards import RewardPool
+from megatron_rlsd.types import RewardInput
 from tests.conftest import ROOT
 from tests.unit.rewards.judge_server import Answer, JudgeServer, Request, reply
 
@@ -47,7 +49,7 @@ def test_three_steps_on_parquet_in_verls_layout_with_a_judge(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    exec(blocks("python")[0], {})
+    exec(example("python", "parquet"), {})
     with JudgeServer(grade) as judge:
         example_of_a_judge = example("yaml", "form: chat").replace(
             "http://127.0.0.1:30000", judge.url
@@ -89,3 +91,18 @@ def test_entries_of_rewards_are_what_a_pool_takes(
     RewardPool(config)
     assert KEY not in config.model_dump_json()
     assert MASK not in config.model_dump_json()
+
+
+def test_programs_are_tested_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(example("python", "programs.jsonl"), {})
+    shown = yaml.safe_load(example("yaml", "code_tests"))
+    if shutil.which("bwrap") is None:  # CI's image lacks it
+        shown["reward"]["functions"][0]["params"]["unsafe"] = True
+    data = DataConfig.model_validate(shown["data"])
+    (problem,) = build_sources(data.train, seed=0).next(1)
+    programs = (problem.answer, "print(6)", "print(")
+    texts = [f"```python\n{program}\n```" for program in programs]
+    samples = [RewardInput(problem, text, 5, 100, "stop") for text in texts]
+    with RewardPool(RewardConfig.model_validate(shown["reward"])) as pool:
+        assert [result.value for result in pool.score(samples)] == [1, 0.5, 0]

@@ -15,8 +15,8 @@ from megatron_rlsd.config.section import OnError, Section
 
 class RewardFunctionConfig(Section):
     name: str
-    """A registered reward (exact_match, choice, math_verify, reasoning_gym, format, length,
-    environment), ``path/to/file.py:function``, or ``http``: a judge, see ``url``."""
+    """A registered reward (exact_match, choice, math_verify, code_tests, reasoning_gym, format,
+    length, environment), ``path/to/file.py:function``, or ``http``: a judge, see ``url``."""
     weight: float = 1.0
     params: Named = {}
     deterministic: bool = False

@@ -2,6 +2,7 @@
 
 from megatron_rlsd.rewards import (
     choices,
+    code_tests,
     environment_reward,
     exact_match,
     math_answers,
@@ -17,6 +18,7 @@ __all__ = [
     "RewardPool",
     "TimeLimitExceeded",
     "choices",
+    "code_tests",
     "environment_reward",
     "exact_match",
     "math_answers",
