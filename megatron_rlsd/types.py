@@ -169,7 +169,7 @@ class RewardResult:
     errors: dict[str, str] = field(default_factory=dict)
     """Function name -> why it gave no value: an exception, a time-out, no finite number."""
     timed_out: tuple[str, ...] = ()
-    """Of ``errors`` those that a time limit brought."""
+    """Those among ``errors`` that a time limit brought."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -29,7 +29,7 @@ class HttpRewardConfig(RewardFunctionConfig):
 
     name: Literal["http"]
     url: str | Annotated[list[str], Field(min_length=1)]
-    """Of ``name: http``: where it is asked; several addresses take turns, and a request that one
+    """Where a function ``http`` is asked; several addresses take turns, and a request that one
     does not answer goes to another. With ``form`` the address to which the form adds its path, such
     as ``http://judge:30000/v1`` for chat."""
     form: Literal["own", "chat", "sglang_reward_model", "reward_server"] = "own"
@@ -52,7 +52,7 @@ class HttpRewardConfig(RewardFunctionConfig):
     """In place of ``prompt`` for sglang_reward_model: the folder of the reward model's tokenizer,
     whose chat template shows ``conversation``."""
     request: Annotated[Any, PlainSerializer(masked, when_used="json")] = None
-    """Of form=own: the request's JSON, in which every text is a Jinja template. A text that is one
+    """The request's JSON with form=own, in which every text is a Jinja template. A text that is one
     ``{{ expression }}`` stands for its value, whatever type that has."""
     body: Named = {}
     """Further fields of the request of chat and sglang_reward_model, such as ``temperature``."""

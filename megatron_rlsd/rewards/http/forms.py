@@ -59,7 +59,7 @@ class Form:
     ask: Callable[[list[RewardInput]], Any]
     """The request's JSON. Raises what a template raises."""
     read: Callable[[Any, int], list[Verdict]]
-    """Of a reply's JSON and the number of responses, what was said of each; Malformed where the
+    """What a reply's JSON says of each of so many responses. Raises Malformed where the
     reply is of another number."""
 
 

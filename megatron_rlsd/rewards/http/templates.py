@@ -19,7 +19,7 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 Values = Mapping[str, Any]
 Render = Callable[[Values], Any]
-"""Of variables, what a request says."""
+"""Makes of variables what a request says."""
 
 
 def variables(sample: RewardInput) -> dict[str, Any]:

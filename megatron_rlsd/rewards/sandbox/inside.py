@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PLAIN = (bool, int, float, str, type(None))
 MAX_ITEMS = 1_000_000
-"""Of an iterator that a program returns."""
+"""Items of an iterator that a program returns, at most."""
 
 
 def limit(limits: dict[str, int]) -> None:

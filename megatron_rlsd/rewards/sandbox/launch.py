@@ -24,7 +24,7 @@ INSIDE = Path(__file__).with_name("inside.py").read_text()
 UNUSED_UIDS = (2_000_000_000, 20_000)
 """Root becomes one of the 40,000 users from one of these on, where its namespace has them."""
 FOLDER_BYTES = 1 << 26
-"""Of the temporary folder, which is memory."""
+"""What the temporary folder holds at most; it is memory."""
 OPEN_FILES = 64
 READY_SECONDS = 30.0
 """For an interpreter to start."""
@@ -42,7 +42,7 @@ class SandboxFailed(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one run of a program."""
+    """What one run of a program may take."""
 
     cpu_seconds: float
     memory_bytes: int
