@@ -285,7 +285,7 @@ class RowOutline:
     teacher_prompt_tokens: int | None
     """None: there is no hint for this response."""
     contrast_prompt_tokens: tuple[int, ...]
-    """Of each prompt with a wrong hint."""
+    """The tokens of each prompt with a wrong hint."""
     has_evidence_span: bool
 
 

@@ -51,7 +51,7 @@ class StepGate(Protocol):
     """
 
     is_open: bool
-    """Of the step that was observed last."""
+    """Was it open at the step that was observed last?"""
 
     def observe(self, teacher_entropy: float) -> None:
         """Take note of a step: the mean entropy of its teacher over all scored tokens, in nats."""

@@ -39,7 +39,7 @@ class Scores:
     old: Rows | None = None
     ref: Rows | None = None
     teacher_entropy: Rows | None = None
-    """Of the teacher's distribution, in nats."""
+    """The entropy of the teacher's distribution, in nats."""
     contrast: Rows | None = None
     """The teacher's under wrong hints: of several the logarithm of their mean probability."""
     teacher_states: Rows | None = None
