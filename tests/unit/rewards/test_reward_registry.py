@@ -13,7 +13,7 @@ Pool = Callable[..., RewardPool]
 
 def test_unknown_name_lists_the_known_ones(pool: Pool) -> None:
     with pytest.raises(
-        UserError, match=r"'exact'; known rewards: choice, environment, exact_match, format"
+        UserError, match=r"'exact'; known rewards: choice, code_tests, environment, exact_match, format"
     ):
         pool("exact")
 
