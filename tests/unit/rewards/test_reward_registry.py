@@ -12,9 +12,8 @@ Pool = Callable[..., RewardPool]
 
 
 def test_unknown_name_lists_the_known_ones(pool: Pool) -> None:
-    with pytest.raises(
-        UserError, match=r"'exact'; known rewards: choice, code_tests, environment, exact_match, format"
-    ):
+    known = "choice, code_tests, environment, exact_match, format"
+    with pytest.raises(UserError, match=f"'exact'; known rewards: {known}"):
         pool("exact")
 
 
