@@ -314,6 +314,8 @@ class TrainRow:
     for."""
     evidence_span: tuple[int, int] | None = None
     """Tokens [start, stop) that the evidence weight may touch. None: all."""
+    weight_versions: IntArray | None = None
+    """[T] int32, of the weights that sampled each token. None: not known."""
     routed_experts: Tensor | None = None
     """As in Generation. None: the update routes by itself."""
 

@@ -340,6 +340,7 @@ class Actor:
                     contrast_log_probs=scatter(values.contrast_log_probs),
                     ref_log_probs=scatter(values.ref_log_probs),
                     rollout_log_probs=scatter(values.rollout_log_probs),
+                    proximal_share=scatter(values.proximal_share),
                     # Over the context-parallel ranks, which number the responses alike.
                     sequence_ids=micro_batch.sequence_ids,
                     cp_group=self.groups.cp,

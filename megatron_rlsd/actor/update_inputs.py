@@ -36,6 +36,8 @@ class TokenValues:
     rollout_log_probs: Tensor | None = None
     old_log_probs: Tensor | None = None
     """None: those of the current weights, which makes every ratio 1."""
+    proximal_share: Tensor | None = None
+    """In place of old_log_probs, which then lie between the engine's (0) and the current (1)."""
     teacher_log_probs: Tensor | None = None
     contrast_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None

@@ -46,11 +46,14 @@ class OffPolicyConfig(Section):
     m2_limit: float | None = Field(None, gt=0)
     """Leave out the tokens of the largest (log r)^2 until its mean over the others is at most this,
     such as 0.04 (M2PO, arXiv:2510.01161)."""
-    old_log_probs: Literal["trainer", "rollout"] = "trainer"
+    old_log_probs: Literal["trainer", "rollout", "interpolated"] = "trainer"
     """The policy that the ratio of the loss is against: trainer, the policy before the update, for
     which several updates of one rollout score all responses first; rollout, the engine's own
     log-probabilities, so that no such pass is made and the clip of the loss bounds staleness and
-    the engine's error too."""
+    the engine's error too; interpolated, no pass either: the policy before the update is taken to
+    lie between the engine's and the current one on a straight line of log-probabilities, at (step -
+    v) / (step + u - v) of the way, v the version of the weights that sampled the token, u the share
+    of the step's updates that is made."""
 
     @property
     def masks(self) -> bool:
@@ -193,7 +196,8 @@ class AlgorithmConfig(Section):
 
     def _problems_of_corrections(self) -> list[str]:
         """Sentences about ``tis`` and ``off_policy`` that do not go with the rest."""
-        from_rollout = self.off_policy.old_log_probs == "rollout"
+        source = self.off_policy.old_log_probs
+        from_rollout = source != "trainer"
         corrections = [f"tis={self.tis}"] if self.tis != "none" else []
         corrections += ["a mask of off_policy"] if self.off_policy.masks else []
         problems = []
@@ -204,12 +208,14 @@ class AlgorithmConfig(Section):
             )
         if from_rollout and self.objective == "log_prob":
             problems.append(
-                f"algorithm.off_policy.old_log_probs=rollout is about a ratio, which {self.name} "
+                f"algorithm.off_policy.old_log_probs={source} is about a ratio, which {self.name} "
                 "has not"
             )
-        if from_rollout and corrections:
+        # Interpolated ones are known where the loss is formed, and a truncated weight with them.
+        in_the_loss = source == "interpolated" and not self.weighs_before_update
+        if from_rollout and corrections and not in_the_loss:
             problems.append(
-                f"algorithm.off_policy.old_log_probs=rollout and {' and '.join(corrections)} "
+                f"algorithm.off_policy.old_log_probs={source} and {' and '.join(corrections)} "
                 "exclude each other: these compare the trainer's policy before the update with the "
                 "engine's, and that pass is then not made"
             )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from megatron_rlsd.types import Group, TrainBatch, TrainRow, Trajectory
+from megatron_rlsd.types import Generation, Group, TrainBatch, TrainRow, Trajectory
+
+if TYPE_CHECKING:
+    from megatron_rlsd.types import IntArray
 
 
 def trained(groups: list[Group]) -> list[Trajectory]:
@@ -32,6 +37,12 @@ def _solved_share(group: Group) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def _versions(generation: Generation) -> IntArray:
+    if generation.token_versions is not None:
+        return generation.token_versions
+    return np.full(len(generation.token_ids), generation.weight_version, np.int32)
+
+
 def _row(
     trajectory: Trajectory, mask_truncated: bool, group_solved_share: float | None
 ) -> TrainRow:
@@ -52,5 +63,6 @@ def _row(
         teacher_prompt_ids=trajectory.teacher_prompt_ids,
         contrast_prompts=trajectory.contrast_prompts,
         evidence_span=trajectory.evidence_span,
+        weight_versions=_versions(generation),
         routed_experts=generation.routed_experts,
     )

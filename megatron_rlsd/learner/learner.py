@@ -91,8 +91,11 @@ class Learner:
         gate_metrics = self._gate.observe(plan, scores)
         rounds = self._config.train.epochs_per_rollout * plan.mini_batches
         results = [
-            self._update_once(plan, mini_batch, scores, another_follows=left > 0)
-            for left, mini_batch in zip(reversed(range(len(rounds))), rounds, strict=True)
+            self._update_once(
+                *(plan, mini_batch, scores, number / len(rounds)),
+                another_follows=number + 1 < len(rounds),
+            )
+            for number, mini_batch in enumerate(rounds)
         ]
         return (
             update_metrics(results)
@@ -111,7 +114,13 @@ class Learner:
         self._gate.load_state(state["gate"])
 
     def _update_once(
-        self, plan: Plan, mini_batch: MiniBatch, scores: Scores, *, another_follows: bool
+        self,
+        plan: Plan,
+        mini_batch: MiniBatch,
+        scores: Scores,
+        progress: float,
+        *,
+        another_follows: bool,
     ) -> UpdateResult:
         groups = self._actor.groups
         maker = TokenValueMaker(
@@ -121,6 +130,7 @@ class Learner:
             self._config.algorithm,
             groups.device,
             self._over_replicas,
+            progress,
         )
         values = maker.make()
         if groups.reports_stats and groups.cp.rank() == 0:

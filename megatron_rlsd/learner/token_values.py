@@ -34,7 +34,8 @@ class TokenValueMaker:
     """Makes the values of one mini-batch's rows on one rank.
 
     ``scores`` are of rows; None for a pass that was not made, or on a rank before the last
-    pipeline stage, which needs none. ``total`` sums a tensor over the data-parallel ranks.
+    pipeline stage, which needs none. ``total`` sums a tensor over the data-parallel ranks;
+    ``progress`` is the share of the step's updates that is made already.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class TokenValueMaker:
         algorithm: AlgorithmConfig,
         device: torch.device,
         total: Callable[[Tensor], Tensor],
+        progress: float = 0.0,
     ) -> None:
-        self._total = total
+        self._total, self._progress = total, progress
         self._plan, self._mini_batch, self._scores = plan, mini_batch, scores
         self._algorithm, self._device = algorithm, device
         self.numbers = mini_batch.by_rank[plan.dp_rank]
@@ -73,7 +75,11 @@ class TokenValueMaker:
             advantages = torch.where(advantages != 0, advantages * factors, 0.0)
         if self._algorithm.off_policy.old_log_probs == "rollout":
             old = rollout
+        share = None
+        if self._algorithm.off_policy.old_log_probs == "interpolated":
+            old, share = None, self._proximal_share()
         return TokenValues(
+            proximal_share=share,
             advantages=advantages,
             loss_weights=weights,
             rollout_log_probs=rollout,
@@ -93,7 +99,7 @@ class TokenValueMaker:
         own = own_functions(self._algorithm)
         rule, reads_policy = own.token_credit, "policy" in own.reads
         assert rule is not None
-        by_engine = self._algorithm.off_policy.old_log_probs == "rollout"
+        by_engine = self._algorithm.off_policy.old_log_probs != "trainer"
         kinds: tuple[ScoreKind, ...] = ("old", "teacher", "teacher_entropy", "contrast")
         found = {kind: scores.rows(kind) or {} for kind in kinds}
         parts, selected, is_split = [], [], False
@@ -157,6 +163,24 @@ class TokenValueMaker:
         )
         self.correction_sums = found.sums
         return found.weights
+
+    def _proximal_share(self) -> Tensor:
+        """[R]: how far the policy before the step's updates lies from the one that sampled the
+        token towards the current one.
+
+        Raises UserError where the versions of the weights are not known.
+        """
+        step, parts = self._plan.step, []
+        for row in self._rows:
+            if row.weight_versions is None:
+                raise UserError(
+                    f"step {step} was recorded without the versions of the weights that sampled "
+                    "its tokens, which algorithm.off_policy.old_log_probs=interpolated needs"
+                )
+            age = step - row.weight_versions[row.loss_mask].astype(np.float32)
+            # Before the first update it is the current one.
+            parts.append(age / (age + self._progress) if self._progress else np.ones_like(age))
+        return self._end_to_end(parts)
 
     def _of_each_row(self, values: list[float]) -> Tensor:
         """[R]: one value for all tokens of a row."""

@@ -63,6 +63,11 @@ def check_token_inputs(tokens: TokenInputs, config: PolicyLossConfig, num_tokens
     for name, tensor in vars(tokens).items():
         if tensor is not None and tensor.shape != (num_tokens,):
             raise ValueError(f"{name} must have shape [{num_tokens}], got {list(tensor.shape)}")
+    if tokens.proximal_share is not None:
+        if tokens.old_log_probs is not None:
+            raise ValueError("proximal_share and old_log_probs exclude each other")
+        if tokens.rollout_log_probs is None:
+            raise ValueError("proximal_share needs rollout_log_probs")
     if config.kl_coef != 0 and tokens.ref_log_probs is None:
         raise ValueError(f"kl_coef={config.kl_coef} needs ref_log_probs")
     if config.tis_clip is not None and tokens.rollout_log_probs is None:

@@ -93,6 +93,7 @@ def policy_loss(
     teacher_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
+    proximal_share: Tensor | None = None,
     contrast_log_probs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     temperature: float = 1.0,
@@ -137,8 +138,10 @@ def policy_loss(
         teacher_log_probs: [N]; NaN where the teacher did not score the token, which is allowed
             where the loss does not need it (advantage 0, for one). None: gain 0, weight 1.
         ref_log_probs: [N]; needed where config.kl_coef is not 0.
-        rollout_log_probs: [N] of the engine that sampled; needed where config.tis_clip is set,
-            otherwise only compared in the statistics.
+        rollout_log_probs: [N] of the engine that sampled; needed where config.tis_clip or
+            proximal_share is set, otherwise only compared in the statistics.
+        proximal_share: [N] in [0, 1], in place of old_log_probs: the old log-probabilities lie
+            between rollout_log_probs (0) and the current ones, detached (1).
         contrast_log_probs: [N] of the teacher under a wrong hint, in the student's place in the
             gain; NaN as teacher_log_probs.
         sequence_ids: [N] int64, equal for the tokens of one response, from 0 on and with few gaps
@@ -187,6 +190,7 @@ def policy_loss(
         teacher_log_probs=teacher_log_probs,
         ref_log_probs=ref_log_probs,
         rollout_log_probs=rollout_log_probs,
+        proximal_share=proximal_share,
         contrast_log_probs=contrast_log_probs,
     )
     checks.check_token_inputs(tokens, config, targets.numel())

@@ -118,6 +118,9 @@ class TokenInputs:
     """NaN: the teacher did not score this token, its gain is 0 and its evidence weight 1."""
     ref_log_probs: Tensor | None = None
     rollout_log_probs: Tensor | None = None
+    proximal_share: Tensor | None = None
+    """s in [0, 1], in place of old_log_probs: these lie between the engine's and the current ones,
+    log p_old = log p_rollout + s sg(log p - log p_rollout)."""
     contrast_log_probs: Tensor | None = None
     """The teacher's under a wrong hint, which take the student's place in the gain; NaN: as
     teacher_log_probs."""
@@ -188,10 +191,12 @@ def token_loss(
                 + kl_coef k(log p_ref - log p) - entropy_coef H
 
     with k(d) = e^d - d - 1, or d^2 / 2 for the kl_estimator "k2", and
-    tis = min(exp(log p_old - log p_rollout), tis_clip), detached. Tokens outside evidence_applies
-    keep A^ = A. With reversed_gain w is exp(-sign(A) Delta); with contrast_log_probs those replace
-    log p in Delta, but not in the sdar term, whose Delta is always log p_teacher - log p and which
-    is 0 where the teacher did not score.
+    tis = min(exp(log p_old - log p_rollout), tis_clip), detached. log p_old is that of the inputs,
+    or lies between the engine's and the current one (``TokenInputs.proximal_share``).
+
+    Tokens outside evidence_applies keep A^ = A. With reversed_gain w is exp(-sign(A) Delta); with
+    contrast_log_probs those replace log p in Delta, but not in the sdar term, whose Delta is always
+    log p_teacher - log p and which is 0 where the teacher did not score.
 
     The maximum is the objective "clipped_ratio". In its place stands for "clipped_weight"
     -sg(clip(rho)) A^ log p, and for "log_prob" -A^ log p.
@@ -229,6 +234,10 @@ def token_loss(
         A_hat = A_hat + config.opd_coef * gain
 
     old = current if inputs.old_log_probs is None else inputs.old_log_probs
+    if inputs.proximal_share is not None:
+        assert inputs.rollout_log_probs is not None
+        behaved = inputs.rollout_log_probs
+        old = behaved + inputs.proximal_share * (current - behaved)
     token_log_ratio = log_probs - old
     log_ratio = token_log_ratio
     if config.importance_ratio == "sequence":

@@ -36,6 +36,7 @@ def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
         | ragged("loss_mask", [row.loss_mask for row in rows], np.bool_)
         | {"advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float64)}
         | _optional("teacher_prompt_ids", [row.teacher_prompt_ids for row in rows])
+        | _optional("weight_versions", [row.weight_versions for row in rows])
         | _several("contrast_prompt_ids", [row.contrast_prompts for row in rows])
     )
     if solved := _present(row.solved for row in rows):
@@ -60,6 +61,9 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
     masks = _masks(tensors, responses)
     teacher = _read_optional("teacher_prompt_ids", tensors)
     contrast = _read_several("contrast_prompt_ids", tensors)
+    versions: dict[int, np.ndarray] = {}
+    if "weight_versions.rows" in tensors:  # release 0.1 has none
+        versions = _read_optional("weight_versions", tensors)
     spans = _read_spans(tensors)
     solved, shares = _read_values("solved", tensors), _read_values("group_solved_share", tensors)
     # An engine routes all tokens but each sequence's last.
@@ -78,6 +82,7 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
                 teacher_prompt_ids=teacher.get(number),
                 contrast_prompts=contrast.get(number, ()),
                 evidence_span=spans.get(number),
+                weight_versions=versions.get(number),
                 routed_experts=routes.get(number),
             )
             for number, advantage in enumerate(tensors["advantages"].tolist())

@@ -35,11 +35,22 @@ CORRECTIONS = (
 )
 
 
+OTHERS = {
+    CORRECTED: CORRECTIONS,
+    # Two updates a step, so that the old policy lies between the engine's and the current one.
+    "grpo": (
+        "algorithm.off_policy.old_log_probs=interpolated",
+        "algorithm.tis=token",
+        "train.global_batch_size=8",
+    ),
+}
+
+
 def config_of(name: str, layout: str, folder: Path, model: Path) -> Config:
     return small_config(
         *(name, folder / f"{name}_{layout}", model, folder / "teacher"),
         # With this seed the teacher of every algorithm has something to say in both steps.
-        *("train.seed=3", *LAYOUTS[layout], *(CORRECTIONS if name == CORRECTED else ())),
+        *("train.seed=3", *LAYOUTS[layout], *OTHERS.get(name, ())),
     )
 
 

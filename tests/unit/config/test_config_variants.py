@@ -147,3 +147,12 @@ def test_constants_of_an_algorithms_functions_are_checked_and_filled_in():
         parse({"name": "grpo", "params": {"tau": 1}})
     with pytest.raises(UserError, match="own_hints is for an algorithm that brings a function"):
         parse({"evidence": "own_hints"})
+
+
+def test_interpolated_old_log_probs_go_with_a_weight_in_the_loss_alone():
+    between = {"off_policy": {"old_log_probs": "interpolated"}}
+    assert AlgorithmConfig(**between, tis="token").tis == "token"
+    with pytest.raises(UserError, match="old_log_probs=interpolated and tis=sequence exclude"):
+        parse({**between, "tis": "sequence"})
+    with pytest.raises(UserError, match="old_log_probs=interpolated is about a ratio"):
+        parse({**between, "name": "rloo"})

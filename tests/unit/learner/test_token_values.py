@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,10 +22,11 @@ from megatron_rlsd.algorithms.rules.agent_opsd import turn_credit
 from megatron_rlsd.algorithms.rules.cscr import steady_credit
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.experience.batch import train_batch
+from megatron_rlsd.learner.plan import make_plan
 from megatron_rlsd.learner.scoring import Scores
 from megatron_rlsd.learner.token_values import TokenValueMaker
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.types import Generation, Group, Problem
+from megatron_rlsd.types import Generation, Group, Problem, TrainBatch
 from tests.batches import trajectory
 from tests.unit.learner.test_learner_plan import BATCH, config_of, plan_of
 
@@ -58,6 +60,36 @@ def test_a_rule_sees_whole_responses_and_other_rows_keep_their_advantage() -> No
     seen.clear()
     values_of(config_of("own_rule", off_policy={"old_log_probs": "rollout"}), teacher=teacher)
     assert seen[0].log_probs.tolist() == [-1] * 3  # the engine's
+
+
+def test_the_old_policy_lies_between_the_engines_and_the_current_one() -> None:
+    config = config_of(
+        off_policy={"old_log_probs": "interpolated"}, train={"epochs_per_rollout": 4}
+    )
+    assert "old" not in plan_of(config).wanted
+    versions = {0: [3, 2, 1], 1: [0], 3: [3, 3], 5: [2, 2, 2, 1]}
+    rows = [
+        replace(row, weight_versions=np.array(versions.get(n, [0] * len(row.response_ids))))
+        for n, row in BATCH.rows.items()
+    ]
+    plan = make_plan(config, TrainBatch.of(rows), 3, 0.0, dp_rank=0, dp_size=1)
+
+    def shares(progress: float) -> list[float]:
+        maker = TokenValueMaker(
+            *(plan, plan.mini_batches[0], Scores(), config.algorithm, torch.device("cpu")),
+            *(lambda tensor: tensor, progress),
+        )
+        values = maker.make()
+        assert values.old_log_probs is None
+        assert values.proximal_share is not None
+        return values.proximal_share.tolist()
+
+    assert shares(0.0) == [1] * 8
+    # Weights of this very step sampled the first token: the engine's are the old ones.
+    ages = [0, 1, 2, 3, 0, 0, 1, 2]
+    assert shares(0.25) == pytest.approx([age / (age + 0.25) for age in ages])
+    with pytest.raises(UserError, match="recorded without the versions"):
+        values_of(config)
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2), torch.tensor([0.0, math.nan, 0.0])])

@@ -228,3 +228,30 @@ def test_settings_out_of_range_are_named(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=name):
         PolicyLossConfig(**setting)
+
+
+@pytest.mark.parametrize("tis_clip", [None, 1.5])
+def test_old_log_probs_between_the_engines_and_the_current_ones(tis_clip):
+    """By the definition in float64, and by autograd: the old policy has no gradient."""
+    log_probs, inputs = random_inputs(3)
+    share = torch.rand(64, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    inputs = replace(inputs, old_log_probs=None, proximal_share=share)
+    config = PolicyLossConfig(rlsd_lambda=0.0, tis_clip=tis_clip)
+    log_probs.requires_grad_()
+    losses = token_loss(log_probs, None, inputs, config)
+    (gradient,) = torch.autograd.grad(losses.loss.sum(), log_probs)
+    torch.testing.assert_close(losses.d_log_probs, gradient, rtol=1e-12, atol=1e-12)
+    for t in range(64):
+        A, s = float(inputs.advantages[t]), float(share[t])
+        now, engine = float(log_probs[t]), float(inputs.rollout_log_probs[t])
+        old = (1 - s) * engine + s * now
+        rho = math.exp(now - old)
+        expected = -min(A * rho, A * min(max(rho, 0.8), 1.28))
+        if tis_clip is not None:
+            expected *= min(math.exp(old - engine), tis_clip)
+        assert float(losses.loss[t]) == pytest.approx(expected, rel=1e-12, abs=1e-14)
+    for end, old in ((0.0, inputs.rollout_log_probs), (1.0, None)):
+        at_end = replace(inputs, proximal_share=torch.full_like(share, end))
+        plain = replace(inputs, proximal_share=None, old_log_probs=old)
+        ours, theirs = (token_loss(log_probs, None, each, config) for each in (at_end, plain))
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-12, atol=1e-14)

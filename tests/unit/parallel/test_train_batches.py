@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from megatron_rlsd.parallel.train_batches import train_batch_of, train_batch_tensors
@@ -13,6 +14,7 @@ ROWS = [
     train_row([3], [9], -1.0, teacher_prompt_ids=[4, 5], evidence_span=(0, 0), solved=False),
     train_row([3], [2, 2], 0.0, contrast_prompts=[[9, 9], [8]], evidence_span=(1, 2), solved=True),
     train_row([3], [2], 0.5, solved=True, group_solved_share=1 / 3),
+    train_row([3], [2, 2], weight_versions=np.array([0, 1], np.int32)),
 ]
 
 
