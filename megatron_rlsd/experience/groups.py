@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from megatron_rlsd.types import IntArray
 
 
+Answer = tuple[Problem, list[GenerationRequest], list[Generation]]
+"""A question, what was asked for it, and what came."""
+
+
 class Rewards(Protocol):
     @property
     def labels(self) -> list[str]: ...
@@ -83,20 +87,22 @@ class GroupBuilder:
         n = self._config.rollout.n_samples_per_prompt
         return self._requests(problem, n, self.sampling, label)
 
-    def build(
-        self, problem: Problem, requests: list[GenerationRequest], generations: list[Generation]
-    ) -> Group:
-        """The training group of what ``requests`` brought.
+    def build(self, answers: list[Answer]) -> list[Group]:
+        """The training groups of what was asked for; their responses are scored together.
 
         Raises UserError with ``teacher.hint`` critique, where the first ``prompts_per_step``
         questions have none under ``teacher.critique_key``; and as Rewards.score does.
         """
-        prompt_ids = np.asarray(requests[0].prompt_ids, np.int32)  # one array for all of them
-        trajectories = [self._trajectory(problem, prompt_ids, g) for g in generations]
+        groups = []
+        for problem, requests, generations in answers:
+            prompt_ids = np.asarray(requests[0].prompt_ids, np.int32)  # one array for all of them
+            found = [self._trajectory(problem, prompt_ids, each) for each in generations]
+            groups.append(Group(problem, found))
+        trajectories = [each for group in groups for each in group.trajectories]
         self._reward(trajectories, self.sampling.max_new_tokens)
-        group = Group(problem, trajectories)
-        self._add_hints(group)
-        return group
+        for group in groups:
+            self._add_hints(group)
+        return groups
 
     def respond(
         self, problems: list[Problem], n: int, params: SamplingParams, label: str

@@ -162,13 +162,13 @@ class StreamCollector:
         try:
             while not self._closed:
                 self._let_questions_in()
-                answered = self._answered.get()
-                if answered is not None and not self._closed:
-                    ticket, future = answered
-                    self._take_in(
-                        ticket,
-                        self._builder.build(ticket.problem, ticket.requests, future.result()),
-                    )
+                answered = [self._answered.get()]
+                # What came in while others were scored is scored together: a judge far away takes
+                # as long for many as for one.
+                while not self._answered.empty():
+                    answered.append(self._answered.get())
+                if not self._closed:
+                    self._take_in([each for each in answered if each is not None])
         except BaseException as error:
             with self._changed:
                 self._error = error
@@ -197,7 +197,14 @@ class StreamCollector:
     def _answer(self, ticket: _Ticket, future: Future[list[Generation]]) -> None:
         self._answered.put((ticket, future))
 
-    def _take_in(self, ticket: _Ticket, group: Group) -> None:
+    def _take_in(self, answered: list[tuple[_Ticket, Future[list[Generation]]]]) -> None:
+        if answered:
+            asked = [(t.problem, t.requests, future.result()) for t, future in answered]
+            groups = self._builder.build(asked)
+            for (ticket, _), group in zip(answered, groups, strict=True):
+                self._keep(ticket, group)
+
+    def _keep(self, ticket: _Ticket, group: Group) -> None:
         with self._changed:
             del self._under_way[ticket.number]
             self._questions.answered(group.problem, self._builder.solved_share(group))

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_rlsd.rollout import EngineError
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.types import RewardInput, RewardResult
 from tests.unit.experience.conftest import BATCH, publish, questions
 
 pytestmark = pytest.mark.process
@@ -127,3 +128,25 @@ def test_while_a_batch_is_waited_for_its_ready_groups_are_counted(start, monkeyp
     assert told[0] == (0, BATCH, "groups")
     assert [ready for ready, _, _ in told] == sorted(ready for ready, _, _ in told)
     assert all(ready < wanted for ready, wanted, _ in told)
+
+
+def test_what_comes_in_while_others_are_scored_is_scored_together(start, monkeypatch) -> None:
+    """A judge far away is asked about all of them at once."""
+    sizes: list[int] = []
+    with start(3) as (stream, engine):
+        rewards = stream._builder._rewards
+        score = rewards.score
+
+        def slow(samples: list[RewardInput]) -> list[RewardResult]:
+            sizes.append(len(samples))
+            if len(sizes) == 1:
+                # Two groups at least, and perhaps the word that weights were published.
+                wait_until(lambda: stream._answered.qsize() >= 3)
+            return score(samples)
+
+        monkeypatch.setattr(rewards, "score", slow)
+        publish(stream, engine, 0)
+        for step in range(4):
+            stream.collect(step)
+            publish(stream, engine, step + 1)
+    assert sizes[1] >= 4
