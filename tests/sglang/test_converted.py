@@ -87,4 +87,4 @@ def check_judge(url: str) -> None:
     assert likely is not None
     assert likely < 0
     assert "HTTP 400" in result.errors["http#4"]
-    assert "embedding" in result.errors["http#4"]
+    assert "does not appear to be an emb" in result.errors["http#4"]
