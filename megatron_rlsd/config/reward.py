@@ -223,3 +223,17 @@ class RewardConfig(Section):
                 f"{', '.join(self.labels)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _programs_end_before_their_call(self) -> RewardConfig:
+        for function in self.functions:
+            limit = function.params.get("total_time_limit_seconds", 8.0)
+            if function.name != "code_tests" or not isinstance(limit, int | float):
+                continue
+            if limit + 1 > self.timeout_seconds:
+                raise ValueError(
+                    f"timeout_seconds={self.timeout_seconds:g} must be 1 s above code_tests' "
+                    f"total_time_limit_seconds={limit:g}: a program that is too slow is wrong, and "
+                    "a call that is too slow is no verdict"
+                )
+        return self

@@ -114,17 +114,20 @@ class Sandbox:
                 errors = stack.enter_context(tempfile.TemporaryFile())
                 if self._uid is not None:
                     os.chown(folder, self._uid, self._uid)
-                process = subprocess.Popen(
-                    command,
-                    cwd=folder if self._unsafe else "/",
-                    env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "LC_ALL": "C.UTF-8"},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    pass_fds=kept,
-                    start_new_session=True,
-                    **self._user,
-                )
+                try:
+                    process = subprocess.Popen(
+                        command,
+                        cwd=folder if self._unsafe else "/",
+                        env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "LC_ALL": "C.UTF-8"},
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        pass_fds=kept,
+                        start_new_session=True,
+                        **self._user,
+                    )
+                except OSError as error:
+                    raise SandboxFailed(f"{command[0]} cannot be started: {error}") from None
             stack.callback(_end, process)
             if not _told_ready(ready):
                 process.kill()

@@ -34,3 +34,12 @@ def test_configurations_of_release_0_1_still_load(section: dict[str, Any]) -> No
         assert kind.model_validate({**section, "on_error": saved}).on_error == now
     with pytest.raises(ValidationError, match="'leave_out' or 'stop'"):
         kind.model_validate({**section, "on_error": "skip"})
+
+
+def test_a_slow_program_is_wrong_before_its_call_is_given_up() -> None:
+    assert reward("code_tests", timeout_seconds=9).timeout_seconds == 9
+    with pytest.raises(ValidationError, match="must be 1 s above code_tests'"):
+        reward("code_tests", timeout_seconds=8.5)
+    slow = {"name": "code_tests", "params": {"total_time_limit_seconds": 60}}
+    with pytest.raises(ValidationError, match="total_time_limit_seconds=60"):
+        RewardConfig.model_validate({"functions": [slow]})
