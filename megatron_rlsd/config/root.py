@@ -80,6 +80,14 @@ class Config(Section):
         return self.eval.max_response_tokens or self.rollout.max_response_tokens
 
     @property
+    def further_prompts(self) -> int:
+        """Prompts at most under which the teacher scores a response beside its first."""
+        if not self.algorithm.contrasts_hints:
+            return 0
+        several = self.algorithm.evidence == "correct_over_wrong_hint"
+        return self.teacher.wrong_hints if several else 1
+
+    @property
     def answer_pattern(self) -> str | None:
         """Where a response's answer stands; None: in its last box."""
         correctness = self.reward.functions[self.reward.labels.index(self.reward.correctness_label)]

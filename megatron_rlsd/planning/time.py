@@ -221,10 +221,11 @@ class StepTimer:
         """Passes without gradients: teacher, old policy, reference; copies of snapshots."""
         config, seconds = self._config, 0.0
         if config.algorithm.rlsd_lambda:
-            seconds += sum(self._passes(self._tokens.teacher, training=False))
+            prompts = 1 + config.further_prompts
+            seconds += sum(self._passes(prompts * self._tokens.teacher, training=False))
             if config.teacher.mode != "live":
                 seconds += self._copy_weights()
-        if self._tokens.updates > 1:
+        if self._tokens.updates > 1 and config.algorithm.off_policy.old_log_probs == "trainer":
             seconds += sum(self._passes(self._tokens.student, training=False))
         if config.algorithm.kl_coef:
             seconds += sum(self._passes(self._tokens.student, training=False))

@@ -376,3 +376,19 @@ def test_a_servers_share_can_be_too_small_and_too_large(
     (remedy,) = smaller
     share = remedy.config.rollout.sglang.args["mem_fraction_static"]
     assert with_share(share + 0.05).problems
+
+
+def test_every_prompt_under_which_the_teacher_reads_is_counted(
+    config: Config, model: ModelDims
+) -> None:
+    def scoring(**sections: dict[str, object]) -> float:
+        # Live weights, which need no copy: all of the phase is passes.
+        teacher = {"mode": "live", "hint": "reference_solution", **sections.pop("teacher", {})}
+        other = changed(config, {"teacher": teacher, **sections})
+        assert other is not None
+        return plan_of(other, model).time.score
+
+    alone = scoring(algorithm={"name": "rlsd"})
+    assert scoring(algorithm={"name": "ectr"}) == pytest.approx(2 * alone, rel=0.05)
+    five = scoring(algorithm={"name": "rlcsd"}, teacher={"wrong_hints": 4})
+    assert five == pytest.approx(5 * alone, rel=0.05)
