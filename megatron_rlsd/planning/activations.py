@@ -1,8 +1,8 @@
 """Bytes that a forward pass keeps for its backward pass, layer by layer.
 
-Counted from what each operation of a layer saves. Against what autograd really keeps of the local
-layers on CPUs: tests/distributed/test_activation_bytes.py. Kernels of GPUs keep less, and their
-share is read from their sources, not measured.
+Counted from what each operation of a layer saves, and compared with what autograd really keeps: of
+local layers on CPUs in tests/distributed/test_activation_bytes.py, on a GPU, with Transformer
+Engine's layers too, in tests/gpu/test_gpu_planned_memory.py (dense layers).
 
 T tokens of the pack on this rank, S of them where sequence parallelism splits them, D hidden size,
 N heads and G key/value heads of this rank, H head size, F feed-forward rows of this rank.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_rlsd.config import ModelConfig, ParallelConfig
+from megatron_rlsd.config import Fusion, ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.layout import layers_of_stage
 
@@ -112,11 +112,13 @@ class ActivationCounter:
             unit = self._settings.recompute_num_layers
             units = [each[i : i + unit] for i in range(0, len(each), unit)]
             kept = len(units) * self.residual
-            kept += FLOAT32 * max(self._pack.lengths) * self._rotary
+            kept += self._rotary_table()
             recomputed = max((sum(layer.kept for layer in unit) for unit in units), default=0)
         else:
             kept = sum(layer.kept for layer in each)
             recomputed = max((layer.recomputed for layer in each), default=0)
+            if self._rotates_fused:
+                kept += self._rotary_table()
         if stage == 0:
             # Token ids: whole rows of the pack's table, or a copy and a mask of those of this rank.
             kept += self.tokens * (INT64 + 1 if self.tp > 1 else PACK_COLUMNS * INT64)
@@ -187,11 +189,24 @@ class ActivationCounter:
         size = latent.value_head_dim if latent else self._model.head_dim
         return self._model.num_attention_heads * size // self.tp
 
+    @property
+    def _rotates_fused(self) -> bool:
+        """Does a kernel of Transformer Engine rotate, which keeps nothing but the one table?"""
+        return self._fused("rope") and self._model.latent is None
+
+    def _fused(self, name: Fusion) -> bool:
+        off = self._settings.disabled_fusions
+        return self._kernels == "transformer_engine" and name not in off
+
+    def _rotary_table(self) -> int:
+        return FLOAT32 * max(self._pack.lengths) * self._rotary
+
     def _attention_inputs(self) -> int:
         """Rotary tables, norms of queries and keys, low-rank projections; the output's input."""
         model, latent = self._model, self._model.latent
         total = self.item * self.tokens * self._outputs  # what the output projection gets
-        total += 4 * self.item * self.tokens * self._rotary  # cos, sin; queries, keys
+        if not self._rotates_fused:
+            total += 4 * self.item * self.tokens * self._rotary  # cos, sin; queries, keys
         if latent:
             for width in filter(None, (latent.q_lora_rank, latent.kv_lora_rank)):
                 total += self._norm(self.split_tokens, width)
@@ -255,8 +270,12 @@ class ActivationCounter:
         return total if already else total + self._projected()
 
     def _gated(self, rows: int, width: int, *, weighted: bool = False) -> int:
-        """Between the two products of a feed-forward part: gate and up, their parts, the result."""
-        return self.item * rows * (6 if weighted else 5) * width
+        """Between the two products of a feed-forward part: gate and up, their parts, the result.
+
+        A fused kernel leaves the parts out, unless the layer has experts: see actor.fusions.
+        """
+        parts = 0 if self._fused("activation") and not self._model.moe_layers else 2
+        return self.item * rows * (3 + parts + weighted) * width
 
     def _dense(self) -> int:
         return self._gated(self.tokens, self._model.ffn_hidden_size // self.tp)
