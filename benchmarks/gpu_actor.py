@@ -92,7 +92,7 @@ def main() -> None:
     if args.toy:
         sizes |= TOY | {"num_hidden_layers": 2}
         args.prompt, args.response, args.sequences, args.pack = 6, 10, 4, 32
-    facts = {"machine": machine(device), "arguments": {k: str(v) for k, v in vars(args).items()}}
+    facts = {"machine": machine(device), "arguments": arguments(args)}
     results = ResultsFile(args.out, facts)
     with tempfile.TemporaryDirectory(prefix="gpu_actor_") as folder:
         model = Path(folder, "model")
@@ -100,6 +100,11 @@ def main() -> None:
         save_random_folder(sizes, model, device)
         results.add("model_seconds", round(time.perf_counter() - started, 1))
         measure(args, model, results)
+
+
+def arguments(args: argparse.Namespace) -> dict[str, str]:
+    """What was asked for, without where it is written."""
+    return {k: str(v) for k, v in vars(args).items() if k not in ("out", "profile")}
 
 
 def save_random_folder(hf_config: dict[str, Any], folder: Path, device: torch.device) -> None:

@@ -76,9 +76,9 @@ def write_inputs(
         "model": {"hf_path": str(folder / "model"), "dtype": "bfloat16"},
         "data": {"train": [{"kind": "jsonl", "path": str(folder / "sums.jsonl")}]},
         "rollout": {
-            "prompts_per_step": 4 if toy else 32,
+            "prompts_per_step": 4 if toy else 16,
             "n_samples_per_prompt": 4 if toy else 8,
-            "max_response_tokens": 8 if toy else 64,
+            "max_response_tokens": 8 if toy else 32,
             "embedded": {"max_batch_size": 256},
         },
         # The last digit of whatever number comes last: a random model meets it now and then.

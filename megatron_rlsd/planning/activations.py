@@ -15,6 +15,7 @@ from typing import Literal
 
 from megatron_rlsd.config import Fusion, ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import ModelDims
+from megatron_rlsd.parallel.eight_bit import eight_bit_layers
 from megatron_rlsd.parallel.layout import layers_of_stage
 
 Kernels = Literal["cpu", "cuda", "transformer_engine"]
@@ -77,6 +78,9 @@ class ActivationCounter:
         self.item = 2 if settings.dtype == "bfloat16" else 4
         self.tokens = pack.tokens // parallel.context
         self.split_tokens = self.tokens // self.tp if parallel.sequence else self.tokens
+        self._eight_bit_layers = eight_bit_layers(
+            settings.precision, model.num_layers, range(model.num_layers)
+        )
 
     def layer(self, number: int) -> LayerBytes:
         """The bytes of layer ``number`` (from 0), without recompute of whole layers."""
@@ -102,6 +106,8 @@ class ActivationCounter:
             recomputed += feed_forward
         else:
             kept += feed_forward
+        if not modules and number in self._eight_bit_layers:
+            kept -= self._less_in_eight_bits(has_experts)
         return LayerBytes(kept, recomputed)
 
     def stage(self, stage: int) -> LayerBytes:
@@ -279,6 +285,17 @@ class ActivationCounter:
 
     def _dense(self) -> int:
         return self._gated(self.tokens, self._model.ffn_hidden_size // self.tp)
+
+    def _less_in_eight_bits(self, has_experts: bool) -> int:
+        """Inputs of 8-bit products are kept in 8 bits: what both norms give, and the gated result;
+        what attention gives is kept in both forms. Of experts and latents nothing is taken off."""
+        if self._model.latent:
+            return 0
+        attention = self.split_tokens * self._model.hidden_size - self.tokens * self._outputs
+        if has_experts:
+            return attention
+        width = self._model.ffn_hidden_size // self.tp
+        return attention + self.split_tokens * self._model.hidden_size + self.tokens * width
 
     def _routed_rows(self) -> int:
         """Rows that the experts of this rank get if all experts get as many."""
