@@ -332,12 +332,11 @@ def planned(
         kernels=kernels,
     )
     gib = 2**30
+    parts = {"held": memory.held, **memory.moments}
     return {
-        "update": round(memory.at("update") / gib, 2),
-        "score": round(memory.at("score") / gib, 2),
+        "update": round(max(memory.at("loss"), memory.at("backward")) / gib, 2),
         "optimizer step": round(memory.at("optimizer step") / gib, 2),
-        "held": {k: round(v / gib, 2) for k, v in memory.held.items()},
-        "of the update": {k: round(v / gib, 2) for k, v in memory.moments["update"].items()},
+        **{n: {k: round(v / gib, 2) for k, v in each.items()} for n, each in parts.items()},
     }
 
 

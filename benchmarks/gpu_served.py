@@ -42,6 +42,7 @@ SERVER_ARGS = {
     "cuda_graph_backend_decode": "disabled",
     "cuda_graph_backend_prefill": "disabled",
     "skip_server_warmup": True,
+    "disable_flashinfer_autotune": True,
 }
 STATIC_SHARE = 0.3
 """Of the GPU's memory: what the server holds while it is awake."""

@@ -58,6 +58,9 @@ find "$site/sglang/srt/models" -mindepth 1 -maxdepth 1 -regextype posix-extended
     ! -regex '.*/(__init__|llama|qwen2|qwen3|registry|utils|transformers|deepseek_common)(\.py)?' \
     -exec rm -rf {} +
 cat benchmarks/gpu_sglang/prebuilt_kernels.py >> "$site/sglang/kernels/jit/utils/compile/loader.py"
+# A fused product that imports a package of 92 MB wherever there is CUDA: not without it.
+sed -i 's/^        if not is_cuda():$/        from importlib.util import find_spec\n\n        if not is_cuda() or find_spec("cutlass") is None:/' \
+    "$site/sglang/srt/layers/dual_gemm.py"
 cp benchmarks/gpu_sglang/python "$carry/python"
 
 printf '\n== kernels\n'

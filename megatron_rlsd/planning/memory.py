@@ -110,10 +110,13 @@ def rank_memory(
         held["external teacher"] = updated.item * work.external_teacher
     update = {
         "activations": round(alive * kept.kept),
+        "communication": _communication(updated, model, config),
+    }
+    # The head gives its memory back before the layers' backward pass begins.
+    loss = {"head": _head(updated, model, with_gradient=True) if is_last else 0}
+    backward = {
         "recomputed layers": kept.recomputed,
         "tensors of backward": updated.widest(),
-        "head": _head(updated, model, with_gradient=True) if is_last else 0,
-        "communication": _communication(updated, model, config),
     }
     score = {
         # Without a backward pass a layer's tensors go as soon as the next one has its input.
@@ -145,7 +148,13 @@ def rank_memory(
     if config.rollout.engine == "sglang":
         # One is gathered, one is sent, one may still be on its way to main memory.
         publish["buckets under way"] = 3 * config.weight_sync.bucket_mib * 2**20
-    moments = {"update": update, "score": score, "optimizer step": step, "weight sync": publish}
+    moments = {
+        "loss": update | loss,
+        "backward": update | backward,
+        "score": score,
+        "optimizer step": step,
+        "weight sync": publish,
+    }
     if config.rollout.engine == "embedded":
         held["embedded engine's replica"] = updated.item * model_parameters(model, config)
         moments["rollout"] = {"embedded engine's cache": _embedded_cache(config, model, world_size)}

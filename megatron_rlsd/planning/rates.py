@@ -42,7 +42,7 @@ class Rates:
     """Dense bfloat16."""
     product_efficiency: float = 0.6
     """The speed of matrix products, as a share of the peak."""
-    fp8_gain: float = 1.5
+    fp8_gain: float = 1.3
     """How much faster products in 8 bits are as a whole, quantising included; their peak is 2."""
     attention_efficiency: float = 0.4
     hbm_gbs: float = 3350.0

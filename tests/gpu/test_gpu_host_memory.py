@@ -29,7 +29,8 @@ def test_a_block_is_page_locked_as_long_as_it_lives(cuda: torch.device) -> None:
     assert torch.equal(kept, torch.arange(3.0 * MIB))
     # The same pages can be locked again.
     for _ in range(3):
-        assert HostBlock([((3 * MIB,), torch.float32)], cuda).tensors[0].is_pinned()
+        block = HostBlock([((3 * MIB,), torch.float32)], cuda)
+        assert block.tensors[0].is_pinned()
 
 
 def test_buckets_reach_main_memory_bit_for_bit_while_the_gpu_goes_on(cuda: torch.device) -> None:

@@ -104,6 +104,7 @@ def test_activations_and_peak_of_an_update(
         else:  # the 8-bit copies of the weights are kept as well
             print(f"counted {counted}, kept {kept.bytes}: {kept.summary}")
         del kept, hidden
+        gc.collect()  # the first of them is part of a cycle, and holds the activations
         tokens = sum(len(s.response_ids) for s in sequences)
         ones = torch.ones(tokens, device=groups.device)
         for _ in range(2):  # the first makes the optimizer's state
@@ -111,7 +112,9 @@ def test_activations_and_peak_of_an_update(
             values = TokenValues(advantages=ones, loss_weights=ones / tokens)
             actor.update([sequences], values, PolicyLossConfig(), 1.0)
         measured = torch.cuda.max_memory_allocated() - others
-        peak = max(planned.at("update"), planned.at("optimizer step"))
+        peak = max(planned.at("loss"), planned.at("backward"))
+        if find_spec("transformer_engine") is None:  # else its optimizer runs, with local layers too
+            peak = max(peak, planned.at("optimizer step"))
         print(
             f"{layers}, fp8 {fp8}, recompute {recompute}: planned {peak / measured:.3f} of the peak"
         )

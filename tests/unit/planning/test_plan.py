@@ -45,13 +45,13 @@ def test_a_70b_layout_fits_and_its_parts_add_up(config: Config, model: ModelDims
             "gradients": 4 * held,
             "optimizer state": 12 * held // 2,  # over two data-parallel ranks
         }
-        update = rank.moments["update"]
-        assert rank.at("update") == sum(rank.held.values()) + sum(update.values())
+        backward = rank.moments["backward"]
+        assert rank.at("backward") == sum(rank.held.values()) + sum(backward.values())
         assert rank.peak == max(map(rank.at, rank.moments))
-        assert ("head" in update) == (rank.stage == 3)
+        assert ("head" in rank.moments["loss"]) == (rank.stage == 3)
     # Full recompute: a layer's input for each of 20 layers, of 4 micro-batches in flight.
     inputs = 4 * 20 * 2 * (16384 // 8) * 8192
-    assert plan.ranks[0].moments["update"]["activations"] == pytest.approx(inputs, rel=0.01)
+    assert plan.ranks[0].moments["backward"]["activations"] == pytest.approx(inputs, rel=0.01)
     # The teacher's weights lie in main memory, and take the parameters' place while they score.
     assert not any("weights" in part for part in plan.ranks[0].moments["score"])
     assert plan.ranks[0].host == {"teacher weights": plan.ranks[0].held["parameters"]}
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused_with_changes_that_help(
     plan = plan_of(without, model)
     (problem,) = plan.problems
     assert "stage 0 needs" in problem
-    assert "(update)" in problem
+    assert "(backward)" in problem
     found = remedies(plan, model, LENGTHS)
     assert {"model.recompute": "full"} in [change for change, _ in found]
     for change, other in found:
@@ -297,7 +297,7 @@ def test_colocated_servers_and_the_trainers_state_take_turns(
         assert rank.at("rollout") == weights + 40 * GIB + AWAKE_BYTES + contexts
         assert rank.at("start") == weights + 40 * GIB + AWAKE_BYTES + state
         asleep = ASLEEP_BYTES + contexts
-        for moment in ("update", "score", "optimizer step"):
+        for moment in ("backward", "score", "optimizer step"):
             assert rank.at(moment) == alone.at(moment) + asleep
         served = rank.at("weight sync") - asleep - (alone.at("weight sync") - state)
         assert served == pytest.approx(70.55e9 * 2 / 8, rel=1e-4)
@@ -353,7 +353,7 @@ def test_what_the_gpu_and_the_host_hold_for_the_teacher(config: Config, model: M
             "weights while the teacher scores": parameters,
         }
         assert rank.moments["score"] == plain.moments["score"]
-        head = rank.moments["update"].get("teacher's head", 0)
+        head = rank.moments["backward"].get("teacher's head", 0)
         assert head == (2 * 128256 // 8 * 8192 if rank.stage == 3 else 0)
 
 
