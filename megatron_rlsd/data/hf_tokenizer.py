@@ -55,7 +55,9 @@ class HFTokenizer:
         self._special = {self._added[name] for name in special if name in self._added}
         self.special_names = frozenset(t.content for t in added.values() if t.special)
         # Added tokens may leave gaps, so the number of tokens is not a bound on the ids.
-        self.vocab_size: int = max(self._backend.get_vocab().values(), default=-1) + 1
+        vocabulary = self._backend.get_vocab()
+        self._check_ids(vocabulary)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self._own_template = self._files.templates.get("default")
         self.template = self._template(config)
         structural = [
@@ -182,6 +184,16 @@ class HFTokenizer:
         with self._lock:
             self._backend.encode_special_tokens = special_as_text
             return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _check_ids(self, vocabulary: Mapping[str, int]) -> None:
+        """Raise UserError if ordinary text could become an added token, by having its id."""
+        added = {number: name for name, number in self._added.items()}
+        for name, number in vocabulary.items():
+            if added.get(number, name) != name:
+                raise UserError(
+                    f"{self.folder / TOKENIZER_FILE} gives the id {number} to {name!r} and to the "
+                    f"added token {added[number]!r}: text would become that token"
+                )
 
     def _id_of(self, name: str) -> int | None:
         text = self._files.special_tokens.get(name)

@@ -113,7 +113,9 @@ def test_activations_and_peak_of_an_update(
             actor.update([sequences], values, PolicyLossConfig(), 1.0)
         measured = torch.cuda.max_memory_allocated() - others
         peak = max(planned.at("loss"), planned.at("backward"))
-        if find_spec("transformer_engine") is None:  # else its optimizer runs, with local layers too
+        if (
+            find_spec("transformer_engine") is None
+        ):  # else its optimizer runs, with local layers too
             peak = max(peak, planned.at("optimizer step"))
         print(
             f"{layers}, fp8 {fp8}, recompute {recompute}: planned {peak / measured:.3f} of the peak"

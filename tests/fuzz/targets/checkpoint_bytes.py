@@ -140,7 +140,9 @@ def apply(damage: Damage, folder: Path, other: Path) -> None:
         _replace(second, bytes(data))
         data = bytearray(taken)
     elif kind == "older":
-        data = bytearray((other / path.relative_to(folder)).read_bytes())
+        theirs = other / path.relative_to(folder)
+        # An earlier damage may have taken it away.
+        data = bytearray(theirs.read_bytes()) if theirs.is_file() else data
     _replace(path, None if kind in ("remove", "folder") else bytes(data))
     if kind == "folder":
         path.mkdir()

@@ -170,6 +170,25 @@ def test_names_of_special_tokens_in_a_message_stay_text(
         assert not set(tokenizer.encode(content)) & set(ids.values())
 
 
+@pytest.mark.parametrize(
+    ("make", "ordinary", "added"),
+    [(metaspace, "<0x72>", "<s>"), (byte_level, "a", "<|im_end|>"), (byte_level, "e", "</think>")],
+)
+def test_text_that_would_become_an_added_token_is_refused(
+    make: Callable[[], tokenizers.Tokenizer], ordinary: str, added: str, tmp_path: Path
+) -> None:
+    backend = make()
+    backend.add_tokens(["</think>"])
+    folder = write_folder(tmp_path / "m", backend)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    number = backend.token_to_id(added)
+    content["model"]["vocab"][ordinary] = number
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"id {number} to '{ordinary}' and to the added token"):
+        loaded(folder)
+
+
 def test_ordinary_added_tokens_are_tokens_in_the_assistants_words_alone(tmp_path: Path) -> None:
     template = CHATML.replace("assistant\n{%", "assistant\n<think>\n{%")
     tokenizer = loaded(write_folder(tmp_path / "m", byte_level(), template=template))
