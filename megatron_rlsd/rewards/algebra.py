@@ -7,6 +7,9 @@ stand for: 1/2^99 is not 1/2^98, and 0.00000001 is not 0.00000002.
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from functools import lru_cache
 from typing import Any
@@ -42,10 +45,25 @@ def equal_expressions(left: str, right: str, timeout_seconds: int) -> bool:
         return False
     if _is_too_large(one) or _is_too_large(other):
         return bool(one == other)
-    verdict = timeout(timeout_seconds)(_compared_as_numbers)(one, other, left, right)
+    with within(timeout_seconds):
+        verdict = timeout(timeout_seconds)(_compared_as_numbers)(one, other, left, right)
     if verdict is not None:
         return bool(verdict)
     return _verified(one, other, timeout_seconds) and _verified(other, one, timeout_seconds)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise math-verify's TimeoutException if the block took longer, though its alarm was lost.
+
+    Python drops what a signal raises while an object is destroyed, or in a callback from C.
+    """
+    from math_verify.errors import TimeoutException
+
+    started = time.monotonic()
+    yield
+    if time.monotonic() - started > seconds:
+        raise TimeoutException("ended beyond its time")
 
 
 def _squeezed(text: str) -> str:
@@ -65,9 +83,12 @@ def _read(text: str, timeout_seconds: int) -> Any:
     )
     config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)
     try:
-        found = parse(
-            rf"\boxed{{{text}}}", [config], parsing_timeout=timeout_seconds, raise_on_error=True
-        )
+        with within(timeout_seconds):
+            found = parse(
+                *(rf"\boxed{{{text}}}", [config]),
+                parsing_timeout=timeout_seconds,
+                raise_on_error=True,
+            )
         return next((_exact(f) for f in found if isinstance(f, Basic | MatrixBase)), None)
     except MemoryError:
         raise
@@ -168,7 +189,8 @@ def _verified(gold: Any, target: Any, timeout_seconds: int) -> bool:
         "timeout_seconds": timeout_seconds,
     }
     try:
-        return bool(verify(gold, target, raise_on_error=True, **settings))
+        with within(timeout_seconds):
+            return bool(verify(gold, target, raise_on_error=True, **settings))
     except MemoryError:
         raise
     except Exception:

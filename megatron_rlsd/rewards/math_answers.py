@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from megatron_rlsd.rewards.algebra import equal_expressions
+from megatron_rlsd.rewards.algebra import equal_expressions, within
 from megatron_rlsd.rewards.answer_parts import Parts, Stated, parts_of, read
 from megatron_rlsd.rewards.answer_spelling import tidy
 from megatron_rlsd.rewards.answers import boxed_answer, check_answer_pattern, first_answer
@@ -123,7 +123,8 @@ def _stated_in(response: str, timeout_seconds: int) -> str | None:
     from math_verify import parse
 
     try:
-        found = parse(response, parsing_timeout=timeout_seconds, raise_on_error=True)
+        with within(timeout_seconds):
+            found = parse(response, parsing_timeout=timeout_seconds, raise_on_error=True)
     except MemoryError:
         raise
     except Exception:

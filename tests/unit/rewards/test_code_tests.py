@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,16 +205,19 @@ def test_outputs_are_compared_by_lines() -> None:
 
 
 @pytest.fixture
-def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file that every user may read, in a folder where every user may write."""
+def secret(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file that every user may read, in a folder where every user may write.
+
+    Not in pytest's own folder, which it closes to others again whenever a session starts.
+    """
     monkeypatch.setenv("RLSD_SECRET", SECRET)
-    path = tmp_path / "secret"
-    path.write_text(SECRET)
-    path.chmod(0o666)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o777)
-    yield path
-    assert path.read_text() == SECRET
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        path = Path(folder, "secret")
+        path.write_text(SECRET)
+        path.chmod(0o666)
+        yield path
+        assert path.read_text() == SECRET
 
 
 @pytest.mark.process

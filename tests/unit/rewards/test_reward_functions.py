@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def test_math_verify_with_a_pattern_reads_only_the_match(sample: Sample) -> None
 def test_math_verify_tells_an_expensive_answer_from_a_wrong_one(sample: Sample) -> None:
     with pytest.raises(TimeLimitExceeded, match="longer than 1 s"):
         math_verify(sample(rf"\boxed{{{'1+' * 20_000}1}}"), timeout_seconds=1)
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_math_verify_has_no_verdict_where_the_alarm_was_lost(
+    sample: Sample, boxed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import math_verify as library
+
+    def deaf(*arguments: object, **options: object) -> list[object]:
+        time.sleep(1.1)
+        return ["7"]
+
+    monkeypatch.setattr(library, "parse", deaf)
+    text = r"\boxed{7 \cdot 3 - 14}" if boxed else "It is 7."
+    with pytest.raises(TimeLimitExceeded):
+        math_verify(sample(text), timeout_seconds=1)
 
 
 def test_math_verify_never_works_out_a_number_without_bound(sample: Sample) -> None:
