@@ -327,10 +327,9 @@ class Evaluation:
         """Every set in turn; results.json holds those that are finished."""
         from rich.console import Console
 
-        from megatron_rlsd.environments import EnvironmentPool
         from megatron_rlsd.experience import GroupBuilder
-        from megatron_rlsd.experience.episodes import Episodes
         from megatron_rlsd.experience.evaluation import evaluate_set
+        from megatron_rlsd.experience.playing import open_player
         from megatron_rlsd.observability.tables import results_table
         from megatron_rlsd.rewards import RewardPool
 
@@ -345,11 +344,10 @@ class Evaluation:
         started = time.monotonic()
         with ExitStack() as stack:
             rewards = stack.enter_context(RewardPool(config.reward))
-            episodes = None
-            if config.environment.name is not None:
-                pool = stack.enter_context(EnvironmentPool(config.environment))
-                episodes = Episodes(config, self.prompts, self.tokenizer, engine, pool)
-                pool.wait_until_ready()
+            player = open_player(config, self.prompts, self.tokenizer, engine)
+            episodes = stack.enter_context(player)
+            if episodes is not None:
+                episodes.wait_until_ready()
             rewards.wait_until_ready()
             builder = GroupBuilder(config, self.prompts, self.tokenizer, engine, rewards, episodes)
             for name, problems in self.sets.items():

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from examples.experiments.scripted_play import play
 from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.data import build_sources
+from megatron_rlsd.rollout.embedded import EmbeddedEngine
+from megatron_rlsd.types import Generation, GenerationRequest
 
 CONFIGS = Path(__file__).parent.parent / "examples/configs/environments"
 NAMES = ("calculator", "guessing_game")
@@ -101,3 +106,17 @@ def conversations_config(run_dir: Path, model: Path, *overrides: str) -> Config:
         "sft.batch_size=12",
         *overrides,
     )
+
+
+class RecordingEngine:
+    """A real engine that also keeps what it was asked and what it gave."""
+
+    def __init__(self, model: Path) -> None:
+        self.engine = EmbeddedEngine(model, torch.float32, 64)
+        self.weight_version = 0
+        self.batches: list[list[tuple[GenerationRequest, Generation]]] = []
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        found = [replace(g, token_ids=g.token_ids.copy()) for g in self.engine.generate(requests)]
+        self.batches.append(list(zip(requests, map(replace, found), strict=True)))
+        return found

@@ -14,11 +14,14 @@ import yaml
 from megatron_rlsd import train
 from megatron_rlsd.config import DataConfig, RewardConfig
 from megatron_rlsd.config.secrets import MASK
-from megatron_rlsd.data import build_sources
+from megatron_rlsd.data import build_sources, load_tokenizer
 from megatron_rlsd.observability import read_metrics
+from megatron_rlsd.recovery.recording import read_step
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.types import RewardInput
+from tests.batches import plain_rows
 from tests.conftest import ROOT
+from tests.environment_runs import TELLING
 from tests.unit.rewards.judge_server import Answer, JudgeServer, Request, reply
 
 KEY = "sk-0815"
@@ -106,3 +109,43 @@ def test_programs_are_tested_as_shown(tmp_path: Path, monkeypatch: pytest.Monkey
     samples = [RewardInput(problem, text, 5, 100, "stop") for text in texts]
     with RewardPool(RewardConfig.model_validate(shown["reward"])) as pool:
         assert [result.value for result in pool.score(samples)] == [1, 0.5, 0]
+
+
+def test_two_steps_with_the_agent(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("second_look.py").write_text(example("python", "second_look"))
+    Path("telling.py").write_text(TELLING)
+    shown = yaml.safe_load(example("yaml", "openai_sessions"))["environment"]
+    config = make_config(
+        environment={**shown, "workers": 1, "max_turn_tokens": 12, "on_error": "stop"},
+        prompts={"format_instruction": ""},
+        rollout={"prompts_per_step": 2, "n_samples_per_prompt": 4, "max_response_tokens": 120},
+        train={"steps": 2, "max_tokens_per_microbatch": 512, "record_steps": "all"},
+        data={"eval": []},
+        reward={"functions": [{"name": f"{tmp_path}/telling.py:telling"}]},
+    )
+    train.train(config)
+    run = Path(config.run_dir)
+    steps = [line for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
+    assert [step["step"] for step in steps] == [0, 1]
+    tokenizer = load_tokenizer(config.tokenizer, config.model.hf_path)
+    for number, step in enumerate(steps):
+        assert step["rollout/turns_mean"] == 2
+        assert step["rollout/environment_error_share"] == 0
+        # The trainer's probabilities of these very tokens are those that the engine gave.
+        assert step["train/rollout_log_prob_diff_max"] < 1e-4
+        assert step["teacher/without_hint_share"] == 0
+        assert step["train/grad_norm"] > 0
+        rows = plain_rows(read_step(run, number).batch)
+        samples = [json.loads(line) for line in (run / f"samples/step_00000{number}.jsonl").open()]
+        for row, sample in zip(rows, samples, strict=True):
+            assert sample["token_columns"]["id"] == row.response_ids
+            assert set(row.weight_versions or [number]) == {number}
+            pieces = "".join(str(int(own)) for own in row.loss_mask)
+            assert re.fullmatch("1+0+1+", pieces)
+            assert "Are you sure? Look again." in sample["response"]
+            last = row.response_ids[pieces.rindex("0") + 1 :]
+            posted = sample["answer"] in tokenizer.decode(last)
+            assert sample["reward"] == (1 if posted else sample["reward_parts"]["telling"])

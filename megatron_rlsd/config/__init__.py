@@ -15,7 +15,7 @@ from megatron_rlsd.config.data import (
     ReasoningGymSource,
     Source,
 )
-from megatron_rlsd.config.environment import EnvironmentConfig
+from megatron_rlsd.config.environment import SESSIONS, EnvironmentConfig, SessionsConfig
 from megatron_rlsd.config.loading import dump_config, flattened, load_config, parse_config
 from megatron_rlsd.config.model import (
     Fusion,
@@ -57,6 +57,7 @@ from megatron_rlsd.config.training import (
 )
 
 __all__ = [
+    "SESSIONS",
     "AlarmsConfig",
     "AlgorithmConfig",
     "AsynchronousConfig",
@@ -91,6 +92,7 @@ __all__ = [
     "SFTConfig",
     "SGLangConfig",
     "Section",
+    "SessionsConfig",
     "Source",
     "TeacherConfig",
     "TeacherServerConfig",

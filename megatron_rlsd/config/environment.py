@@ -4,20 +4,41 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_rlsd.config.secrets import Named
 from megatron_rlsd.config.section import OnError, Section
+
+SESSIONS = "openai_sessions"
+"""The ``environment.name`` of agents that ask over HTTP."""
+
+
+class SessionsConfig(Section):
+    """Agents of the user's own, which ask for the model's turns over HTTP as they would ask an
+    OpenAI server (``environment.name=openai_sessions``)."""
+
+    agent: str | None = Field(None, pattern=r"\.py:\w+$")
+    """``path/to/file.py:function``, called once per episode with base_url, session_key, problem
+    and ``environment.params``; plain or async."""
+    host: str = "127.0.0.1"
+    """The address of this machine at which the endpoint listens. Agents run on rank 0's machine."""
+    port: int = Field(0, ge=0, le=65535)
+    """0: one that is free."""
+    batch_wait_seconds: float = Field(0.5, ge=0)
+    """A request waits so long for requests of the other episodes, to be generated with them; less
+    where all episodes that go on have asked."""
 
 
 class EnvironmentConfig(Section):
     """What answers the model after each of its turns (docs/environments.md)."""
 
     name: str | None = None
-    """A registered environment (calculator, guessing_game) or ``path/to/file.py:Class``. None: a
-    response is one turn without an answer."""
+    """A registered environment (calculator, guessing_game), ``path/to/file.py:Class``, or
+    openai_sessions: an agent that asks over HTTP (``sessions``). None: a response is one turn
+    without an answer."""
     params: Named = {}
-    """Keyword arguments of the environment's class."""
+    """Keyword arguments of the environment's class, or of the agent."""
+    sessions: SessionsConfig = SessionsConfig()
     role: Literal["user", "tool"] = "user"
     """The role of its messages; the chat template must know it."""
     max_turns: int = Field(8, ge=1)
@@ -28,7 +49,8 @@ class EnvironmentConfig(Section):
     together."""
     timeout_seconds: float = Field(10.0, gt=0)
     """Limit of one call; an episode whose call passes it ends without a verdict, and its worker is
-    replaced."""
+    replaced. With openai_sessions: of an agent's silence, that is the time to its first request,
+    between an answer and its next request, and to its end; waiting for an answer does not count."""
     workers: int = Field(2, ge=1)
     on_error: OnError = "leave_out"
     """What an exception or a reply that is none does: the episode ends without a verdict, or the
@@ -36,3 +58,12 @@ class EnvironmentConfig(Section):
     max_error_share: float = Field(0.5, ge=0, le=1)
     """With on_error=leave_out the run still stops when more than this share of a batch of episodes
     fail."""
+
+    @model_validator(mode="after")
+    def _sessions_and_their_agent(self) -> EnvironmentConfig:
+        if (self.name == SESSIONS) != (self.sessions.agent is not None):
+            raise ValueError(
+                f"name={SESSIONS} and sessions.agent=path/to/file.py:function go together, got "
+                f"name={self.name} and sessions.agent={self.sessions.agent}"
+            )
+        return self

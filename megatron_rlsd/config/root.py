@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from megatron_rlsd.config.alarms import AlarmsConfig
 from megatron_rlsd.config.data import DataConfig, PromptConfig
-from megatron_rlsd.config.environment import EnvironmentConfig
+from megatron_rlsd.config.environment import SESSIONS, EnvironmentConfig
 from megatron_rlsd.config.model import ModelConfig, ParallelConfig, TokenizerConfig
 from megatron_rlsd.config.operation import CheckpointConfig, DistributedConfig, ObservabilityConfig
 from megatron_rlsd.config.precision import fp8_parameter_problems, tp_overlap_problems
@@ -204,6 +204,11 @@ class Config(Section):
                 f"environment.name={name!r} does not go with algorithm.routing_replay="
                 f"{self.algorithm.routing_replay}: the environment's tokens were not routed by one "
                 "request"
+            )
+        if name == SESSIONS and (self.prompts.system or self.prompts.format_instruction):
+            problems.append(
+                f"environment.name={name} needs prompts.system and prompts.format_instruction "
+                "empty: the agent writes all messages, and gives its own instructions"
             )
         if problems:
             raise ValueError("; ".join(problems))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rlsd.data.chat_template import NO_OPTIONS
@@ -26,7 +26,7 @@ class ChatTurns:
         closing = tokenizer.after_turn([], add_generation_prompt=False)
         end = tokenizer.end_of_turn_id
         self._ending = closing[: closing.index(end) + 1] if end in closing else []
-        shown = [self._after_turn(text) for text in ("1", "2")]
+        shown = [tokenizer.after_turn([{"role": role, "content": text}]) for text in ("1", "2")]
         if shown[0] == shown[1] or shown[0][: len(self._ending)] != self._ending:
             raise UserError(
                 f"the chat template does not show messages of role {role!r} after an assistant's; "
@@ -42,13 +42,21 @@ class ChatTurns:
 
         turn_ids: the model's turn; where it ended by itself, its end-of-turn token is not repeated.
         """
-        ids = self._after_turn(text, options)
+        return self.between_turns(turn_ids, [{"role": self._role, "content": text}], options)
+
+    def between_turns(
+        self,
+        turn_ids: list[int],
+        messages: Sequence[dict[str, str]],
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> list[int]:
+        """As ``between``, with any messages after the turn.
+
+        Raises UserError if the chat template refuses them.
+        """
+        ids = self._tokenizer.after_turn(list(messages), options=options)
         ended = bool(turn_ids) and turn_ids[-1] == self._tokenizer.end_of_turn_id
         return ids[len(self._ending) :] if ended else ids
-
-    def _after_turn(self, text: str, options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
-        message = {"role": self._role, "content": text}
-        return self._tokenizer.after_turn([message], options=options)
 
 
 class TurnText:

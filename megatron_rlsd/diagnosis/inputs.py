@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rlsd.config import Config
+from megatron_rlsd.config import SESSIONS, Config
 from megatron_rlsd.data import (
     ChatTurns,
     PromptBuilder,
@@ -13,6 +13,7 @@ from megatron_rlsd.data import (
 )
 from megatron_rlsd.diagnosis.check import Doubt
 from megatron_rlsd.environments import Call, EnvironmentPool, Failure
+from megatron_rlsd.environments.sessions.agents import AgentPool
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem, RewardInput
@@ -75,6 +76,10 @@ def first_problems(config: Config) -> list[Problem]:
 def check_environment(config: Config, tokenizer: Tokenizer, problem: Problem | None) -> str:
     """Starts the workers, which load the environment, and begins an episode."""
     name = config.environment.name
+    if name == SESSIONS:
+        with AgentPool(config.environment) as agents:
+            agents.wait_until_ready()
+        return f"{config.environment.sessions.agent}: loaded"
     ChatTurns(tokenizer, config.environment.role)
     # One episode: no share of failures is too many.
     settings = config.environment.model_copy(

@@ -6,13 +6,13 @@ played again in the new one, all but the one whose call failed.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from megatron_rlsd.environments.failures import Failures
 from megatron_rlsd.environments.protocol import Observation
 from megatron_rlsd.environments.registry import ENVIRONMENTS
-from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Problem
 from megatron_rlsd.workers import WORKER_MEMORY_BYTES, Job, WorkerPool
 
@@ -45,8 +45,7 @@ class _Batch:
     """The episodes that are played together, and when their failures stop the run."""
 
     number: int
-    episodes: int
-    reasons: Counter[str] = field(default_factory=Counter)
+    failures: Failures
 
 
 class EnvironmentPool(WorkerPool):
@@ -65,7 +64,7 @@ class EnvironmentPool(WorkerPool):
     ) -> None:
         assert config.name is not None
         self._config = config
-        self._batch = _Batch(0, 0)
+        self._batch = _Batch(0, Failures(config, 0))
         reference = ENVIRONMENTS.locate(config.name, config.params)
         super().__init__(
             {"reference": asdict(reference), "params": config.params},
@@ -77,7 +76,7 @@ class EnvironmentPool(WorkerPool):
 
     def begin(self, episodes: int) -> None:
         """Forget all episodes; so many new ones follow, numbered from 0."""
-        self._batch = _Batch(self._batch.number + 1, episodes)
+        self._batch = _Batch(self._batch.number + 1, Failures(self._config, episodes))
 
     def answer(self, calls: list[Call]) -> list[Observation | Failure]:
         """One reply per call, in their order. An episode that has failed is not asked again.
@@ -86,7 +85,7 @@ class EnvironmentPool(WorkerPool):
         its time limit); more than max_error_share of the batch's episodes failed; a problem's
         metadata is not JSON.
         """
-        replies = _Replies(self._config, self._batch, calls)
+        replies = _Replies(self._batch, calls)
         queues: list[deque[Job]] = [deque() for _ in range(self._config.workers)]
         for number, call in enumerate(calls):
             request = {
@@ -105,7 +104,6 @@ class EnvironmentPool(WorkerPool):
 class _Replies:
     """What became of the calls of one ``answer``."""
 
-    config: EnvironmentConfig
     batch: _Batch
     calls: list[Call]
     found: dict[int, Observation | Failure] = field(default_factory=dict)
@@ -115,20 +113,8 @@ class _Replies:
 
     def failure(self, number: int, _: int, reason: str, detail: str, timed_out: bool) -> None:
         """Count it; raises UserError where the configuration says to stop."""
-        call, batch = self.calls[number], self.batch
-        where = f"environment {self.config.name!r}, problem {call.problem.id!r}"
+        call = self.calls[number]
         turn = f"turn {len(call.turns)}" if call.turns else "reset"
-        example = "".join(f"\n    {line}" for line in detail.strip().splitlines())
-        if self.config.on_error == "stop" and not timed_out:
-            raise UserError(f"{where}, {turn}: {reason}{example}")
-        batch.reasons[reason] += 1
-        failed = batch.reasons.total()
-        if failed > self.config.max_error_share * batch.episodes:
-            most_frequent, count = batch.reasons.most_common(1)[0]
-            raise UserError(
-                f"{failed} of {batch.episodes} episodes have failed, more than "
-                f"environment.max_error_share={self.config.max_error_share:g} allows; most "
-                f"frequent ({count} times): {most_frequent}; the last: {where}, {turn}: "
-                f"{reason}{example}"
-            )
+        where = f"problem {call.problem.id!r}, {turn}"
+        self.batch.failures.add(where, reason, detail, timed_out)
         self.found[number] = Failure(f"{turn}: {reason}")

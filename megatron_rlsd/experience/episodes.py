@@ -82,6 +82,19 @@ class Episode:
         self.mask += [0] * len(ids)
         self.versions += self.versions[-1:] * len(ids)
 
+    def request(
+        self, seed: int, params: SamplingParams, max_turn_tokens: int | None
+    ) -> GenerationRequest:
+        """What is asked of the engine for the next turn; ``seed``: the run's."""
+        left = params.max_new_tokens - len(self.token_ids)
+        # The first turn's seed is that of a run without an environment.
+        turn = (len(self.turns),) if self.turns else ()
+        return GenerationRequest(
+            self.prompt_ids + self.token_ids,
+            replace(params, max_new_tokens=min(left, max_turn_tokens or left)),
+            sample_seed(seed, self.label, self.sample, *turn),
+        )
+
     def fail(self, reason: str) -> None:
         self.error, self.reward, self.finish_reason = reason, None, "abort"
 
@@ -146,19 +159,24 @@ class Episodes:
         self._pool.begin(len(episodes))
         self._open(episodes, n)
         while going := [e for e in episodes if e.finish_reason is None]:
-            requests = [self._request(each, params) for each in going]
+            most = self._config.max_turn_tokens
+            requests = [each.request(self._seed, params, most) for each in going]
             for each, generation in zip(going, self._engine.generate(requests), strict=True):
                 options = each.problem.chat_template_kwargs
                 each.add_turn(generation, *self._texts.of(generation.token_ids.tolist(), options))
                 if generation.finish_reason == "abort" or (
                     generation.finish_reason == "length"
-                    and len(each.token_ids) >= self._most(each, params)
+                    and len(each.token_ids) >= most_tokens(each, self._prompts, params)
                 ):
                     each.finish_reason = generation.finish_reason
             judged = [e for e in going if e.finish_reason is None]
             for each, reply in zip(judged, self._ask(judged), strict=True):
-                self._take_answer(each, reply, self._most(each, params))
+                self._take_answer(each, reply, most_tokens(each, self._prompts, params))
         return [self._trajectory(each) for each in episodes]
+
+    def wait_until_ready(self) -> None:
+        """Wait until the environment is loaded; UserError where it cannot be."""
+        self._pool.wait_until_ready()
 
     def _open(self, episodes: list[Episode], n: int) -> None:
         """Every episode's first observation and prompt; those of one problem are the same."""
@@ -178,22 +196,6 @@ class Episodes:
                     each.prompt_ids = self._prompts.student(each.problem)
                 except PromptTooLong as error:
                     each.fail(f"reset: {error}")
-
-    def _most(self, episode: Episode, params: SamplingParams) -> int:
-        """Tokens after the prompt with which a last turn is still one that the engine takes."""
-        served, most = self._prompts.served, params.max_new_tokens
-        return most if served is None else min(most, served - len(episode.prompt_ids))
-
-    def _request(self, episode: Episode, params: SamplingParams) -> GenerationRequest:
-        left = params.max_new_tokens - len(episode.token_ids)
-        count = min(left, self._config.max_turn_tokens or left)
-        # The first turn's seed is that of a run without an environment.
-        turn = (len(episode.turns),) if episode.turns else ()
-        return GenerationRequest(
-            episode.prompt_ids + episode.token_ids,
-            replace(params, max_new_tokens=count),
-            sample_seed(self._seed, episode.label, episode.sample, *turn),
-        )
 
     def _ask(self, episodes: list[Episode]) -> list[Observation | Failure]:
         return self._pool.answer([Call(e.number, e.problem, e.turns, e.answers) for e in episodes])
@@ -228,6 +230,12 @@ class Episodes:
             environment_reward=episode.reward,
             environment_error=episode.error,
         )
+
+
+def most_tokens(episode: Episode, prompts: PromptBuilder, params: SamplingParams) -> int:
+    """Tokens after the prompt with which a last turn is still one that the engine takes."""
+    served, most = prompts.served, params.max_new_tokens
+    return most if served is None else min(most, served - len(episode.prompt_ids))
 
 
 def episode_metrics(trajectories: list[Trajectory]) -> dict[str, float]:

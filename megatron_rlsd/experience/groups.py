@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from megatron_rlsd.algorithms import Hint, Reading, Source, evidence_span, own_functions
-from megatron_rlsd.config import Config
+from megatron_rlsd.config import SESSIONS, Config
 from megatron_rlsd.data import PromptBuilder, Tokenizer, TurnText
-from megatron_rlsd.experience.episodes import Episodes
+from megatron_rlsd.experience.playing import Player
 from megatron_rlsd.experience.seeds import sample_seed
 from megatron_rlsd.rewards.answers import first_answer
 from megatron_rlsd.rollout.engine import RolloutEngine
@@ -55,12 +56,15 @@ class GroupBuilder:
         tokenizer: Tokenizer,
         engine: RolloutEngine,
         rewards: Rewards,
-        episodes: Episodes | None = None,
+        episodes: Player | None = None,
     ) -> None:
-        """``episodes``: where an environment answers the model; None: a response is one turn."""
+        """``episodes``: where a response has several turns; None: it is one turn."""
         self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
         self._engine, self._rewards, self._episodes = engine, rewards, episodes
         self._turns = TurnText(tokenizer)
+        names = {each.name for each in config.reward.functions}
+        # Where ``environment`` is among the functions, what an agent posts is weighted like theirs.
+        self._posted_counts = config.environment.name == SESSIONS and "environment" not in names
         self._critique_seen = False
         self._without_critique = 0
         self.sampling = SamplingParams(
@@ -184,6 +188,8 @@ class GroupBuilder:
         )
         for trajectory, result in zip(played, results, strict=True):
             trajectory.reward = result
+            if self._posted_counts and trajectory.environment_reward is not None:
+                trajectory.reward = replace(result, value=trajectory.environment_reward)
         for trajectory in trajectories:
             if trajectory.environment_error:
                 trajectory.reward = RewardResult(

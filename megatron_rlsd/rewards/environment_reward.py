@@ -8,7 +8,10 @@ from megatron_rlsd.types import RewardInput
 
 @register_reward("environment")
 def environment(sample: RewardInput) -> float:
-    """The sum of the rewards that the environment gave; ValueError without an environment."""
+    """The sum of the rewards that the environment gave, or what an agent posted last; ValueError
+    without either."""
     if sample.environment_reward is None:
-        raise ValueError(f"the response to problem {sample.problem.id} met no environment")
+        raise ValueError(
+            f"no environment and no agent has rewarded the response to {sample.problem.id}"
+        )
     return sample.environment_reward

@@ -18,9 +18,8 @@ from megatron_rlsd.data import (
     warn_of_other_ids,
 )
 from megatron_rlsd.data.positions import build_prompts
-from megatron_rlsd.environments import EnvironmentPool
 from megatron_rlsd.experience import GroupBuilder, Questions, build_collector
-from megatron_rlsd.experience.episodes import Episodes
+from megatron_rlsd.experience.playing import open_player
 from megatron_rlsd.experience.questions import fitting
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.observability import MetricsLogger
@@ -110,7 +109,7 @@ def assemble(
         kept.starting_point.on_change = starts_elsewhere
         log.starting("rollout engine")
         engine, publisher = stack.enter_context(rollout_engine(config, groups, hf_config, prompts))
-        rewards, environments, builder, collector, eval_problems = None, None, None, None, {}
+        rewards, episodes, builder, collector, eval_problems = None, None, None, None, {}
         if groups.rank == 0:
             log.starting("data and rewards")
             # Its workers import their libraries while the model is built.
@@ -123,10 +122,7 @@ def assemble(
             )
             for note in source.notes():
                 print(note, flush=True)
-            episodes = None
-            if config.environment.name is not None:
-                environments = stack.enter_context(EnvironmentPool(config.environment))
-                episodes = Episodes(config, prompts, tokenizer, engine, environments)
+            episodes = stack.enter_context(open_player(config, prompts, tokenizer, engine))
             builder = GroupBuilder(config, prompts, tokenizer, engine, rewards, episodes)
             collector = build_collector(
                 config,
@@ -154,8 +150,8 @@ def assemble(
             log.starting("reward workers")
         if rewards is not None:
             rewards.wait_until_ready()
-        if environments is not None:
-            environments.wait_until_ready()
+        if episodes is not None:
+            episodes.wait_until_ready()
         log.starting("checkpoint and first weights")
         yield Run(
             *(config, groups, tokenizer, files, prompts, actor, log, engine),

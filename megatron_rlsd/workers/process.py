@@ -66,7 +66,7 @@ class WorkerProcess:
         self._outgoing = bytearray()
         self._incoming = bytearray()
         self._stderr_tail = b""
-        self._send(setup)
+        self.tell(setup)
 
     @property
     def has_unsent(self) -> bool:
@@ -78,7 +78,7 @@ class WorkerProcess:
         if not self.jobs:  # an idle worker takes it at once
             self.allow(timeout_seconds)
         self.jobs.append(job)
-        self._send(line)
+        self.tell(line)
 
     def allow(self, seconds: float) -> None:
         """Start the clock of the current call."""
@@ -165,7 +165,9 @@ class WorkerProcess:
         """The end of what it wrote to stderr (user code's prints included)."""
         return self._stderr_tail.decode(errors="replace").strip()
 
-    def _send(self, line: bytes) -> None:
+    def tell(self, line: bytes) -> None:
+        """Send a line of the caller's own protocol; what the pipe does not take now, ``flush``
+        writes."""
         self._outgoing += line
         self.flush()
 

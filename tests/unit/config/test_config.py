@@ -123,3 +123,21 @@ def test_colocated_servers_need_an_arrangement_that_can_take_turns(write, overri
 def test_routes_are_not_replayed_where_no_engine_sampled_the_response(write):
     with pytest.raises(UserError, match=r"routing_replay=rollout: the environment's tokens"):
         load_config(write(), ["algorithm.routing_replay=rollout", "environment.name=guessing"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("environment.sessions.agent=null", r"name=openai_sessions and sessions\.agent"),
+        ("environment.sessions.agent=agent.py", r"sessions\.agent: .*pattern"),
+        ("environment.name=calculator", r"go together, got name=calculator"),
+        ("prompts.format_instruction=Think.", r"needs prompts\.system and .* empty"),
+        ("prompts.system=Think.", r"the agent writes all messages"),
+        ("rollout.asynchronous.max_staleness=1", r"max_staleness"),
+    ],
+)
+def test_sessions_need_an_agent_that_writes_all_messages(write, override, message):
+    sessions = ["environment.name=openai_sessions", "environment.sessions.agent=agent.py:run"]
+    load_config(write(), [*sessions, "prompts.format_instruction=''"])
+    with pytest.raises(UserError, match=message):
+        load_config(write(), [*sessions, "prompts.format_instruction=''", override])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, build_sources, load_tokenizer
@@ -21,11 +19,10 @@ from megatron_rlsd.experience.synchronous import StepCollector
 from megatron_rlsd.observability.samples import sample_row
 from megatron_rlsd.parallel.train_batches import train_batch_of, train_batch_tensors
 from megatron_rlsd.rewards import RewardPool
-from megatron_rlsd.rollout.embedded import EmbeddedEngine
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest, Trajectory
 from tests.batches import plain, plain_rows
-from tests.environment_runs import DIGITS, ENDING
+from tests.environment_runs import DIGITS, ENDING, RecordingEngine
 
 FAILING = """
 class Fails:
@@ -49,20 +46,6 @@ class Ends:
         from megatron_rlsd.environments import Observation
         return Observation(done=True, reward=2.0)
 """
-
-
-class RecordingEngine:
-    """A real engine that also keeps what it was asked and what it gave."""
-
-    def __init__(self, model: Path) -> None:
-        self.engine = EmbeddedEngine(model, torch.float32, 64)
-        self.weight_version = 0
-        self.batches: list[list[tuple[GenerationRequest, Generation]]] = []
-
-    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
-        found = [replace(g, token_ids=g.token_ids.copy()) for g in self.engine.generate(requests)]
-        self.batches.append(list(zip(requests, map(replace, found), strict=True)))
-        return found
 
 
 Play = Callable[..., Any]
