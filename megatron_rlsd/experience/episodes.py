@@ -190,11 +190,13 @@ class Episodes:
                     each.fail(reply.reason)
                 elif reply.text != opening:
                     each.fail("reset: it began otherwise than another episode of this problem")
-                each.problem = with_opening(each.problem, opening)
+                opened = with_opening(each.problem, opening)
                 each.answers = [opening]
                 try:
-                    each.prompt_ids = self._prompts.student(each.problem)
+                    each.prompt_ids, each.problem = self._prompts.student(opened), opened
                 except PromptTooLong as error:
+                    # Its question stays without the opening: the teacher's prompt is made of it.
+                    each.prompt_ids = self._prompts.student(each.problem)
                     each.fail(f"reset: {error}")
 
     def _ask(self, episodes: list[Episode]) -> list[Observation | Failure]:

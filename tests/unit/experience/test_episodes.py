@@ -35,6 +35,14 @@ class Fails:
         self.left -= 1
         return "go on"
 
+class Tells:
+    def reset(self, problem):
+        return "long " * 2000 if int(problem.answer) % 3 == 0 else "Go."
+
+    def step(self, response):
+        from megatron_rlsd.environments import Observation
+        return Observation(done=True, reward=1.0)
+
 class NeverBegins:
     def reset(self, problem): raise RuntimeError("no board")
     def step(self, response): pass
@@ -250,6 +258,23 @@ def test_a_failing_environment_gives_no_reward_and_is_counted(play):
     assert metrics["rollout/environment_error_share"] == 1
     assert metrics["rollout/reward_error_share"] == 1
     assert len(train_batch(groups)) == len(found) - len(unbegun)
+
+
+@pytest.mark.process
+def test_an_opening_too_long_for_the_prompt_costs_its_own_episodes(play):
+    with play({"name": "failing.py:Tells"}, algorithm={"max_refills": 0}) as (collector, _):
+        groups, metrics = collector.collect(0)
+    found = [t for g in groups for t in g.trajectories]
+    unbegun = [t for t in found if int(t.problem.answer) % 3 == 0]
+    assert 0 < len(unbegun) < len(found)
+    for trajectory in found:
+        if trajectory in unbegun:
+            assert trajectory.environment_error.startswith("reset: the prompt of problem")
+            assert trajectory.reward.value is None
+            assert len(trajectory.generation.token_ids) == 0
+        else:
+            assert trajectory.environment_error == ""
+    assert metrics["rollout/environment_error_share"] == len(unbegun) / len(found)
 
 
 def test_an_episode_ends_before_a_turn_whose_prompt_no_server_takes(play):
