@@ -29,7 +29,7 @@ from megatron_rlsd.environments.sessions import chat
 from megatron_rlsd.runtime.errors import UserError
 
 MAX_REQUEST_BYTES = 1 << 26
-START_SECONDS = 60.0
+BACKLOG = 4096
 STOP_SECONDS = 5
 GONE = (
     "no episode is under way with this session key: it has ended, or it never began; each episode "
@@ -88,6 +88,8 @@ class SessionServer:
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._listener.bind((self._host, self._port))
+            # From now on: who asks before the thread has begun waits for it.
+            self._listener.listen(BACKLOG)
         except OSError as error:
             self._listener.close()
             where = f"environment.sessions.host={self._host} port={self._port}"
@@ -102,7 +104,7 @@ class SessionServer:
                 access_log=False,
                 timeout_graceful_shutdown=STOP_SECONDS,
                 lifespan="off",
-                backlog=4096,
+                backlog=BACKLOG,
             )
         )
         self._thread = threading.Thread(
