@@ -141,9 +141,9 @@ def train(student, tokenizer, problems: list[dict], s: Settings, steps: int) -> 
 
 
 if __name__ == "__main__":
-    source, questions, out, *steps = sys.argv[1:]
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    base, questions, out, *steps = sys.argv[1:]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     problems = [json.loads(line) for line in Path(questions).read_text().splitlines()]
     train(model, tokenizer, problems, Settings(), int(*steps or [100]))
     model.save_pretrained(out)

@@ -94,7 +94,7 @@ def convert(unpacked: Path, result: Path, dtype: torch.dtype) -> None:
     """Write the Hugging Face folder ``result`` from the GGUF file in ``unpacked``."""
     # Dequantise in float32: rounding to a 16-bit type happens once, at the end.
     model = AutoModelForCausalLM.from_pretrained(
-        unpacked, gguf_file=GGUF_NAME, dtype=torch.float32
+        unpacked, gguf_file=GGUF_NAME, dtype=torch.float32, trust_remote_code=False
     ).to(dtype)
     # The weights are plain numbers from here on, so nothing may announce a quantisation.
     del model.config.quantization_config
@@ -104,7 +104,9 @@ def convert(unpacked: Path, result: Path, dtype: torch.dtype) -> None:
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(result)
 
-    tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=GGUF_NAME)
+    tokenizer = AutoTokenizer.from_pretrained(
+        unpacked, gguf_file=GGUF_NAME, trust_remote_code=False
+    )
     # GGUF names the pre-tokenizer ("smollm") and transformers takes GPT-2's for it, which lacks
     # the split into single digits: whitespace before a number would come out differently.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -126,10 +128,12 @@ def check(folder: Path) -> None:
     _require(config["tie_word_embeddings"] is True, "the embeddings are not tied")
     _require("quantization_config" not in config, "config.json still announces a quantisation")
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     _check_tokenizer(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32
+        folder, local_files_only=True, dtype=torch.float32, trust_remote_code=False
     ).eval()
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False)
