@@ -45,7 +45,7 @@ SERVER_ARGS = {
     "disable_flashinfer_autotune": True,
 }
 STATIC_SHARE = 0.3
-"""Of the GPU's memory: what the server holds while it is awake."""
+"""The share of the GPU's memory that the server holds while it is awake."""
 MOST_DIFFERENCE = 0.05
 """Mean of |log-probability of the engine - of the trainer|; bfloat16 kernels differ by 0.01."""
 LOG_LINES = 200

@@ -65,9 +65,9 @@ class HttpRewardConfig(RewardFunctionConfig):
     that it matches counts. chat: ``Score: NUMBER`` unless this says otherwise."""
     verdicts: dict[str, float] = {}
     """What the matched text means, where it is no number: ``{A: 1, B: 0}``. Upper and lower case
-    are the same; other texts are no verdict."""
+    are the same; any other text gives no verdict."""
     score_range: tuple[float, float] | None = None
-    """A score outside is no verdict."""
+    """A score outside of them gives no verdict."""
     batch_size: int | None = Field(None, ge=1)
     """Responses of one request, which then fail together; with form=own the templates see them as
     ``samples``. Default: 1, of sglang_reward_model 16, of reward_server 4."""
