@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlsd.ops import PolicyLossConfig, policy_loss, token_log_probs, triton_head
+from megatron_rlsd.ops.chunks import score_with_gradient
 from megatron_rlsd.ops.head import HeadInputs, VocabShard
 from megatron_rlsd.ops.reference import reference_log_probs, reference_policy_loss
 from megatron_rlsd.ops.token_loss import TokenInputs
@@ -108,7 +109,8 @@ def check_gradients(
     shard = VocabShard(padded, V, None)
     inputs = HeadInputs(hidden, targets, shard, temperature, softcap, True, chunk_tokens)
     d_weight = torch.zeros(padded.shape, device=device)
-    ours = triton_head.score_with_gradient(
+    ours = score_with_gradient(
+        triton_head.Chunk,
         inputs,
         torch.arange(N, device=device),
         lambda log_probs, entropy, span: g[span],
@@ -267,7 +269,8 @@ def check_d_weight_is_added_to(device: torch.device, dtype: torch.dtype) -> None
     formed = []
     for start, chunk_tokens in ((torch.zeros_like(before), None), (before.clone(), 7)):
         inputs = HeadInputs(hidden, targets, shard, 1.0, None, False, chunk_tokens)
-        result = triton_head.score_with_gradient(
+        result = score_with_gradient(
+            triton_head.Chunk,
             inputs,
             torch.arange(N, device=device),
             lambda log_probs, entropy, span: g[span],

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_rlsd.config import ParallelConfig
-from megatron_rlsd.hf_bridge.dims import round_up
+from megatron_rlsd.runtime.rounding import round_up
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from megatron_rlsd.actor.routing_replay import RoutingReplay
 from megatron_rlsd.actor.userbuffers import overlap_fields
 from megatron_rlsd.config import ModelConfig, ParallelConfig
 from megatron_rlsd.hf_bridge import Family
-from megatron_rlsd.hf_bridge.dims import round_up
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.rounding import round_up
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [T, D] or, under sequence parallelism, [T / tp, D]; weight [V / tp, D]) -> anything."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_rlsd.actor.balance import PackShape
 from megatron_rlsd.actor.context_parallel import held_positions
-from megatron_rlsd.hf_bridge.dims import round_up
+from megatron_rlsd.runtime.rounding import round_up
 
 if TYPE_CHECKING:
     from megatron_rlsd.types import BoolArray, IntArray

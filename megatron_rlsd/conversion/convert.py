@@ -28,7 +28,7 @@ from megatron_rlsd.conversion.row_runs import Box, boxes, row_runs
 from megatron_rlsd.conversion.tokenizer_fit import check_token_ids
 from megatron_rlsd.conversion.torch_dist import Item, ItemFile, write_metadata
 from megatron_rlsd.hf_bridge.companions import companion_files, copy_companions
-from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout, round_up
+from megatron_rlsd.hf_bridge.dims import ModelDims, ShardLayout
 from megatron_rlsd.hf_bridge.families import family_for
 from megatron_rlsd.hf_bridge.finite import finite_slice
 from megatron_rlsd.hf_bridge.load import check_tensors, check_tied_aliases
@@ -39,6 +39,7 @@ from megatron_rlsd.hf_bridge.safetensors_file import TORCH_DTYPES
 from megatron_rlsd.hf_bridge.safetensors_writer import Described, shard_files, write_safetensors
 from megatron_rlsd.hf_bridge.writer import write_config, write_index
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.rounding import round_up
 
 BUCKET_BYTES = 32 * 2**20
 """How much is read at once of what is cast before it is put in place."""

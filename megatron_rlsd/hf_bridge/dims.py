@@ -54,11 +54,6 @@ class LatentAttentionDims:
     value_head_dim: int
 
 
-def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple that is not below ``number``."""
-    return -(-number // multiple) * multiple
-
-
 def layers_with_experts(
     num_layers: int, frequency: int | list[int], num_experts: int | None
 ) -> frozenset[int]:

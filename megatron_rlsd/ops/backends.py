@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from megatron_rlsd.ops.head import Backend
+from megatron_rlsd.ops.chunks import Backend
 
 BackendName = Literal["torch", "triton", "auto"]
 
@@ -39,7 +39,7 @@ def backend_choice(device: torch.device, dtype: torch.dtype | None = None) -> Ba
 
 
 def load_backend(name: BackendName, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend's module.
+    """The class of the backend's chunks.
 
     Raises:
         ValueError: there is no backend of this name.
@@ -51,8 +51,8 @@ def load_backend(name: BackendName, device: torch.device, dtype: torch.dtype) ->
         name = backend_choice(device, dtype).name
     elif name == "triton" and (reason := _triton_reason(device, dtype)) is not None:
         raise BackendUnavailable(f"backend='triton' cannot run: {reason}")
-    module: Backend = importlib.import_module(f"megatron_rlsd.ops.{name}_head")
-    return module
+    chunk: Backend = importlib.import_module(f"megatron_rlsd.ops.{name}_head").Chunk
+    return chunk
 
 
 def _triton_reason(device: torch.device, dtype: torch.dtype | None) -> str | None:

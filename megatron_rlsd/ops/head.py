@@ -1,23 +1,12 @@
-"""What every backend of the fused head is given and gives back.
-
-A backend is a module with the two functions of ``torch_head``: ``score`` and
-``score_with_gradient`` (see ``Backend``). Per-token maths reaches it as a function, process groups
-as a VocabShard, and the gradient of the weight is added to a buffer that the caller owns: zeros, or
-an optimizer's float32 gradient that earlier micro-batches have already added to.
-"""
+"""What one call of the fused head is given: tensors, settings, this rank's part of the weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-RowGradient = Callable[[Tensor, Tensor | None, slice], Tensor]
-"""(log_probs [C], entropy [C] or None, which of the n rows they are) -> d loss / d log_prob [C]."""
 
 
 @dataclass(frozen=True)
@@ -86,44 +75,3 @@ class HeadInputs:
         """The dtype of the gradient of hidden: its own dtype, but the wide one where ranks add
         theirs."""
         return self.hidden.dtype if self.shard.ranks == 1 else self.dtype
-
-
-@dataclass(frozen=True)
-class HeadGradient:
-    """Forward values of n rows with the gradient of the loss, in HeadInputs.dtype."""
-
-    log_probs: Tensor
-    """[n]"""
-    entropy: Tensor | None
-    """[n], None unless asked for."""
-    d_hidden: Tensor | None
-    """[n, D] of d_hidden_dtype (or wider), this shard's part: the gradient is its sum over the
-    ranks. None if not wanted."""
-
-
-class Backend(Protocol):
-    """What a backend's module has."""
-
-    def score(self, inputs: HeadInputs, rows_n: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [n] and entropies [n] (or None) of the given rows; one product."""
-
-    def score_with_gradient(
-        self,
-        inputs: HeadInputs,
-        rows_n: Tensor,
-        row_gradient: RowGradient,
-        d_entropy_n: Tensor | None,
-        *,
-        want_d_hidden: bool,
-        d_weight: Tensor | None,
-    ) -> HeadGradient:
-        """Forward and gradients of the given rows; three products.
-
-        Args:
-            rows_n: [n] int64, places among the N rows.
-            row_gradient: called with values that are equal on all ranks.
-            d_entropy_n: [n] derivative of the loss by the row's entropy; needs with_entropy.
-            want_d_hidden: form d_hidden.
-            d_weight: [V_local, D] of ``inputs.dtype``; this shard's complete gradient of the given
-                rows is added to it, 0 in padding rows. None: not wanted.
-        """

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rlsd.ops import checks
 from megatron_rlsd.ops.backends import BackendName, load_backend
+from megatron_rlsd.ops.chunks import score
 from megatron_rlsd.ops.collectives import gather_rows, sum_and_scatter_rows, sum_over_ranks
 from megatron_rlsd.ops.head import HeadInputs, VocabShard
 from megatron_rlsd.ops.passes import Wanted, loss_and_gradients
@@ -77,8 +78,8 @@ def token_log_probs(
         with_entropy,
     )
     checks.check_targets(targets, head.shard.vocab_size)
-    module = load_backend(backend, hidden.device, head.widest_dtype)
-    return module.score(head, torch.arange(targets.numel(), device=targets.device))
+    chunk = load_backend(backend, hidden.device, head.widest_dtype)
+    return score(chunk, head, torch.arange(targets.numel(), device=targets.device))
 
 
 def policy_loss(
@@ -196,7 +197,7 @@ def policy_loss(
     checks.check_token_inputs(tokens, config, targets.numel())
     sequence_ids = checks.check_sequence_ids(sequence_ids, loss_weights, config)
     checks.check_main_grad(weight_main_grad, weight, head.dtype)
-    module = load_backend(backend, hidden.device, head.widest_dtype)
+    chunk = load_backend(backend, hidden.device, head.widest_dtype)
 
     want_d_hidden = torch.is_grad_enabled() and hidden.requires_grad
     want_d_weight = torch.is_grad_enabled() and weight.requires_grad
@@ -208,7 +209,7 @@ def policy_loss(
     wanted = Wanted(want_d_hidden, d_weight, grad_scale, with_inactive)
     with torch.no_grad():
         loss, stats, d_hidden = loss_and_gradients(
-            module, head, tokens.to(head.dtype), config, wanted, sequence_ids, cp_group
+            chunk, head, tokens.to(head.dtype), config, wanted, sequence_ids, cp_group
         )
         if d_hidden is not None:
             reduce = sum_and_scatter_rows if sequence_parallel else sum_over_ranks

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlsd.ops.checks import check_targets, check_teacher
-from megatron_rlsd.ops.head import Backend, HeadInputs
+from megatron_rlsd.ops.chunks import Backend, score, score_with_gradient
+from megatron_rlsd.ops.head import HeadInputs
 from megatron_rlsd.ops.sequences import SequenceMean
 from megatron_rlsd.ops.stats import PolicyLossStats, collect_stats
 from megatron_rlsd.ops.token_loss import (
@@ -104,7 +105,8 @@ def _token_pass(
         losses = token_loss(log_probs, entropy, tokens_C, config)
         return losses.d_log_probs * wanted.grad_scale
 
-    gradient = backend.score_with_gradient(
+    gradient = score_with_gradient(
+        backend,
         head,
         learning_rows,
         row_gradient,
@@ -112,7 +114,7 @@ def _token_pass(
         want_d_hidden=wanted.d_hidden,
         d_weight=wanted.d_weight,
     )
-    other_log_probs, other_entropy = backend.score(head, other_rows)
+    other_log_probs, other_entropy = score(backend, head, other_rows)
     log_probs = torch.cat([gradient.log_probs, other_log_probs])
     entropy = None
     if gradient.entropy is not None and other_entropy is not None:
@@ -137,7 +139,7 @@ def _sequence_passes(
         scored[rows] = SequenceMean(ids[rows], cp_group)(active.double()) > 0
     rows = scored.nonzero()[:, 0]
     counted = _checked(tokens, rows, head, config)
-    log_probs, entropy = backend.score(head, rows)
+    log_probs, entropy = score(backend, head, rows)
     sequence_mean = SequenceMean(ids[rows], cp_group)
     losses = token_loss(log_probs, entropy, counted, config, sequence_mean)
     if not wanted.gradient:
@@ -146,7 +148,8 @@ def _sequence_passes(
     g, e = losses.d_log_probs * wanted.grad_scale, _d_entropy(counted, config, wanted)
     learns = (g if e is None else g.abs() + e.abs()).nonzero()[:, 0]  # clipped responses are out
     g_n = g[learns]
-    gradient = backend.score_with_gradient(
+    gradient = score_with_gradient(
+        backend,
         replace(head, with_entropy=e is not None),
         rows[learns],
         lambda log_probs, entropy, span: g_n[span],

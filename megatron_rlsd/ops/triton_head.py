@@ -1,8 +1,6 @@
 """The fused head on Triton: NVIDIA GPUs from compute capability 8.0 on, float16 to float32.
 
-Shapes: N rows given, n of them selected, C rows of a chunk, V vocabulary rows of this rank that are
-no padding, V_local with padding, B vocabulary blocks, D hidden size, K sums per row (3, or 4 with
-entropy).
+Shapes: as in ``chunks``, and B vocabulary blocks.
 
 A chunk takes one product whose epilogue leaves softmax sums by vocabulary block and, where a
 gradient is wanted, E = exp(z - block maximum) in the inputs' dtype; then, with the row's softmax
@@ -24,12 +22,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from megatron_rlsd.ops.collectives import (
-    LogSoftmax,
-    gather_partials,
-    merge_log_softmax,
-)
-from megatron_rlsd.ops.head import HeadGradient, HeadInputs, RowGradient
+from megatron_rlsd.ops.collectives import LogSoftmax
+from megatron_rlsd.ops.head import HeadInputs
+from megatron_rlsd.runtime.rounding import round_up
 
 EXP_BUDGET_BYTES = 5 * 2**28
 """Memory of E where chunk_tokens is not given. Each chunk reads and writes all of d_weight, so more
@@ -38,8 +33,6 @@ SUMS_BUDGET_BYTES = 2**27
 """Memory of a chunk's block sums and of its rows' copy where nothing but sums is kept."""
 ROWS_ALIGNMENT = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-NO_LOGIT = -1e30
-"""Largest logit of a shard that is all padding: exp of it is 0, and 0 times it is not NaN."""
 FLOAT16_PEAK = 2.0**14
 """What the largest possible dz is scaled to in float16, whose smallest number is 6e-8."""
 FLOAT16_BLOCK_BYTES = 2**26
@@ -99,56 +92,12 @@ def _missing_product(device: torch.device) -> str | None:
     return None
 
 
-def score(inputs: HeadInputs, rows_n: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities [n] and entropies [n] (or None) of the given rows; one matrix product.
+class Chunk:
+    """Implements ``chunks.Chunk``.
 
-    Sends one all-gather of K * n numbers for all chunks together.
+    Products of float32 inputs that make gradients follow torch's own TF32 setting; those that make
+    log-probabilities never use TF32.
     """
-    chunk = _Chunk(inputs)
-    partials_Kn = chunk.new_partials(rows_n.numel())
-    for span in chunk.spans(rows_n.numel(), with_gradient=False):
-        partials_Kn[:, span] = chunk.forward(rows_n[span], keep_exp=False)
-    softmax = merge_log_softmax(gather_partials(partials_Kn, inputs.shard))
-    return softmax.log_probs, softmax.entropy if inputs.with_entropy else None
-
-
-def score_with_gradient(
-    inputs: HeadInputs,
-    rows_n: Tensor,
-    row_gradient: RowGradient,
-    d_entropy_n: Tensor | None,
-    *,
-    want_d_hidden: bool,
-    d_weight: Tensor | None,
-) -> HeadGradient:
-    """Forward and gradients of the given rows (see ``Backend``); three matrix products.
-
-    Sends one all-gather of K * C numbers a chunk. Products of float32 inputs that make gradients
-    follow torch's own TF32 setting; those that make log-probabilities never use TF32.
-    """
-    chunk = _Chunk(inputs)
-    n = rows_n.numel()
-    log_probs_n, entropy_n = chunk.new_partials(n)[:2]
-    d_hidden_nD = None
-    if want_d_hidden:
-        d_hidden_nD = inputs.hidden.new_zeros(
-            n, inputs.hidden.shape[1], dtype=inputs.d_hidden_dtype
-        )
-    d_weight_VD = None if d_weight is None else d_weight[: inputs.shard.num_real]
-    for span in chunk.spans(n, with_gradient=True):
-        partials_KC = chunk.forward(rows_n[span], keep_exp=True)
-        softmax = merge_log_softmax(gather_partials(partials_KC, inputs.shard))
-        log_probs_n[span], entropy_n[span] = softmax.log_probs, softmax.entropy
-        entropy_C = softmax.entropy if inputs.with_entropy else None
-        g_C = row_gradient(softmax.log_probs, entropy_C, span)
-        e_C = None if d_entropy_n is None else d_entropy_n[span]
-        d_hidden_CD = None if d_hidden_nD is None else d_hidden_nD[span]
-        chunk.backward(softmax, g_C, e_C, d_hidden_CD, d_weight_VD)
-    return HeadGradient(log_probs_n, entropy_n if inputs.with_entropy else None, d_hidden_nD)
-
-
-class _Chunk:
-    """The work on one chunk of rows, in a buffer that all chunks of a call share."""
 
     def __init__(self, inputs: HeadInputs) -> None:
         self.inputs = inputs
@@ -163,35 +112,20 @@ class _Chunk:
         self._hidden_CD = self._exp_CV = self.weight_VD.new_empty(0, 0)
         self._target_ids_C = self._partials_BKC = self.weight_VD.new_empty(0)
 
-    @property
-    def V(self) -> int:
-        return self.weight_VD.shape[0]
+    def chunk_rows(self, n: int, *, with_gradient: bool) -> int:
+        """Makes chunks of about equal size."""
+        chunks = -(-n // self._rows_in_budget(with_gradient))
+        return round_up(-(-n // max(chunks, 1)), ROWS_ALIGNMENT)
 
-    def spans(self, n: int, with_gradient: bool) -> list[slice]:
-        """Slices of about equal size; as many on every rank, so padding rows count for them."""
-        size = self.inputs.chunk_tokens
-        if size is None:
-            largest = self._rows_in_budget(with_gradient)
-            chunks = -(-n // largest)
-            size = _round_up(-(-n // max(chunks, 1)), ROWS_ALIGNMENT)
-        return [slice(start, min(start + size, n)) for start in range(0, n, size or 1)]
-
-    def new_partials(self, n: int) -> Tensor:
-        return self.weight_VD.new_zeros(3 + self.inputs.with_entropy, n, dtype=torch.float32)
-
-    def forward(self, rows_C: Tensor, *, keep_exp: bool) -> Tensor:
-        """One product, and the softmax sums [K, C] of this shard (see merge_partials)."""
-        inputs, C = self.inputs, rows_C.numel()
-        if self.V == 0:
-            nothing_KC = self.new_partials(C)
-            nothing_KC[0] = NO_LOGIT
-            return nothing_KC
+    def forward(self, rows_C: Tensor, *, keep: bool) -> Tensor:
+        inputs, (V, _) = self.inputs, self.weight_VD.shape
         self._hidden_CD = inputs.hidden[rows_C].to(self.dtype)
         target_C = inputs.targets[rows_C] - inputs.shard.first
-        is_own = (target_C >= 0) & (target_C < self.V)
+        is_own = (target_C >= 0) & (target_C < V)
         self._target_ids_C = torch.where(is_own, target_C, -1).to(torch.int32)
-        if keep_exp and self._exp_CV.shape[0] < C:
-            self._exp_CV = self._launch.new_exp_buffer(C, self.V, self._hidden_CD)
+        C = rows_C.numel()
+        if keep and self._exp_CV.shape[0] < C:
+            self._exp_CV = self._launch.new_exp_buffer(C, V, self._hidden_CD)
         self._partials_BKC = self._launch.launch_product(
             self._hidden_CD,
             self.weight_VD,
@@ -199,7 +133,7 @@ class _Chunk:
             scale=1 / inputs.temperature,
             softcap=inputs.softcap,
             with_entropy=inputs.with_entropy,
-            exp_CV=self._exp_CV[:C] if keep_exp else None,
+            exp_CV=self._exp_CV[:C] if keep else None,
         )
         return self._launch.launch_merge(self._partials_BKC)
 
@@ -211,9 +145,6 @@ class _Chunk:
         d_hidden_CD: Tensor | None,
         d_weight_VD: Tensor | None,
     ) -> None:
-        """Gradients of the rows of the last forward: into d_hidden, added to d_weight."""
-        if self.V == 0:
-            return
         scale = 1 / self.inputs.temperature
         gain_1 = None
         if self.dtype == torch.float16:
@@ -245,6 +176,7 @@ class _Chunk:
             _add_scaled_product(d_weight_VD, d_logits_CV.T, self._hidden_CD, 1 / gain_1)
 
     def _rows_in_budget(self, with_gradient: bool) -> int:
+        # Padding rows of the vocabulary count as well, so that it is as many on every rank.
         V_local, D = self.inputs.shard.weight.shape
         if with_gradient:
             size = EXP_BUDGET_BYTES // (V_local * self.dtype.itemsize)
@@ -287,7 +219,3 @@ def _add_scaled_product(total: Tensor, a: Tensor, b: Tensor, factor_1: Tensor) -
     for first in range(0, total.shape[0], rows):
         block = total[first : first + rows]
         block.addcmul_(_float32_product(a[first : first + rows], b), factor_1)
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple

@@ -24,6 +24,7 @@ from megatron_rlsd.ops.triton_kernels import (
     merge_kernel,
     product_kernel,
 )
+from megatron_rlsd.runtime.rounding import round_up
 
 INTERPRETED = not isinstance(product_kernel, triton.JITFunction)
 """TRITON_INTERPRET was set when triton was imported: kernels run on the CPU, in numpy."""
@@ -45,8 +46,7 @@ def vocab_blocks(V: int) -> int:
 
 def new_exp_buffer(C: int, V: int, like: Tensor) -> Tensor:
     """[C, V], not filled, in like's dtype and on its device, with aligned rows."""
-    row = -(-V // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return like.new_empty(C, row)[:, :V]
+    return like.new_empty(C, round_up(V, ROW_ALIGNMENT))[:, :V]
 
 
 def launch_product(

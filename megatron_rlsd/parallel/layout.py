@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from megatron_rlsd.config import ParallelConfig
 from megatron_rlsd.hf_bridge import ModelDims
-from megatron_rlsd.hf_bridge.dims import round_up
 from megatron_rlsd.runtime.errors import UserError
+from megatron_rlsd.runtime.rounding import round_up
 
 
 class LayoutError(UserError):

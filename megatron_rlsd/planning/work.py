@@ -9,10 +9,10 @@ from functools import lru_cache
 
 from megatron_rlsd.config import Config, ParallelConfig
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
-from megatron_rlsd.hf_bridge.dims import round_up
 from megatron_rlsd.parallel.memory import rank_parameters
 from megatron_rlsd.planning.activations import Pack
 from megatron_rlsd.planning.memory import Workload
+from megatron_rlsd.runtime.rounding import round_up
 
 QUANTILES = 256
 

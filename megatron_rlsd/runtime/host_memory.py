@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_rlsd.runtime.rounding import round_up
+
 ALIGNMENT = 512
 """Bytes at multiples of which tensors begin."""
 
@@ -40,7 +42,7 @@ class HostBlock:
         for shape, dtype in kinds:
             starts.append(nbytes)
             size = torch.Size(shape).numel() * dtype.itemsize
-            nbytes += -(-size // ALIGNMENT) * ALIGNMENT
+            nbytes += round_up(size, ALIGNMENT)
         self.buffer = torch.empty(nbytes, dtype=torch.uint8)
         """uint8 [bytes of all tensors, each filled up to ALIGNMENT]."""
         if lock is None and device.type == "cuda":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rlsd.runtime.rounding import round_up
 from megatron_rlsd.weight_sync.word_hash import WordHash, digest
 
 HashPieces = Callable[[Sequence[Tensor]], str]
@@ -175,7 +176,7 @@ def _shard(name: str, tensor: Tensor, rank: Rank) -> Iterator[Tensor]:
     multiple = rank.size
     if part in VOCABULARY:
         multiple = VOCABULARY_MULTIPLE
-        if -(-len(tensor) // multiple) * multiple % rank.size:
+        if round_up(len(tensor), multiple) % rank.size:
             multiple *= rank.size
     elif part in INTERMEDIATE:
         multiple = rank.intermediate_multiple * rank.size
@@ -199,5 +200,5 @@ def _shard(name: str, tensor: Tensor, rank: Rank) -> Iterator[Tensor]:
 
 def _place(length: int, rank: int, size: int, multiple: int) -> tuple[int, int]:
     """First index and number of a rank's share of ``length`` filled up to ``multiple``."""
-    each = -(-length // multiple) * multiple // size
+    each = round_up(length, multiple) // size
     return rank * each, each
