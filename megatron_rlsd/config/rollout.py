@@ -135,9 +135,14 @@ class WeightSyncConfig(Section):
     """How rollout servers get new weights (rollout.engine=sglang)."""
 
     transport: Literal["disk", "broadcast", "ipc"] = "disk"
-    """disk: through a shared folder. broadcast: a process group with each server, nccl between
+    """disk: through a shared folder. broadcast: process groups with the servers, nccl between
     GPUs, else gloo. ipc: servers on rank 0's machine read its memory (CUDA IPC, or shared memory);
     for servers that share the trainer's GPUs."""
+    broadcast_group: Literal["server", "node", "all"] = "server"
+    """broadcast: which servers share a process group. server: each has its own, so that the bytes
+    leave rank 0 once a server, and a server that dies costs only itself. node: those of one
+    machine. all: all of them. The bytes leave once a group, and a server that dies in a broadcast
+    costs its whole group."""
     path: str | None = None
     """disk: a folder that trainer and servers share; default: run_dir/weight_sync."""
     bucket_mib: int = Field(256, ge=1)

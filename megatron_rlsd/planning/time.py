@@ -136,10 +136,14 @@ class StepTimer:
             # What was written is read once by each server, and by rank 0 to hash it.
             seconds = gather + (1 + servers) * size / (rates.disk_gbs * GIGA)
         else:
-            # Every bucket goes to each server by itself, and to main memory, while the next one is
-            # gathered: the slowest of the three counts.
-            way = rates.nvlink_gbs if settings.transport == "ipc" else rates.network_gbs
-            seconds = max(gather, to_host, servers * size / (way * GIGA))
+            # Every bucket goes to each server, or group of them, by itself, and to main memory,
+            # while the next one is gathered: the slowest of the three counts.
+            way, times = rates.nvlink_gbs, servers
+            if settings.transport == "broadcast":
+                nodes = math.ceil(servers / self._config.rollout.sglang.num_servers)
+                way = rates.network_gbs
+                times = {"server": servers, "node": nodes, "all": 1}[settings.broadcast_group]
+            seconds = max(gather, to_host, times * size / (way * GIGA))
         if settings.verify_interval:
             seconds += self.verification() / settings.verify_interval
         if self._config.rollout.colocated:

@@ -91,6 +91,7 @@ def build_transport(
         device=device,
         update_seconds=config.rollout.sglang.update_timeout_seconds,
         bucket_bytes=sync.bucket_mib * 2**20,
+        broadcast_group=sync.broadcast_group,
         verify_interval=sync.verify_interval,
     )
     if sync.transport == "broadcast":

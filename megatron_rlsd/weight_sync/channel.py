@@ -1,4 +1,4 @@
-"""A process group of the trainer and one server, in which the trainer's end never waits alone."""
+"""A process group of the trainer and servers, in which the trainer's end never waits alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.rollout.sglang import Server, ServerFault, SGLangClient
+from megatron_rlsd.rollout.sglang import Server, ServerFacts, ServerFault, SGLangClient
 from megatron_rlsd.rollout.sglang.agreement import nccl_refusal, own_libraries
-from megatron_rlsd.rollout.sglang.ownership import address_towards
+from megatron_rlsd.rollout.sglang.ownership import address_towards, is_loopback
 from megatron_rlsd.weight_sync.flat import FlatBucket
 
 Result = TypeVar("Result")
@@ -33,56 +33,73 @@ class BroadcastGroup(Protocol):
 
 
 class Channel:
-    """The trainer's end of a process group with one server."""
+    """The trainer's end of a process group with one server or several."""
 
     def __init__(
         self,
-        server: Server,
+        servers: tuple[Server, ...],
         name: str,
         group: BroadcastGroup,
         backend: str,
         device: torch.device,
         seconds: float,
     ) -> None:
-        self._server, self._name, self._group = str(server), name, group
+        self._clients = {server: server.client for server in servers}
+        self._name, self._group = name, group
         self._backend, self._device, self._seconds = backend, device, seconds
         self._work: dist.Work | None = None
-        self.client: SGLangClient = server.client
 
     @classmethod
-    async def open(cls, server: Server, device: torch.device, seconds: float) -> Channel:
-        """Meet in a new group. ServerFault if that takes longer than ``seconds``."""
-        facts = await server.client.facts(timeout=seconds)
-        if facts.pipeline_parallel != 1:
+    async def open(
+        cls, servers: tuple[Server, ...], device: torch.device, seconds: float
+    ) -> Channel:
+        """Meet in a new group. ServerFault if that takes longer than ``seconds``; EngineError for
+        servers that cannot be in one."""
+        facts = await asyncio.gather(*(s.client.facts(timeout=seconds) for s in servers))
+        devices = {fact.device for fact in facts}
+        if len(devices) > 1:
             raise EngineError(
-                f"{server} has pipeline parallel {facts.pipeline_parallel}, but the ranks of one "
-                "process group can only be a server's tensor-parallel ranks"
+                f"{_names(servers)} run on {' and '.join(sorted(devices))}, and share no process "
+                "group; set weight_sync.broadcast_group=server"
             )
-        on_gpu = device.type == facts.device == "cuda"
-        if on_gpu and not server.is_own:
-            # A server of ours was asked before it started; of another SGLang tells its own release.
-            print(
-                f"{server} does not say which NCCL it loads; the trainer loads "
-                f"{own_libraries().nccl_text}, and no other release can take its weights",
-                flush=True,
-            )
-        backend, size = ("nccl" if on_gpu else "gloo"), 1 + facts.tensor_parallel
-        address = address_towards(server.url)
+        on_gpu = device.type == "cuda" and devices == {"cuda"}
+        first, size = [], 1
+        for server, fact in zip(servers, facts, strict=True):
+            _check_member(server, fact, on_gpu=on_gpu)
+            first.append(size)
+            size += fact.tensor_parallel
+        backend = "nccl" if on_gpu else "gloo"
+        addresses = [address_towards(server.url) for server in servers]
+        # Servers on other machines cannot reach this one by its loopback address.
+        address = next((a for a in addresses if not is_loopback(a)), addresses[0])
         name = f"weights-{uuid.uuid4().hex[:12]}"
         limit = timedelta(seconds=seconds)
         store = dist.TCPStore(address, 0, None, True, limit, wait_for_workers=False)
-        joining = asyncio.create_task(
+        joining = [
             server.client.join_group(
-                name, address, store.port, size=size, backend=backend, timeout=seconds
+                name,
+                address,
+                store.port,
+                first_rank=rank,
+                size=size,
+                backend=backend,
+                timeout=seconds,
             )
-        )
-        group = await _both(
-            joining,
+            for server, rank in zip(servers, first, strict=True)
+        ]
+        group = await _with_servers(
+            dict(zip(servers, joining, strict=True)),
             in_thread(lambda: new_group(backend, store, name, size, address, limit)),
-            f"{server}: joining a process group",
+            "joining a process group",
             seconds,
         )
-        return cls(server, name, group, backend, device, seconds)
+        return cls(servers, name, group, backend, device, seconds)
+
+    @property
+    def is_current(self) -> bool:
+        """Are its servers still the ones that it was opened with? One of our own that was started
+        again has another client."""
+        return all(server.client is client for server, client in self._clients.items())
 
     @property
     def busy(self) -> bool:
@@ -93,21 +110,22 @@ class Channel:
         """ServerFault if the server does not take the bucket, or a process is gone; EngineError if
         NCCL refuses the group, whose ends load different releases of it."""
         entries = bucket.entries
-        receiving = asyncio.create_task(
-            self.client.receive_bucket(
+        receiving = {
+            server: client.receive_bucket(
                 self._name,
                 [entry.name for entry in entries],
                 [str(entry.dtype).removeprefix("torch.") for entry in entries],
                 [list(entry.shape) for entry in entries],
                 timeout=self._seconds,
             )
-        )
-        what = f"{self._server}: a broadcast of {bucket.nbytes} bytes"
+            for server, client in self._clients.items()
+        }
+        what = f"a broadcast of {bucket.nbytes} bytes"
         sending = asyncio.create_task(self._broadcast(bucket))
         try:
-            await _both(receiving, sending, what, self._seconds)
+            await _with_servers(receiving, sending, what, self._seconds)
         except EngineError as error:
-            if (refusal := nccl_refusal(error, self._server)) is None:
+            if (refusal := nccl_refusal(error, _names(self._clients))) is None:
                 raise
             # Not the server's fault: started again, it would load the same library.
             raise EngineError(refusal) from error
@@ -131,9 +149,16 @@ class Channel:
             return self._group.broadcast([flat], _from_rank_zero())
 
     async def leave(self) -> None:
-        """Have the server leave too."""
-        with contextlib.suppress(EngineError):
-            await self.client.leave_group(self._name, timeout=CLOSE_SECONDS)
+        """Have the servers leave too, those that are still the ones that it was opened with."""
+
+        async def leave(client: SGLangClient) -> None:
+            with contextlib.suppress(EngineError):
+                await client.leave_group(self._name, timeout=CLOSE_SECONDS)
+
+        clients = self._clients.items()
+        await asyncio.gather(
+            *(leave(client) for server, client in clients if server.client is client)
+        )
 
 
 def new_group(
@@ -196,27 +221,53 @@ def _from_rank_zero() -> dist.BroadcastOptions:
     return options
 
 
-async def _both(
-    request: asyncio.Task[None], ours: asyncio.Future[Result], what: str, seconds: float
-) -> Result:
-    """The result of our half of a collective whose other half an HTTP request has asked for.
+def _names(servers: Iterable[Server]) -> str:
+    return ", ".join(map(str, servers))
 
-    The first failure ends it: a server that refuses or dies never takes part, and our half alone
-    would wait for it. ServerFault that says ``what`` after ``seconds``, or if our half fails.
-    """
-    try:
-        halves: set[asyncio.Future[Any]] = {request, ours}
-        done, waiting = await asyncio.wait(
-            halves, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION
+
+def _check_member(server: Server, facts: ServerFacts, *, on_gpu: bool) -> None:
+    if facts.pipeline_parallel != 1:
+        raise EngineError(
+            f"{server} has pipeline parallel {facts.pipeline_parallel}, but the ranks of one "
+            "process group can only be a server's tensor-parallel ranks"
         )
-        if request in done:
-            request.result()
+    if on_gpu and not server.is_own:
+        # A server of ours was asked before it started; of another SGLang tells its own release.
+        print(
+            f"{server} does not say which NCCL it loads; the trainer loads "
+            f"{own_libraries().nccl_text}, and no other release can take its weights",
+            flush=True,
+        )
+
+
+async def _with_servers(
+    requests: Mapping[Server, Coroutine[Any, Any, None]],
+    ours: asyncio.Future[Result],
+    what: str,
+    seconds: float,
+) -> Result:
+    """The result of our part of a collective whose other parts HTTP requests have asked for.
+
+    The first failure ends it: a server that refuses or dies never takes part, and the others would
+    wait for it. ServerFault that says ``what`` after ``seconds``, or if our part fails.
+    """
+    tasks: dict[asyncio.Future[None], Server] = {
+        asyncio.ensure_future(request): server for server, request in requests.items()
+    }
+    what = f"{_names(requests)}: {what}"
+    parts: set[asyncio.Future[Any]] = {*tasks, ours}
+    try:
+        done, waiting = await asyncio.wait(
+            parts, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION
+        )
+        for task in tasks.keys() & done:
+            task.result()
         if ours in done and (error := ours.exception()) is not None:
             raise ServerFault(f"{what}: {error}") from error
         if waiting:
-            late = "the server" if request in waiting else "the trainer's end"
-            raise ServerFault(f"{what}: {late} was not done within {seconds:g} s")
+            late = [str(tasks[p]) if p in tasks else "the trainer's end" for p in waiting]
+            raise ServerFault(f"{what}: {', '.join(sorted(late))} not done within {seconds:g} s")
         return ours.result()
     finally:
-        for task in (request, ours):
-            task.cancel()
+        for part in parts:
+            part.cancel()

@@ -51,7 +51,8 @@ class IpcTransport(StreamedTransport):
             self._janitor.wait()
             self._janitor = None
 
-    async def _open(self, server: Server, *, anew: bool) -> None:
+    async def _open(self, servers: tuple[Server, ...], *, anew: bool) -> None:
+        (server,) = servers
         known = self._facts.get(server)
         if known is None or anew or known[0] is not server.client:
             if not is_here(server.url):
@@ -62,7 +63,8 @@ class IpcTransport(StreamedTransport):
             facts = await server.client.facts(timeout=self._seconds)
             self._facts[server] = server.client, facts
 
-    async def _send(self, server: Server, bucket: FlatBucket) -> None:
+    async def _send(self, servers: tuple[Server, ...], bucket: FlatBucket) -> None:
+        (server,) = servers
         facts = self._facts[server][1]
         on_gpu = facts.device == "cuda" and bucket.device_flat is not None
         with contextlib.ExitStack() as stack:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import Future
 
 import torch
@@ -18,7 +18,8 @@ from megatron_rlsd.weight_sync.transport import SLACK_SECONDS, SyncSettings, Wei
 class StreamedTransport(WeightTransport):
     """Sends one bucket while the next is gathered from the trainer's ranks.
 
-    Every bucket is sent to each server by itself, so a server that fails costs nothing but itself.
+    Every bucket is sent to each server by itself, so a server that fails costs nothing but itself;
+    unless a transport has servers share what it sends, and then their fate.
     All buckets are kept in main memory (see FlatWeights): a server that comes back is given them at
     once, by the same way.
     """
@@ -31,20 +32,25 @@ class StreamedTransport(WeightTransport):
     def _allocator(self) -> Allocate:
         return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8)
 
-    @abstractmethod
-    async def _open(self, server: Server, *, anew: bool) -> None:
-        """Make the server ready for buckets; ``anew``: trust nothing that was arranged before."""
+    def _shares(self, server: Server) -> Hashable:
+        """Servers with the same value are sent a bucket together."""
+        return server
 
     @abstractmethod
-    async def _send(self, server: Server, bucket: FlatBucket) -> None:
-        """Return when the server has loaded the bucket. ServerFault if the way broke."""
+    async def _open(self, servers: tuple[Server, ...], *, anew: bool) -> None:
+        """Make servers that share ready for buckets; ``anew``: trust nothing that was arranged
+        before."""
+
+    @abstractmethod
+    async def _send(self, servers: tuple[Server, ...], bucket: FlatBucket) -> None:
+        """Return when all of them have loaded the bucket. ServerFault if the way broke."""
 
     def _bring(self, stream: Iterator[tuple[str, Tensor]], update: Update) -> dict[str, float]:
         assert self._engine is not None
         engine, limit = self._engine, 3 * self._seconds + SLACK_SECONDS
         # While the servers get ready the first bucket is gathered.
-        beginning = engine.submit(update.on_each(self._begin))
-        sending: tuple[FlatBucket, Future[dict[Server, None]]] | None = None
+        beginning = engine.submit(self._begin(update))
+        sending: tuple[FlatBucket, Future[None]] | None = None
 
         def wait() -> None:
             if sending is None:
@@ -56,7 +62,7 @@ class StreamedTransport(WeightTransport):
         try:
             for bucket in self._weights.refill(stream):
                 wait()
-                sending = bucket, engine.submit(update.on_each(self._sender(bucket)))
+                sending = bucket, engine.submit(self._send_to_all(bucket, update))
                 self._verifier.take(bucket.tensors())
             wait()
         except BaseException:
@@ -68,19 +74,20 @@ class StreamedTransport(WeightTransport):
         buckets = self._weights.buckets
         return {"bytes": float(sum(b.nbytes for b in buckets)), "buckets": float(len(buckets))}
 
-    def _sender(self, bucket: FlatBucket) -> Callable[[Server], Awaitable[None]]:
-        return lambda server: self._send(server, bucket)
+    async def _begin(self, update: Update) -> None:
+        # A server that fails here is not waited for by those that it would share with.
+        await update.on_each(lambda s: s.client.begin_update(timeout=self._seconds))
+        await update.on_groups(lambda servers: self._open(servers, anew=False), self._shares)
 
-    async def _begin(self, server: Server) -> None:
-        await self._open(server, anew=False)
-        await server.client.begin_update(timeout=self._seconds)
+    async def _send_to_all(self, bucket: FlatBucket, update: Update) -> None:
+        await update.on_groups(lambda servers: self._send(servers, bucket), self._shares)
 
     async def _give(self, server: Server) -> None:
-        await self._open(server, anew=True)
+        await self._open((server,), anew=True)
         await server.client.begin_update(timeout=self._seconds)
         for bucket in self._weights.buckets:
             await asyncio.to_thread(bucket.wait)
-            await self._send(server, bucket)
+            await self._send((server,), bucket)
         await server.client.end_update(timeout=self._seconds)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class SyncSettings:
     verify_interval: int
     """Versions between comparisons of what the servers hold with what was sent, the first
     publication always; 0: none."""
+    broadcast_group: Literal["server", "node", "all"] = "server"
+    """The servers that BroadcastTransport sends to together."""
 
 
 class WeightTransport(ABC):

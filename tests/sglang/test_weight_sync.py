@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def transports(
     made: dict[str, WeightTransport] = {
         "disk": Disk(engine, sync_settings, tmp_path_factory.mktemp("weights")),
         "broadcast": Broadcast(engine, sync_settings),
+        "shared": Broadcast(engine, replace(sync_settings, broadcast_group="node")),
         "ipc": Ipc(engine, sync_settings),
     }
     yield made
@@ -216,6 +218,34 @@ def test_a_server_killed_in_the_middle_of_an_update_costs_only_itself(
     assert (victim.starts, other.starts) == (starts[0] + 1, starts[1])
     over.publish_new()
     check_servers(over, engine)
+
+
+def test_servers_that_share_a_group_share_a_death_in_a_broadcast_and_all_come_back(
+    transports: dict[str, WeightTransport], engine: SGLangEngine, reference: Reference
+) -> None:
+    wait_for_all(engine)
+    victim, other = engine.fleet.servers
+    starts = victim.starts
+    publisher = Publisher(transports["shared"], engine, reference)
+    publisher.publish_new()
+    check_servers(publisher, engine)
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, named in enumerate(reference.model.named_parameters()):
+            if number == 20:
+                os.killpg(group_of(victim), signal.SIGKILL)
+            yield named
+
+    publisher.change()
+    publisher.transport.publish(stream(), publisher.version)
+    # Neither has the weights; both are given them before their next request.
+    assert State.READY not in (victim.state, other.state)
+    for server in (other, victim):
+        wait_until(lambda s=server: s.state is State.READY, RESTART_SECONDS, f"{server} is back")
+    check_servers(publisher, engine)
+    assert victim.starts == starts + 1
+    publisher.publish_new()
+    check_servers(publisher, engine)
 
 
 STEPS = {

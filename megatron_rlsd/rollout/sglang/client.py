@@ -188,9 +188,17 @@ class SGLangClient:
         await self.call("POST", "/end_weight_update", {}, timeout=timeout)
 
     async def join_group(
-        self, name: str, address: str, port: int, *, size: int, backend: str, timeout: float
+        self,
+        name: str,
+        address: str,
+        port: int,
+        *,
+        first_rank: int,
+        size: int,
+        backend: str,
+        timeout: float,
     ) -> None:
-        """Have its tensor-parallel ranks join a process group as the ranks from 1 on.
+        """Have its tensor-parallel ranks join a process group as the ranks from ``first_rank`` on.
 
         It answers when the group is complete (gloo) or at once (nccl, which joins when it is used).
         """
@@ -198,7 +206,7 @@ class SGLangClient:
             "group_name": name,
             "master_address": address,
             "master_port": port,
-            "rank_offset": 1,
+            "rank_offset": first_rank,
             "world_size": size,
             "backend": backend,
         }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Hashable
 from typing import Literal, TypeVar
 
 from megatron_rlsd.rollout.engine import EngineError
@@ -43,20 +44,34 @@ class Update:
 
         Any other exception is raised, after all are done.
         """
+        done = await self.on_groups(lambda group: action(group[0]), lambda server: server)
+        return {server: result for (server,), result in done.items()}
+
+    async def on_groups(
+        self,
+        action: Callable[[tuple[Server, ...]], Awaitable[Result]],
+        key: Callable[[Server], Hashable],
+    ) -> dict[tuple[Server, ...], Result]:
+        """``on_each`` for servers that share ``key``: a ServerFault drops them all."""
         # One that died may be starting again by now, and knows nothing of this update.
         servers = [s for s in self.servers if s.state in (State.READY, State.SUSPECT)]
         self.servers = list(servers)
-        results = await asyncio.gather(*map(action, servers), return_exceptions=True)
-        done: dict[Server, Result] = {}
+        sharing: dict[Hashable, list[Server]] = defaultdict(list)
+        for server in servers:
+            sharing[key(server)].append(server)
+        groups = [tuple(group) for group in sharing.values()]
+        results = await asyncio.gather(*map(action, groups), return_exceptions=True)
+        done: dict[tuple[Server, ...], Result] = {}
         errors: list[BaseException] = []
-        for server, result in zip(servers, results, strict=True):
+        for group, result in zip(groups, results, strict=True):
             if isinstance(result, ServerFault):
-                self.servers.remove(server)
-                server.distrust(str(result))
+                for server in group:
+                    self.servers.remove(server)
+                    server.distrust(str(result))
             elif isinstance(result, BaseException):
                 errors.append(result)
             else:
-                done[server] = result
+                done[group] = result
         if errors:
             raise errors[0]
         return done

@@ -316,17 +316,24 @@ def test_colocated_servers_and_the_trainers_state_take_turns(
 def test_a_weight_sync_counts_every_servers_bytes_and_its_share_of_comparisons(
     config: Config, model: ModelDims
 ) -> None:
-    def seconds(servers: int, interval: int, transport: str = "broadcast") -> float:
+    def seconds(
+        servers: int,
+        interval: int,
+        transport: str = "broadcast",
+        group: str = "server",
+        nodes: int = 1,
+    ) -> float:
         other = changed(
             config,
             {
                 "rollout.sglang.num_servers": servers,
                 "weight_sync.verify_interval": interval,
                 "weight_sync.transport": transport,
+                "weight_sync.broadcast_group": group,
             },
         )
         assert other is not None
-        return plan_of(other, model, server_nodes=1).time.weight_sync
+        return plan_of(other, model, server_nodes=nodes).time.weight_sync
 
     size = 2 * 70.55e9
     # Rank 0 sends all servers the same bytes one after the other, at 40 GB/s.
@@ -334,6 +341,10 @@ def test_a_weight_sync_counts_every_servers_bytes_and_its_share_of_comparisons(
     assert seconds(4, 0) == pytest.approx(4 * size / 40e9, rel=1e-3)
     # With one, the copy to main memory at 25 GB/s takes longer.
     assert seconds(1, 0) == pytest.approx(size / 25e9, rel=1e-3)
+    # Four servers on two machines: the bytes go to each, to each machine, or once.
+    assert seconds(2, 0, nodes=2) == pytest.approx(4 * size / 40e9, rel=1e-3)
+    assert seconds(2, 0, group="node", nodes=2) == pytest.approx(2 * size / 40e9, rel=1e-3)
+    assert seconds(2, 0, group="all", nodes=2) == pytest.approx(size / 25e9, rel=1e-3)
     compared = 80 * size / 3350e9
     assert seconds(4, 1) - seconds(4, 0) == pytest.approx(compared, rel=1e-3)
     assert seconds(4, 10) - seconds(4, 0) == pytest.approx(compared / 10, rel=1e-3)

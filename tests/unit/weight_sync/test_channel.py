@@ -23,11 +23,11 @@ class Client:
     """Fails as a server does, or waits as one does whose trainer fails."""
 
     def __init__(self, error: Exception | None) -> None:
-        self._error = error
+        self.error = error
 
     async def receive_bucket(self, *_: Any, **__: Any) -> None:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         await asyncio.sleep(60)
 
 
@@ -41,9 +41,20 @@ class Group:
         return SimpleNamespace(is_completed=lambda: False)
 
 
+class Named(SimpleNamespace):
+    __hash__ = object.__hash__
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+def server_of(client: Client) -> Any:
+    return Named(client=client, name=f"server of {client.error}")
+
+
 def send(trainers: Exception | None, servers: Exception | None) -> Exception:
-    server: Any = SimpleNamespace(client=Client(servers))
-    channel = Channel(server, "weights", Group(trainers), "gloo", torch.device("cpu"), 30.0)
+    well, ill = server_of(Client(None)), server_of(Client(servers))
+    channel = Channel((well, ill), "weights", Group(trainers), "gloo", torch.device("cpu"), 30.0)
     bucket: Any = SimpleNamespace(entries=[], nbytes=0, flat=torch.zeros(1))
     with pytest.raises(EngineError) as caught:
         asyncio.run(channel.send(bucket))
@@ -62,3 +73,8 @@ def test_two_nccls_end_the_run_with_both_named_and_restart_no_server(side: str) 
 
 def test_any_other_failure_stays_the_servers() -> None:
     assert isinstance(send(RuntimeError("connection reset"), None), ServerFault)
+
+
+def test_a_server_that_fails_in_a_shared_group_is_the_one_that_is_named() -> None:
+    """The others, which wait in the broadcast, are not."""
+    assert str(send(None, ServerFault("server 1: gone"))) == "server 1: gone"
