@@ -227,6 +227,21 @@ class Trajectory:
     environment_reward: float | None = None
     environment_error: str = ""
     """Why the environment ended the episode, if it failed; there is no verdict then."""
+    further: tuple[Trajectory, ...] = ()
+    """Where an agent changed its history: the episode's other training rows. Each has the tokens
+    and prompts of its own part, and nothing else of the episode: its reward, its advantage and what
+    is known of it stand here. ``prompt_ids``, ``generation``, ``teacher_prompt_ids``,
+    ``contrast_prompts``, ``evidence_span`` and ``credit`` here are the first row's."""
+
+    @property
+    def rows(self) -> tuple[Trajectory, ...]:
+        """The parts that are training rows, in the order in which they began."""
+        return (self, *self.further)
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Tokens that the policy sampled, in all rows."""
+        return sum(row.generation.num_own_tokens for row in self.rows)
 
     @property
     def has_verdict(self) -> bool:
@@ -287,11 +302,14 @@ class RowOutline:
     contrast_prompt_tokens: tuple[int, ...]
     """The tokens of each prompt with a wrong hint."""
     has_evidence_span: bool
+    episode: int | None = None
+    """As in TrainRow."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainRow:
-    """One trajectory as the update needs it. P prompt tokens, T response tokens, T >= 1."""
+    """A trajectory as the update needs it, or a part of one. P prompt tokens, T response tokens,
+    T >= 1."""
 
     prompt_ids: IntArray
     """[P] int32, P >= 1: the student's prompt."""
@@ -318,6 +336,9 @@ class TrainRow:
     """[T] int32, of the weights that sampled each token. None: not known."""
     routed_experts: Tensor | None = None
     """As in Generation. None: the update routes by itself."""
+    episode: int | None = None
+    """Rows with the same number are parts of one trajectory, and weighed as one. None: the row is a
+    whole trajectory."""
 
     @property
     def outline(self) -> RowOutline:
@@ -332,12 +353,13 @@ class TrainRow:
             teacher_prompt_tokens=None if teacher is None else len(teacher),
             contrast_prompt_tokens=tuple(map(len, self.contrast_prompts)),
             has_evidence_span=self.evidence_span is not None,
+            episode=self.episode,
         )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainBatch:
-    """The rows of a training step, or of one group of it: trajectories with a response token."""
+    """The rows of a training step, or of one group of it, each with a response token."""
 
     outlines: list[RowOutline]
     """[B] every row, on every rank."""

@@ -1,5 +1,5 @@
-"""Agents that ask over HTTP, as files of a user's. The openai package is not among the tests'
-requirements: they speak its protocol with the standard library."""
+"""Agents that ask over HTTP, as files of a user's. They speak the protocol with the standard
+library, which also sends what the openai package would not."""
 
 CLIENT = '''
 import json, os, sys, threading, time, asyncio
@@ -92,14 +92,13 @@ def fail(base_url, key, problem):
     fields |= {"tools": [{"type": "function"}]} if does == "tools" else {}
     said = ask(base_url, key, question, **fields)
     follow = [*question, said, {"role": "user", "content": "More."}]
-    if does == "changed":
-        follow[1] = {**said, "content": said["content"] + "!"}
-    if does == "shortened":
-        follow = follow[2:]
     if does == "own_words":
         follow.append({"role": "assistant", "content": "I say"})
-    if does == "nothing_new":
-        follow = follow[:2]
+    if does == "too_long_again":
+        long = [{"role": "user", "content": "word " * 3000}]
+        status, text = post(url, key, {"messages": long})
+        assert (status, json.loads(text)["error"]["code"]) == (400, "context_length_exceeded")
+        return
     if does == "over":
         follow[-1]["content"] = "word " * 200
         for _ in range(2):
@@ -118,4 +117,31 @@ def fail(base_url, key, problem):
                 json.dump(found, file)
         threading.Thread(target=later).start()
 '''
+)
+
+
+CHANGING = (
+    CLIENT
+    + '''
+def change(base_url, key, problem):
+    """Seven turns in five contexts: every way in which agents change their history."""
+    def turn(*messages, **fields):
+        return ask(base_url, key, list(messages), **fields)
+
+    def user(text):
+        return {"role": "user", "content": text}
+
+    question = user("Say.")
+    first = turn(question)
+    second = turn(question, first, user("More."))
+    turn(question, first, user("Otherwise."))  # back to an earlier point
+    turn(user("Said so far: " + first["content"]))  # a summary
+    changed = {**second, "content": second["content"] + "!"}
+    turn(question, first, user("More."), changed, user("Even more."))  # the model's words changed
+    turn(question, first, user("More."), second, user("Go on."))  # the first context goes on
+    turn(question, first, user("More."), second, user("Go on."), tools=[TOOL])
+'''
+    + """
+TOOL = {"type": "function", "function": {"name": "look_up", "description": "looks up"}}
+"""
 )

@@ -6,7 +6,9 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from examples.experiments.scripted_play import play
@@ -120,3 +122,29 @@ class RecordingEngine:
         found = [replace(g, token_ids=g.token_ids.copy()) for g in self.engine.generate(requests)]
         self.batches.append(list(zip(requests, map(replace, found), strict=True)))
         return found
+
+
+def check_rows(rows: list[Any], batches: list[list[tuple[GenerationRequest, Generation]]]) -> None:
+    """Every turn in a row is one that the engine gave, for exactly the tokens before it; and no
+    turn that it gave is missing, or in two rows.
+
+    rows: with prompt_ids, response_ids, loss_mask and rollout_log_probs as lists.
+    """
+    given: dict[tuple[int, ...], list[Generation]] = {}
+    for request, found in (exchange for batch in batches for exchange in batch):
+        given.setdefault(tuple(request.prompt_ids), []).append(found)
+    for row in rows:
+        own = [bool(each) for each in row.loss_mask]
+        starts = [t for t, mine in enumerate(own) if mine and not (t and own[t - 1])]
+        for start in starts:
+            stop = next((t for t in range(start, len(own)) if not own[t]), len(own))
+            ids, log_probs = row.response_ids[start:stop], row.rollout_log_probs[start:stop]
+            answers = given[(*row.prompt_ids, *row.response_ids[:start])]
+            (turn,) = [
+                each
+                for each in answers
+                if each.token_ids.tolist() == ids
+                and np.array_equal(each.log_probs, np.float32(log_probs))
+            ][:1]
+            answers.remove(turn)
+    assert not any(given.values())

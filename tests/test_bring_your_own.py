@@ -17,11 +17,13 @@ from megatron_rlsd.config.secrets import MASK
 from megatron_rlsd.data import build_sources, load_tokenizer
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.recovery.recording import read_step
+from megatron_rlsd.recovery.replay import replay
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.types import RewardInput
 from tests.batches import plain_rows
 from tests.conftest import ROOT
 from tests.environment_runs import TELLING
+from tests.tool_models import save_calling_model
 from tests.unit.rewards.judge_server import Answer, JudgeServer, Request, reply
 
 KEY = "sk-0815"
@@ -117,7 +119,7 @@ def test_two_steps_with_the_agent(
     monkeypatch.chdir(tmp_path)
     Path("second_look.py").write_text(example("python", "second_look"))
     Path("telling.py").write_text(TELLING)
-    shown = yaml.safe_load(example("yaml", "openai_sessions"))["environment"]
+    shown = yaml.safe_load(example("yaml", "agent: second_look"))["environment"]
     config = make_config(
         environment={**shown, "workers": 1, "max_turn_tokens": 12, "on_error": "stop"},
         prompts={"format_instruction": ""},
@@ -149,3 +151,50 @@ def test_two_steps_with_the_agent(
             last = row.response_ids[pieces.rindex("0") + 1 :]
             posted = sample["answer"] in tokenizer.decode(last)
             assert sample["reward"] == (1 if posted else sample["reward_parts"]["telling"])
+
+
+def test_three_steps_with_the_openai_package(make_config, tmp_path: Path) -> None:
+    """Two tools, streams, and a history that the agent begins anew."""
+    shown = yaml.safe_load(example("yaml", "agent: examples"))["environment"]
+    agent = f"{ROOT}/{shown['sessions']['agent']}"
+    (tmp_path / "telling.py").write_text(TELLING)
+    config = make_config(
+        model={"hf_path": str(save_calling_model(tmp_path)), "dtype": "float32"},
+        environment={
+            **shown,
+            "sessions": {"agent": agent},
+            "workers": 1,
+            "max_turn_tokens": 5,
+            "on_error": "stop",
+        },
+        prompts={"format_instruction": ""},
+        rollout={"prompts_per_step": 2, "n_samples_per_prompt": 4, "max_response_tokens": 300},
+        train={"max_tokens_per_microbatch": 1024, "record_steps": "all"},
+        algorithm={"loss_aggregation": "sequence_mean"},
+        data={"eval": []},
+        # What the agent posts is 0 for random models: here it counts beside another.
+        reward={"functions": [{"name": f"{tmp_path}/telling.py:telling"}, {"name": "environment"}]},
+    )
+    train.train(config)
+    run = Path(config.run_dir)
+    steps = [line for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
+    assert [step["step"] for step in steps] == [0, 1, 2]
+    assert sum(step["rollout/split_episode_share"] for step in steps) > 0
+    for number, step in enumerate(steps):
+        # The trainer's probabilities of these very tokens are those that the engine gave.
+        assert step["train/rollout_log_prob_diff_max"] < 1e-4
+        assert step["rollout/environment_error_share"] == 0
+        assert step["train/grad_norm"] > 0
+        rows = iter(plain_rows(read_step(run, number).batch))
+        for line in (run / f"samples/step_00000{number}.jsonl").open():
+            sample = json.loads(line)
+            further = sample.get("further_rows", [])
+            for part in (sample, *further):
+                row = next(rows)
+                assert part["token_columns"]["id"] == row.response_ids
+                assert row.advantage == sample["advantage"]
+                assert (row.episode is None) == (not further)
+                assert len(row.teacher_prompt_ids) > len(row.prompt_ids)
+        assert next(rows, None) is None
+        replayed = replay(config, number).metrics
+        assert replayed["train/loss"] == step["train/loss"]

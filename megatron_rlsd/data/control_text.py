@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from megatron_rlsd.data.chat_template import Messages
 
@@ -41,7 +42,7 @@ class ControlText:
         self._ids, self._encode, self._encode_as_text = ids, encode, encode_as_text
 
     def mark(self, messages: Messages) -> Messages:
-        return [{**m, "content": self._mark(m["content"], m["role"])} for m in messages]
+        return [self._marked(message) for message in messages]
 
     def encode(self, rendered: str) -> list[int]:
         """Token ids of a template's text: names outside marks are control tokens."""
@@ -54,6 +55,23 @@ class ControlText:
             if text:
                 ids += self._inside(self._encode, text)
         return ids
+
+    def _marked(self, message: dict[str, Any]) -> dict[str, Any]:
+        role = message["role"]
+        found = {**message, "content": self._mark(message["content"], role)}
+        if "tool_calls" in message:
+            found["tool_calls"] = self._mark_all(message["tool_calls"], role)
+        return found
+
+    def _mark_all(self, data: Any, role: str) -> Any:
+        """Every text of JSON data marked."""
+        if isinstance(data, str):
+            return self._mark(data, role)
+        if isinstance(data, list):
+            return [self._mark_all(each, role) for each in data]
+        if isinstance(data, dict):
+            return {self._mark(k, role): self._mark_all(v, role) for k, v in data.items()}
+        return data
 
     def _mark(self, content: str, role: str) -> str:
         names = self._special if role == "assistant" else self._all

@@ -47,7 +47,7 @@ class Privileged:
     """A teacher's prompt."""
 
     ids: list[int]
-    """[P']; empty: no word of the hint fits."""
+    """[P']; empty: no word of the hint fits, or there is no message of the user."""
     hint_cut: bool
     """Does it hold only the beginning of the hint?"""
 
@@ -131,6 +131,8 @@ class PromptBuilder:
         whole = self._own_hint(problem) if hint is None else hint.strip()
         if not whole:
             return Privileged(student, hint_cut=False)
+        if _question(problem) is None:  # of an agent's: nothing to put it behind
+            return Privileged([], hint_cut=False)
         text = self._fitting(problem, whole, following)
         ids = self._hinted(problem, text) if text else []
         return Privileged(ids, hint_cut=text != whole)
@@ -205,15 +207,22 @@ class PromptBuilder:
 
     def _ids(self, problem: Problem, after_question: list[str]) -> list[int]:
         """Ids of the problem's messages with more paragraphs after the question."""
-        *earlier, question = problem.messages
+        at = _question(problem)
+        if at is None:
+            assert not after_question
+            return self._render(problem, list(problem.messages))
+        earlier, later = list(problem.messages[:at]), problem.messages[at + 1 :]
         if self._prompts.system is not None and not any(m["role"] == "system" for m in earlier):
             earlier.insert(0, {"role": "system", "content": self._prompts.system})
-        paragraphs = [question["content"], *after_question, self._prompts.format_instruction]
+        said = problem.messages[at]["content"]
+        paragraphs = [said, *after_question, self._prompts.format_instruction]
         content = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+        return self._render(problem, [*earlier, {"role": "user", "content": content}, *later])
+
+    def _render(self, problem: Problem, messages: list[dict[str, str]]) -> list[int]:
+        options = problem.chat_template_kwargs
         return self._tokenizer.apply_chat_template(
-            [*earlier, {"role": "user", "content": content}],
-            add_generation_prompt=True,
-            options=problem.chat_template_kwargs,
+            messages, add_generation_prompt=True, options=options
         )
 
     def _cut(self, hint: str) -> str:
@@ -236,6 +245,13 @@ class PromptBuilder:
             else:
                 too_long = middle
         return text[:fitting]
+
+
+def _question(problem: Problem) -> int | None:
+    """The index of the user's last message, None without one; others may follow it in an agent's
+    conversation."""
+    asked = (number for number, each in enumerate(problem.messages) if each["role"] == "user")
+    return max(asked, default=None)
 
 
 def _sft_fields(sft_response: str) -> set[str]:

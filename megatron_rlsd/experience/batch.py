@@ -13,23 +13,31 @@ if TYPE_CHECKING:
 
 
 def trained(groups: list[Group]) -> list[Trajectory]:
-    """The trajectories of a TrainBatch, in the order of its rows: those with at least one token."""
-    return [t for g in groups for t in g.trajectories if len(t.generation.token_ids)]
+    """The parts of trajectories that are a TrainBatch's rows, in its order: those with a token."""
+    return [
+        row
+        for group in groups
+        for trajectory in group.trajectories
+        for row in trajectory.rows
+        if len(row.generation.token_ids)
+    ]
 
 
 def train_batch(groups: list[Group], *, mask_truncated: bool = False) -> TrainBatch:
-    """One row for each trajectory with at least one token.
+    """One row for each trajectory with at least one token, or several of an episode with several.
 
     ``mask_truncated``: the loss mask of a response that was cut off at a limit is False throughout.
     """
-    return TrainBatch.of(
-        [
-            _row(trajectory, mask_truncated, share)
-            for group in groups
-            for share in [_solved_share(group)]
-            for trajectory in trained([group])
-        ]
-    )
+    rows: list[TrainRow] = []
+    episodes = 0
+    for group in groups:
+        share = _solved_share(group)
+        for trajectory in group.trajectories:
+            parts = [row for row in trajectory.rows if len(row.generation.token_ids)]
+            episode = episodes if len(parts) > 1 else None
+            episodes += len(parts) > 1
+            rows += [_row(trajectory, part, episode, mask_truncated, share) for part in parts]
+    return TrainBatch.of(rows)
 
 
 def _solved_share(group: Group) -> float | None:
@@ -44,25 +52,31 @@ def _versions(generation: Generation) -> IntArray:
 
 
 def _row(
-    trajectory: Trajectory, mask_truncated: bool, group_solved_share: float | None
+    trajectory: Trajectory,
+    part: Trajectory,
+    episode: int | None,
+    mask_truncated: bool,
+    group_solved_share: float | None,
 ) -> TrainRow:
-    generation = trajectory.generation
+    """A row of ``part``'s tokens, with what is known of its whole trajectory."""
+    generation = part.generation
     mask = generation.loss_mask
     if mask_truncated and generation.finish_reason == "length":
         mask = np.zeros(len(generation.token_ids), np.bool_)
     elif mask is None:
         mask = np.ones(len(generation.token_ids), np.bool_)
     return TrainRow(
-        prompt_ids=trajectory.prompt_ids,
+        prompt_ids=part.prompt_ids,
         response_ids=generation.token_ids,
         loss_mask=mask,
         rollout_log_probs=generation.log_probs,
         advantage=trajectory.advantage,
         solved=trajectory.solved,
         group_solved_share=group_solved_share,
-        teacher_prompt_ids=trajectory.teacher_prompt_ids,
-        contrast_prompts=trajectory.contrast_prompts,
-        evidence_span=trajectory.evidence_span,
+        teacher_prompt_ids=part.teacher_prompt_ids,
+        contrast_prompts=part.contrast_prompts,
+        evidence_span=part.evidence_span,
         weight_versions=_versions(generation),
         routed_experts=generation.routed_experts,
+        episode=episode,
     )

@@ -83,12 +83,20 @@ class Episode:
         self.versions += self.versions[-1:] * len(ids)
 
     def request(
-        self, seed: int, params: SamplingParams, max_turn_tokens: int | None
+        self,
+        seed: int,
+        params: SamplingParams,
+        max_turn_tokens: int | None,
+        turns_before: int | None = None,
     ) -> GenerationRequest:
-        """What is asked of the engine for the next turn; ``seed``: the run's."""
+        """What is asked of the engine for the next turn; ``seed``: the run's.
+
+        turns_before: of the model, where other parts of the episode have some too.
+        """
         left = params.max_new_tokens - len(self.token_ids)
         # The first turn's seed is that of a run without an environment.
-        turn = (len(self.turns),) if self.turns else ()
+        number = len(self.turns) if turns_before is None else turns_before
+        turn = (number,) if number else ()
         return GenerationRequest(
             self.prompt_ids + self.token_ids,
             replace(params, max_new_tokens=min(left, max_turn_tokens or left)),
@@ -241,10 +249,15 @@ def most_tokens(episode: Episode, prompts: PromptBuilder, params: SamplingParams
 
 
 def episode_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
-    """Turns of the model, tokens of the environment, and how often the environment failed."""
+    """Training rows, turns of the model, tokens of the environment, and how often it failed."""
     turns = [sum(m["role"] == "assistant" for m in t.transcript) for t in trajectories]
-    foreign = [len(t.generation.token_ids) - t.generation.num_own_tokens for t in trajectories]
+    foreign = [
+        sum(len(row.generation.token_ids) for row in t.rows) - t.num_own_tokens
+        for t in trajectories
+    ]
     return {
+        "rollout/episode_rows_mean": statistics.fmean(len(t.rows) for t in trajectories),
+        "rollout/split_episode_share": statistics.fmean(bool(t.further) for t in trajectories),
         "rollout/turns_mean": statistics.fmean(turns),
         "rollout/turns_max": max(turns),
         "rollout/environment_tokens_mean": statistics.fmean(foreign),

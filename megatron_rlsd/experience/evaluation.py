@@ -48,7 +48,7 @@ class Responses:
         reasons = [t.generation.finish_reason for t in trajectories]
         leaks = leakage_metrics(trajectories)
         return {
-            "response_tokens": statistics.fmean(t.generation.num_own_tokens for t in trajectories),
+            "response_tokens": statistics.fmean(t.num_own_tokens for t in trajectories),
             "truncated_share": reasons.count("length") / len(reasons),
             "format_rate": mean_of_known(map(_formatted, trajectories)),
             "reward_error_share": statistics.fmean(

@@ -176,7 +176,7 @@ class GroupBuilder:
                 RewardInput(
                     problem=t.problem,
                     response=t.transcript[-1]["content"] if t.transcript else t.response_text,
-                    num_tokens=len(t.generation.token_ids),
+                    num_tokens=max(len(row.generation.token_ids) for row in t.rows),
                     max_tokens=max_tokens,
                     finish_reason=t.generation.finish_reason,
                     transcript=t.transcript,
@@ -200,36 +200,48 @@ class GroupBuilder:
 
     def _add_hints(self, group: Group) -> None:
         """Everything that the teacher's passes need."""
-        algorithm, problem = self._config.algorithm, group.problem
+        algorithm = self._config.algorithm
         for trajectory in group.trajectories:
             trajectory.solved = self.solved(trajectory)
         readings = self._readings(group)
-        prompts: dict[Hint, tuple[IntArray | None, bool]] = {None: (None, False)}
-        for hint in {each for r in readings for each in (r.hint, *r.contrast)} - prompts.keys():
-            # One array for all that share it.
-            text = None if isinstance(hint, Source) else hint
-            prompts[hint] = self._teacher_prompt(problem, text)
+        prompts: dict[Hint, tuple[IntArray | None, bool]] = {}
+        alone: dict[Hint, tuple[IntArray, ...]] = {}
         for trajectory, reading in zip(group.trajectories, readings, strict=True):
-            trajectory.teacher_prompt_ids, trajectory.hint_cut = prompts[reading.hint]
-            contrast = [prompts[each] for each in reading.contrast]
-            trajectory.contrast_prompts = tuple(ids for ids, _ in contrast if ids is not None)
-            trajectory.hint_cut |= any(was_cut for _, was_cut in contrast)
-        if algorithm.evidence == "hint_over_hint_alone":
-            alone: dict[Hint, tuple[IntArray, ...]] = {None: ()}
-            for trajectory, reading in zip(group.trajectories, readings, strict=True):
-                if (hint := reading.hint) not in alone:
-                    text = None if isinstance(hint, Source) else hint
-                    ids = _ids(self._prompts.hint_alone(problem, text))
-                    alone[hint] = () if ids is None else (ids,)
-                trajectory.contrast_prompts = alone[hint]
+            self._add_prompts(trajectory, reading, prompts, alone)
+            for row in trajectory.further:  # of prompts that nothing shares
+                self._add_prompts(row, reading, {}, {})
+            trajectory.hint_cut |= any(row.hint_cut for row in trajectory.further)
         if algorithm.span_start is not None or algorithm.span_end is not None:
             # A mark may be a special token.
             decode = partial(self._tokenizer.decode, special=True)
-            for t in group.trajectories:
-                ids = t.generation.token_ids.tolist()
-                t.evidence_span = evidence_span(decode(ids), ids, decode, algorithm)
+            for row in (row for t in group.trajectories for row in t.rows):
+                ids = row.generation.token_ids.tolist()
+                row.evidence_span = evidence_span(decode(ids), ids, decode, algorithm)
         if self._config.teacher.hint == "critique" and not self._critique_seen:
             self._look_for_critiques(group)
+
+    def _add_prompts(
+        self,
+        row: Trajectory,
+        reading: Reading,
+        prompts: dict[Hint, tuple[IntArray | None, bool]],
+        alone: dict[Hint, tuple[IntArray, ...]],
+    ) -> None:
+        """The prompts under which the teacher scores the row; those that are there are shared."""
+        problem = row.problem
+        for hint in {reading.hint, *reading.contrast} - prompts.keys():
+            text = None if isinstance(hint, Source) else hint
+            prompts[hint] = (None, False) if hint is None else self._teacher_prompt(problem, text)
+        row.teacher_prompt_ids, row.hint_cut = prompts[reading.hint]
+        contrast = [prompts[each] for each in reading.contrast]
+        row.contrast_prompts = tuple(ids for ids, _ in contrast if ids is not None)
+        row.hint_cut |= any(was_cut for _, was_cut in contrast)
+        if self._config.algorithm.evidence == "hint_over_hint_alone":
+            if (hint := reading.hint) not in alone:
+                text = None if isinstance(hint, Source) else hint
+                ids = None if hint is None else _ids(self._prompts.hint_alone(problem, text))
+                alone[hint] = () if ids is None else (ids,)
+            row.contrast_prompts = alone[hint]
 
     def _readings(self, group: Group) -> list[Reading]:
         """[G] the hints under which the teacher scores the responses.

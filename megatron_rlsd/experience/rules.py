@@ -68,7 +68,7 @@ class BatchRules:
 
     def _metrics(self, groups: list[Group], trajectories: list[Trajectory]) -> dict[str, float]:
         rewards = [r for group in groups for r in group.rewards]
-        lengths = [t.generation.num_own_tokens for t in trajectories]
+        lengths = [t.num_own_tokens for t in trajectories]
         reasons = Counter(t.generation.finish_reason for t in trajectories)
         results = [t.reward for t in trajectories if t.reward is not None]
         metrics = {
@@ -105,7 +105,7 @@ class BatchRules:
         metrics: dict[str, float] = {}
         for name, part in parts.items():
             rewards = (each.reward.value for each in part if each.reward is not None)
-            lengths = (each.generation.num_own_tokens for each in part)
+            lengths = (each.num_own_tokens for each in part)
             metrics |= {
                 f"source/{name}/share": len(part) / len(trajectories),
                 f"source/{name}/reward_mean": mean_of_known(rewards),

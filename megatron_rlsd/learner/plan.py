@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,8 +95,9 @@ def make_plan(
 ) -> Plan:
     """Plan the updates of ``batch``, a step's rows or those of a single group.
 
-    With several mini-batches the rows are shuffled by (seed, step) first. Raises ValueError for a
-    batch without rows.
+    With several mini-batches the trajectories are shuffled by (seed, step) first; the rows of one
+    stay together, so that there are as many updates as without episodes of several rows. Raises
+    ValueError for a batch without rows.
     """
     algorithm, outlines = config.algorithm, batch.outlines
     if not outlines:
@@ -181,13 +183,13 @@ def _mini_batches(
     chosen: _Rows,
     dp_size: int,
 ) -> list[MiniBatch]:
-    order = list(range(len(outlines)))
+    order = _trajectories(outlines, range(len(outlines)))
     size = config.train.global_batch_size or len(order)
     if size < len(order):
         random.Random(f"{config.train.seed}/{step}").shuffle(order)
     mini_batches = []
     for start in range(0, len(order), size):
-        members = sorted(order[start : start + size])
+        members = sorted(row for each in order[start : start + size] for row in each)
         costs = {
             row: outlines[row].prompt_tokens + outlines[row].response_tokens
             for row in members
@@ -218,16 +220,32 @@ def _mini_batches(
     return mini_batches
 
 
+def _trajectories(outlines: list[RowOutline], members: Iterable[int]) -> list[list[int]]:
+    """These rows by the trajectory that they are of, in the order of its first one."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for row in members:
+        episode = outlines[row].episode
+        key = ("row", row) if episode is None else ("episode", episode)
+        found.setdefault(key, []).append(row)
+    return list(found.values())
+
+
 def _loss_weights(
     config: Config, outlines: list[RowOutline], members: list[int]
 ) -> dict[int, float]:
-    """The weight of each token of these rows, which one mean is over."""
+    """The weight of each token of these rows, which one mean is over.
+
+    A token's weight does not depend on how many rows its trajectory became: lengths and numbers are
+    those of trajectories.
+    """
+    trajectories = _trajectories(outlines, members)
     weights = token_loss_weights(
-        [outlines[row].trained_tokens for row in members],
+        [sum(outlines[row].trained_tokens for row in rows) for rows in trajectories],
         config.algorithm.loss_aggregation,
         config.rollout.max_response_tokens,
     )
-    return dict(zip(members, weights.tolist(), strict=True))
+    pairs = zip(trajectories, weights.tolist(), strict=True)
+    return {row: weight for rows, weight in pairs for row in rows}
 
 
 def policy_loss_config(

@@ -72,7 +72,7 @@ def sample_row(
         "reward_errors": {} if reward is None else reward.errors,
         "advantage": finite_or_none(trajectory.advantage),
         "finish_reason": generation.finish_reason,
-        "tokens": len(generation.token_ids),
+        "tokens": sum(len(each.generation.token_ids) for each in trajectory.rows),
         "weight_version": generation.weight_version,
         "leakage": {"phrases": leaks.phrases, "answer_first": leaks.answer_first},
     }
@@ -80,7 +80,16 @@ def sample_row(
         row["token_columns"] = token_columns(trajectory, decode)
     if trajectory.environment_error:
         row["environment_error"] = trajectory.environment_error
+    if trajectory.further:
+        row["further_rows"] = [_further(each, decode) for each in trajectory.further]
     return row
+
+
+def _further(row: Trajectory, decode: Callable[[list[int]], str] | None) -> dict[str, Any]:
+    """A training row after an episode's first."""
+    question = row.problem.messages[-1]["content"]
+    told: dict[str, Any] = {"question": question, "response": row.response_text}
+    return told if decode is None else {**told, "token_columns": token_columns(row, decode)}
 
 
 def token_columns(

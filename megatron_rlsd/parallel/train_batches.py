@@ -45,6 +45,9 @@ def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
     if shares := _present(row.group_solved_share for row in rows):
         tensors["group_solved_share.rows"] = torch.tensor(list(shares), dtype=torch.int64)
         tensors["group_solved_share"] = torch.tensor(list(shares.values()), dtype=torch.float64)
+    if episodes := _present(row.episode for row in rows):
+        tensors["episodes.rows"] = torch.tensor(list(episodes), dtype=torch.int64)
+        tensors["episodes"] = torch.tensor(list(episodes.values()), dtype=torch.int64)
     if spans:
         tensors["evidence_spans.rows"] = torch.tensor(list(spans), dtype=torch.int64)
         tensors["evidence_spans"] = torch.tensor(list(spans.values()), dtype=torch.int64)
@@ -66,6 +69,7 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
         versions = _read_optional("weight_versions", tensors)
     spans = _read_spans(tensors)
     solved, shares = _read_values("solved", tensors), _read_values("group_solved_share", tensors)
+    episodes = _read_values("episodes", tensors)
     # An engine routes all tokens but each sequence's last.
     inputs = [len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)]
     routes = _read_routes(tensors, inputs)
@@ -84,6 +88,7 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
                 evidence_span=spans.get(number),
                 weight_versions=versions.get(number),
                 routed_experts=routes.get(number),
+                episode=episodes.get(number),
             )
             for number, advantage in enumerate(tensors["advantages"].tolist())
         ]

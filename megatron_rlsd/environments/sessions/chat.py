@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,27 +159,74 @@ def _call(where: str, call: Any) -> dict[str, Any]:
     return {"id": call.get("id"), "type": "function", "function": told}
 
 
+def shown(message: Message) -> Message:
+    """The message as chat templates expect it: the arguments of calls as objects."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call["function"])
+        with suppress(ValueError, TypeError, RecursionError):  # stays the text that it is
+            if isinstance(found := json.loads(function["arguments"]), dict):
+                function["arguments"] = found
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
+
+
 def spoken(text: str, turn: int, tools: bool) -> Message:
     """The assistant's message for a turn of the model.
 
-    With ``tools``, ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>`` becomes
-    ``tool_calls``, unless one of them is no such JSON: the text stays as it is then.
+    With ``tools``, calls in the form of Qwen, ``<tool_call>{"name": ..., "arguments": {...}}
+    </tool_call>``, or of Llama 3, a turn that is ``{"name": ..., "parameters": {...}}`` and nothing
+    else, become ``tool_calls``. Where one of them is not such JSON the text stays as it is.
     """
-    found = _CALL.findall(text) if tools else []
+    found = (_of_qwen(text) or _of_llama(text)) if tools else None
+    if found is None:
+        return {"role": "assistant", "content": text}
+    told, content = found
+    calls = [
+        {
+            "id": f"call_{turn}_{number}",
+            "type": "function",
+            "function": {
+                "name": each["name"],
+                "arguments": json.dumps(each["arguments"], ensure_ascii=False),
+            },
+        }
+        for number, each in enumerate(told)
+    ]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+def _of_qwen(text: str) -> tuple[list[dict[str, Any]], str] | None:
+    """The calls, and the text around them."""
     calls = []
-    for number, each in enumerate(found):
+    for each in _CALL.findall(text):
         try:
             told = json.loads(each)
         except (ValueError, RecursionError):
-            break
+            return None
         if not isinstance(told, dict) or not isinstance(told.get("name"), str):
-            break
-        arguments = json.dumps(told.get("arguments", {}), ensure_ascii=False)
-        function = {"name": told["name"], "arguments": arguments}
-        calls.append({"id": f"call_{turn}_{number}", "type": "function", "function": function})
-    if not calls or len(calls) < len(found):
-        return {"role": "assistant", "content": text}
-    return {"role": "assistant", "content": _CALL.sub("", text).strip(), "tool_calls": calls}
+            return None
+        calls.append({"name": told["name"], "arguments": told.get("arguments", {})})
+    return (calls, _CALL.sub("", text).strip()) if calls else None
+
+
+def _of_llama(text: str) -> tuple[list[dict[str, Any]], str] | None:
+    """The same; several calls stand behind one another, with or without a semicolon."""
+    calls, left = [], text.strip()
+    while left:
+        try:
+            told, end = json.JSONDecoder().raw_decode(left)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(told, dict) or set(told) - {"type"} != {"name", "parameters"}:
+            return None
+        if not isinstance(told["name"], str) or not isinstance(told["parameters"], dict):
+            return None
+        calls.append({"name": told["name"], "arguments": told["parameters"]})
+        left = left[end:].lstrip("; \n")
+    return (calls, "") if calls else None
 
 
 @dataclass(frozen=True)

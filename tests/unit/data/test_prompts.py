@@ -291,3 +291,20 @@ def test_a_question_too_long_for_the_servers_says_why(
     prompts.serve_at_most(student - 1)
     with pytest.raises(PromptTooLong, match=f"the {student - 1} that a rollout server takes"):
         prompts.student(PROBLEM)
+
+
+def test_the_hint_stands_behind_the_users_last_message_wherever_that_is(
+    small_tokenizer: SentencePieceTokenizer,
+) -> None:
+    """Of an agent's conversation, in which others speak after the user."""
+    prompts = builder(
+        small_tokenizer, system=None, format_instruction="", hint_introduction="K:", hint_request=""
+    )
+    said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("tool", "e")]
+    told = replace(PROBLEM, messages=tuple({"role": r, "content": c} for r, c in said))
+    assert prompts.student(told) == chat(small_tokenizer, *said)
+    hinted = [*said[:2], ("user", "c\n\nK:\n\n1 + 2 = 3"), *said[3:]]
+    assert prompts.teacher(told) == chat(small_tokenizer, *hinted)
+    alone = replace(PROBLEM, messages=({"role": "system", "content": "s"},))
+    assert prompts.student(alone) == chat(small_tokenizer, ("system", "s"))
+    assert prompts.teacher(alone) == []

@@ -79,6 +79,18 @@ def test_a_message_that_comes_back_is_the_one_that_was_sent():
     assert chat.normal(1, {"role": "assistant", "content": None})["content"] == ""
 
 
+def test_llamas_form_of_calls():
+    text = '{"name": "a", "parameters": {"x": 1}}; {"name": "b", "parameters": {}}'
+    told = chat.spoken(text, 1, tools=True)
+    assert [each["function"] for each in told["tool_calls"]] == [
+        {"name": "a", "arguments": '{"x": 1}'},
+        {"name": "b", "arguments": "{}"},
+    ]
+    assert told["content"] == ""
+    assert chat.shown(told)["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert chat.spoken(text, 1, tools=False)["content"] == text
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -87,6 +99,10 @@ def test_a_message_that_comes_back_is_the_one_that_was_sent():
         '<tool_call>{"name": 3}</tool_call>',
         '<tool_call>{"name": "a"}</tool_call><tool_call>[]</tool_call>',
         '<tool_call>{"name": "a"',
+        '{"name": "a", "parameters": []}',
+        '{"name": "a"}',
+        'I say {"name": "a", "parameters": {}}',
+        '{"name": "a", "parameters": {}} and more',
     ],
 )
 def test_a_call_that_is_none_stays_text(text: str):

@@ -12,7 +12,7 @@ from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.config.variants import VARIANTS
 from megatron_rlsd.learner.plan import Plan, make_plan
 from megatron_rlsd.ops import has_policy_loss, teacher_is_needed
-from megatron_rlsd.types import TrainBatch
+from megatron_rlsd.types import TrainBatch, TrainRow
 from tests.batches import train_row
 
 HINT = {"teacher_prompt_ids": [5, 5, 5], "contrast_prompts": [[6, 6], [7]]}
@@ -181,3 +181,43 @@ def test_the_settings_say_of_every_algorithm_what_its_loss_says(name: str) -> No
     says = bool(teacher_is_needed(zero, plan.loss)) or algorithm.divergence_coef > 0
     assert algorithm.scores_every_response == says
     assert not has_policy_loss(zero, None, plan.loss) or algorithm.kl_coef or algorithm.entropy_coef
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "fixed_length"])
+def test_a_token_weighs_the_same_in_however_many_rows_its_episode_lies(aggregation: str) -> None:
+    def weights(rows: list[TrainRow]) -> list[list[float]]:
+        """Of each token of each episode, in the order of the rows."""
+        config = config_of(loss_aggregation=aggregation)
+        plan = make_plan(config, TrainBatch.of(rows), 3, 0.5, dp_rank=0, dp_size=1)
+        (only,) = plan.mini_batches
+        found: dict[str, list[float]] = {}
+        for number, row in enumerate(rows):
+            name = f"row {number}" if row.episode is None else f"episode {row.episode}"
+            trained = int(row.loss_mask.sum())
+            found.setdefault(name, []).extend([only.loss_weights[number]] * trained)
+        total = sum(len(each) * each[0] for each in found.values())
+        assert only.weight_sum == pytest.approx(total, rel=1e-12)
+        return list(found.values())
+
+    whole = [train_row([1], [2, 3, 4, 5, 6], 1.0), train_row([1], [2, 3], -1.0)]
+    parts = [
+        train_row([1], [2, 3, 4], 1.0, episode=0, loss_mask=[1, 0, 1]),
+        train_row([1, 9], [4], 1.0, episode=0),
+        train_row([8], [7, 7], 1.0, episode=0),
+        train_row([1], [2, 3], -1.0),
+    ]
+    assert weights(parts) == weights(whole)
+
+
+def test_the_rows_of_an_episode_share_an_update() -> None:
+    """As many updates as trajectories ask for, however many rows they became."""
+    rows = [train_row([1], [2], 1.0, episode=e) for e in (0, 0, 0, 1, 1)]
+    rows += [train_row([1], [2], -1.0) for _ in range(4)]
+    for step in range(8):
+        config = config_of(train={"global_batch_size": 2})
+        plan = make_plan(config, TrainBatch.of(rows), step, 0.5, dp_rank=0, dp_size=1)
+        members = [set(each.loss_weights) for each in plan.mini_batches]
+        assert len(members) == config.updates_per_step == 3
+        assert sorted(row for each in members for row in each) == list(range(9))
+        for episode in ({0, 1, 2}, {3, 4}):
+            assert sum(bool(episode & each) for each in members) == 1

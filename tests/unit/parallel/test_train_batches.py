@@ -14,6 +14,8 @@ ROWS = [
     train_row([3], [9], -1.0, teacher_prompt_ids=[4, 5], evidence_span=(0, 0), solved=False),
     train_row([3], [2, 2], 0.0, contrast_prompts=[[9, 9], [8]], evidence_span=(1, 2), solved=True),
     train_row([3], [2], 0.5, solved=True, group_solved_share=1 / 3),
+    train_row([3], [2], 0.5, episode=0),
+    train_row([4], [2], 0.5, episode=0),
     train_row([3], [2, 2], weight_versions=np.array([0, 1], np.int32)),
 ]
 
