@@ -30,8 +30,8 @@ TE_LOWEST := $(TE)/megatron-0.16.1
 TE_LAYOUTS := test_actor_layouts test_latent_attention_layouts test_routing_replay \
 	test_checkpoint_layouts
 BROWSER := .browser/chromium
-# Folders of tests that take the whole machine: one after the other.
-ALONE := sglang slurm
+# Folders of tests with servers, which wait more than they compute: a stage of their own.
+SERVED := sglang slurm
 # A headless Chromium inside an npm package; nothing of it is installed into the system.
 BROWSER_PACKAGE := @sparticuz/chromium@153.0.0
 
@@ -55,8 +55,8 @@ check: lint
 
 test: lint models/SmolLM2-135M-Instruct/config.json $(LATEST)/.ready $(BROWSER) try-sglang-cpu try-slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile --durations=10
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(ALONE:%=--ignore=tests/%) --ignore=tests/unit -n 2 --dist loadfile --durations=15
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALONE:%=tests/%) --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(SERVED:%=--ignore=tests/%) --ignore=tests/unit -n 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SERVED:%=tests/%) -n 2 --dist loadfile --durations=15
 	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest tests/distributed tests/te -m megatron_range
 
 test-sglang: $(READY) try-sglang-cpu
