@@ -43,7 +43,7 @@ def train(config: Config) -> None:
             with run.phase("score", step):
                 plan = run.hand_out(learner.plan(batch, step, rlsd_lambda))
                 scores = learner.score(plan)
-                learner.gauge_noise(plan)
+                learner.gauge_noise(plan, scores)
 
             with run.phase("update", step):
                 metrics |= learner.update(plan, scores)

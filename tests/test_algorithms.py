@@ -247,6 +247,57 @@ def test_truncated_responses_leave_the_loss_and_its_mean(name, tiny_model, other
     assert loss.item() != pytest.approx(expected_loss(masked, rows, student, student).item())
 
 
+class SetScorer(Scorer):
+    """log p [T, V] over the tokens that could be sampled, -inf elsewhere, whatever the prompt."""
+
+    def __init__(self, folder: str | Path, rows: list[Row], top_p: float, top_k: int) -> None:
+        super().__init__(folder)
+        self.sets: dict[tuple[int, ...], Tensor] = {}
+        for row in rows:
+            with torch.no_grad():
+                p = super().__call__(row.prompt_ids, row.response_ids).exp()
+            ordered, order = p.sort(1, descending=True)
+            inside = ordered.cumsum(1) - ordered < top_p
+            inside[:, top_k:] = False
+            inside = torch.zeros_like(inside).scatter(1, order, inside)
+            self.sets[tuple(row.response_ids)] = inside
+
+    def __call__(self, prompt: list[int], response: list[int]) -> Tensor:
+        log_p = super().__call__(prompt, response)
+        return log_p.masked_fill(~self.sets[tuple(response)], -math.inf).log_softmax(1)
+
+
+@pytest.mark.parametrize("name", ["rlsd", "rlcsd"])
+def test_all_log_probs_are_over_the_tokens_that_could_be_sampled(
+    name, tiny_model, other_model, tmp_path
+):
+    """The policy's, the teacher's and those under wrong hints; the engine's are made so."""
+    config = small_config(
+        *(name, tmp_path / "run", tiny_model, other_model),
+        *("train.steps=2", "train.global_batch_size=null", "train.record_steps=all"),
+        *("rollout.top_p=0.8", "rollout.top_k=120"),
+    )
+    rows, metrics = run_one_step(config)
+    student = SetScorer(tiny_model, rows, 0.8, 120)
+    loss = expected_loss(config, rows, student, student)
+    loss.backward()
+    gradients = [p.grad for p in student.model.parameters() if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    assert metrics["train/loss"] == pytest.approx(loss.item(), rel=2e-5, abs=2e-7)
+    assert metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    plain = expected_loss(config, rows, Scorer(tiny_model), Scorer(tiny_model))
+    assert abs(plain.item() - loss.item()) > 1e-4
+
+    trained = [row for row in rows if row.advantage]
+    sizes = torch.cat([student.sets[tuple(row.response_ids)].sum(1) for row in trained])
+    assert 1 < sizes.double().mean() < 121
+    assert metrics["train/kept_tokens_mean"] == pytest.approx(sizes.double().mean().item())
+    assert 0.3 < metrics["train/kept_mass_mean"] < 0.9
+    assert metrics["train/kept_disagreement_share"] == 0
+    assert metrics["train/rollout_log_prob_diff_max"] < 1e-4
+    assert metrics["train/approx_kl"] < 1e-9
+
+
 @pytest.mark.parametrize("name", ["rlrt", "sdpo", "ectr"])
 def test_hints_come_from_the_group_and_their_absence_is_counted(
     name, tiny_model, other_model, tmp_path

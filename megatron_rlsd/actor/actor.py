@@ -55,11 +55,13 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import Family, export_hf_tensors, load_hf_weights
 from megatron_rlsd.hf_bridge.quantized import is_quantized, set_values
 from megatron_rlsd.ops import (
+    KeptTokens,
     PolicyLossConfig,
     PolicyLossStats,
     divergence_loss,
     policy_loss,
     token_log_probs,
+    truncated_log_probs,
 )
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.groups import ParallelGroups
@@ -190,28 +192,68 @@ class Actor:
             self._offload.onload()
 
     def token_log_probs(
-        self, sequences_by_rank: SequencesByRank, temperature: float
+        self,
+        sequences_by_rank: SequencesByRank,
+        temperature: float,
+        kept: KeptTokens | None = None,
     ) -> Tensor | None:
-        """Log-probabilities [R] of every response token; None on ranks before the last stage."""
+        """Log-probabilities [R] of every response token; None on ranks before the last stage.
 
-        def score(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            return self._head_scores(rows, weight, targets, temperature)[0].float()
+        ``kept``: sets of the R tokens, over which alone the softmax goes.
+        """
+
+        def score(rows: Tensor, weight: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
+            return self._head_scores(rows, weight, targets, temperature, _chosen(kept, indices))[0]
 
         return self._score(sequences_by_rank, score, ())
 
     def token_log_probs_and_entropy(
-        self, sequences_by_rank: SequencesByRank, temperature: float
+        self,
+        sequences_by_rank: SequencesByRank,
+        temperature: float,
+        kept: KeptTokens | None = None,
     ) -> Tensor | None:
         """[R, 2]: ``token_log_probs``, and the entropy of the token's distribution in nats."""
 
-        def score(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        def score(rows: Tensor, weight: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
             log_probs, entropy = self._head_scores(
-                rows, weight, targets, temperature, with_entropy=True
+                rows, weight, targets, temperature, _chosen(kept, indices), with_entropy=True
             )
             assert entropy is not None
-            return torch.stack([log_probs, entropy], dim=1).float()
+            return torch.stack([log_probs, entropy], dim=1)
 
         return self._score(sequences_by_rank, score, (2,))
+
+    def truncated_log_probs(
+        self, sequences_by_rank: SequencesByRank, temperature: float, *, top_p: float, top_k: int
+    ) -> tuple[Tensor, KeptTokens] | None:
+        """What sampling with top_p and top_k could have drawn at every response token.
+
+        Returns [R, 3], as ``ops.TruncatedScores``: the token's log-probability over its set, the
+        set's log mass, and 1 where the token belongs to it by its own logit, else 0; and the R
+        sets. None before the last stage.
+        """
+        parts: list[tuple[Tensor, KeptTokens]] = []
+
+        def score(rows: Tensor, weight: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
+            found = truncated_log_probs(
+                *(rows, weight, targets),
+                top_p=top_p,
+                top_k=top_k,
+                temperature=temperature,
+                tp_group=self.groups.tp,
+                vocab_size=self.vocab_size,
+            )
+            parts.append((indices, found.kept))
+            likely = found.target_is_likely.to(found.log_probs)
+            return torch.stack([found.log_probs, found.log_mass, likely], dim=1)
+
+        flat = self._score(sequences_by_rank, score, (3,))
+        if flat is None:
+            return None
+        kept = KeptTokens.joined([sets for _, sets in parts], self.groups.device)
+        kept = kept.placed(torch.cat([indices for indices, _ in parts]), len(flat))
+        return flat, kept.summed_over(self.groups.cp) if self.groups.cp.size() > 1 else kept
 
     def _head_scores(
         self,
@@ -219,6 +261,7 @@ class Actor:
         weight: Tensor,
         targets: Tensor,
         temperature: float,
+        kept: KeptTokens | None,
         *,
         with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -230,6 +273,7 @@ class Actor:
             tp_group=self.groups.tp,
             vocab_size=self.vocab_size,
             with_entropy=with_entropy,
+            kept=kept,
         )
 
     def token_states(self, sequences_by_rank: SequencesByRank) -> tuple[Tensor, Tensor] | None:
@@ -240,7 +284,7 @@ class Actor:
         """
         weights: list[Tensor] = []
 
-        def keep(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        def keep(rows: Tensor, weight: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
             if not weights:
                 weights.append(weight.detach().clone())
             return rows
@@ -253,17 +297,19 @@ class Actor:
     def _score(
         self,
         sequences_by_rank: SequencesByRank,
-        score: Callable[[Tensor, Tensor, Tensor], Tensor],
+        score: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
         width: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
     ) -> Tensor | None:
-        """``score(rows, weight, targets)`` [n, *width] of every response token, [R, *width]."""
+        """``score(rows, weight, targets, their places among the R)`` [n, *width] of every response
+        token, [R, *width]."""
 
         def head_for(micro_batch: MicroBatch) -> Head:
             def head(hidden: Tensor, weight: Tensor) -> Tensor:
                 positions = micro_batch.response_positions
                 rows = self._full_rows(hidden)[positions]
-                return score(rows, weight, micro_batch.targets[positions])
+                targets, indices = micro_batch.targets[positions], micro_batch.response_indices
+                return score(rows, weight, targets, indices).to(dtype)
 
             return head
 
@@ -350,6 +396,7 @@ class Actor:
                     sequence_parallel=self._config.sequence_parallel,
                     vocab_size=self.vocab_size,
                     with_entropy=with_entropy,
+                    kept=micro_batch.scatter_sets(values.kept),
                     # Megatron's float32 gradient of the weight, which needs no second one then.
                     weight_main_grad=getattr(weight, "main_grad", None),
                     grad_scale=self._optimizer.get_loss_scale(),
@@ -459,6 +506,10 @@ class Actor:
         full = hidden.new_empty(hidden.shape[0] * tp.size(), hidden.shape[1])
         dist.all_gather_into_tensor(full, hidden.contiguous(), group=tp)
         return full
+
+
+def _chosen(kept: KeptTokens | None, indices: Tensor) -> KeptTokens | None:
+    return None if kept is None else kept.select(indices)
 
 
 def _held(sequences: ListOf[Sequence | Elsewhere]) -> list[Sequence]:

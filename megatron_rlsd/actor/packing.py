@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_rlsd.actor.balance import PackShape
 from megatron_rlsd.actor.context_parallel import held_positions
+from megatron_rlsd.ops import KeptTokens
 from megatron_rlsd.runtime.rounding import round_up
 
 if TYPE_CHECKING:
@@ -124,6 +125,13 @@ class MicroBatch:
         out = torch.full((self.targets.shape[0],), fill, dtype=flat.dtype, device=flat.device)
         out[self.response_positions] = flat[self.response_indices]
         return out
+
+    def scatter_sets(self, kept: KeptTokens | None) -> KeptTokens | None:
+        """The same of a set for each response token: [R_batch] sets -> [T], none elsewhere."""
+        if kept is None:
+            return None
+        own = kept.select(self.response_indices)
+        return own.placed(self.response_positions, self.targets.shape[0])
 
 
 def response_offsets(sequences: ListOf[Sequence]) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_rlsd.ops import DivergenceConfig
+from megatron_rlsd.ops import DivergenceConfig, KeptTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,5 +41,8 @@ class TokenValues:
     teacher_log_probs: Tensor | None = None
     contrast_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
+    kept: KeptTokens | None = None
+    """A set for each of the R tokens, over which all log-probabilities here are; None: they are
+    over the vocabulary. On the last pipeline stage only."""
     distillation: Distillation | None = None
     """On the last pipeline stage only."""

@@ -81,7 +81,10 @@ class RolloutConfig(Section):
     n_samples_per_prompt: int = Field(8, ge=1)
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens whose mass reaches this share of all. Old, new, reference
+    and teacher log-probabilities are then over these tokens alone (docs/rollout.md)."""
     top_k: int = Field(0, ge=0)
+    """Sample from this many of the likeliest tokens, those of top_p among them; 0: no limit."""
     max_response_tokens: int = Field(1024, ge=1)
     stop_token_ids: list[int] = []
     """In addition to the tokenizer's end-of-turn tokens."""
@@ -120,15 +123,10 @@ class RolloutConfig(Section):
             raise ValueError(f"colocated=true needs {'; '.join(problems)}")
         return self
 
-    @model_validator(mode="after")
-    def _sample_what_is_scored(self) -> RolloutConfig:
-        if self.top_p != 1 or self.top_k != 0:
-            raise ValueError(
-                f"training samples need top_p=1 and top_k=0, got top_p={self.top_p} and "
-                f"top_k={self.top_k}: the loss scores tokens under the full softmax, and engines "
-                "report log-probabilities that top_p and top_k do not renormalise"
-            )
-        return self
+    @property
+    def truncates(self) -> bool:
+        """Can some tokens of the vocabulary not be sampled?"""
+        return self.top_p < 1 or self.top_k > 0
 
 
 class WeightSyncConfig(Section):

@@ -160,6 +160,13 @@ class Config(Section):
             )
         if teacher.sglang.url is not None:
             problems += self._problems_of_a_served_teacher()
+        if given and self.rollout.truncates:
+            problems.append(
+                f"{' and '.join(given)} needs rollout.top_p=1 and rollout.top_k=0, got "
+                f"{self.rollout.top_p:g} and {self.rollout.top_k}: another model's log-"
+                "probabilities are over its whole vocabulary, the policy's over the tokens that "
+                "could be sampled"
+            )
         samples = self.rollout.n_samples_per_prompt
         compares = algorithm.advantage not in ("none", "one", "own")
         of_group = teacher.hint in ("own_correct_response", "own_correct_step")

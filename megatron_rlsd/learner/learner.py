@@ -13,7 +13,7 @@ from megatron_rlsd.algorithms import SUMS, correction_metrics
 from megatron_rlsd.config import Config
 from megatron_rlsd.learner.credit import CreditCollector
 from megatron_rlsd.learner.gate import CreditGate
-from megatron_rlsd.learner.metrics import update_metrics
+from megatron_rlsd.learner.metrics import truncation_metrics, update_metrics
 from megatron_rlsd.learner.noise import NoiseGauge, both
 from megatron_rlsd.learner.plan import MiniBatch, Plan, make_plan
 from megatron_rlsd.learner.scoring import (
@@ -74,9 +74,9 @@ class Learner:
         """The scores of single groups, in the order of the step's rows, as scores of the step."""
         return joined_scores(plan, parts, self._actor.groups)
 
-    def gauge_noise(self, plan: Plan) -> None:
+    def gauge_noise(self, plan: Plan, scores: Scores) -> None:
         """Make the scoring pass of a noise measurement where one is due; before the update."""
-        self.noise.score(plan)
+        self.noise.score(plan, scores)
 
     def update(self, plan: Plan, scores: Scores) -> dict[str, float]:
         """Make all optimizer steps of this rollout; metrics over their sums.
@@ -88,6 +88,7 @@ class Learner:
         self.credit.clear()
         self._correction_sums = dict.fromkeys(SUMS, 0.0)
         self._split_sums = {"selected": 0.0, "split": 0.0}
+        self._truncation_sums = dict.fromkeys(("tokens", "kept", "mass", "unlikely"), 0.0)
         gate_metrics = self._gate.observe(plan, scores)
         rounds = self._config.train.epochs_per_rollout * plan.mini_batches
         results = [
@@ -103,6 +104,7 @@ class Learner:
             | gate_metrics
             | self._split_metrics(plan)
             | self._correction_metrics()
+            | self._truncation_metrics()
         )
 
     def state(self) -> dict[str, Any]:
@@ -136,6 +138,8 @@ class Learner:
         if groups.reports_stats and groups.cp.rank() == 0:
             for name, count in maker.correction_sums.items():
                 self._correction_sums[name] += count
+            for name, count in maker.truncation_sums.items():
+                self._truncation_sums[name] += count
             if maker.selected_tokens is not None:
                 self._split_sums["split"] += 1
                 self._split_sums["selected"] += maker.selected_tokens
@@ -174,3 +178,9 @@ class Learner:
             return {}
         sums, _ = all_reduce_metrics(self._correction_sums, {}, self._actor.groups.control)
         return correction_metrics(sums, masks_of(algorithm))
+
+    def _truncation_metrics(self) -> dict[str, float]:
+        if not self._config.rollout.truncates:
+            return {}
+        sums, _ = all_reduce_metrics(self._truncation_sums, {}, self._actor.groups.control)
+        return truncation_metrics(sums)

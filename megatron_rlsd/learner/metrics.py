@@ -71,6 +71,21 @@ def update_metrics(results: list[UpdateResult]) -> dict[str, float]:
     }
 
 
+def truncation_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """What top-p and top-k left, over all trained tokens of a step's updates.
+
+    ``sums`` as ``TokenValueMaker.truncation_sums``; empty without any tokens.
+    """
+    tokens = sums["tokens"]
+    if not tokens:
+        return {}
+    return {
+        "train/kept_tokens_mean": sums["kept"] / tokens,
+        "train/kept_mass_mean": sums["mass"] / tokens,
+        "train/kept_disagreement_share": sums["unlikely"] / tokens,
+    }
+
+
 def _over(
     results: list[UpdateResult], means: tuple[Mean, ...], largest: tuple[Largest, ...]
 ) -> dict[str, float]:

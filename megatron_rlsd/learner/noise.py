@@ -21,7 +21,7 @@ from megatron_rlsd.actor.packing import MicroBatch
 from megatron_rlsd.actor.positions import shifted_positions
 from megatron_rlsd.config import Config
 from megatron_rlsd.learner.plan import Plan
-from megatron_rlsd.learner.scoring import student_sequences
+from megatron_rlsd.learner.scoring import Scores, student_sequences
 from megatron_rlsd.ops import PolicyLossStats
 from megatron_rlsd.parallel.exchange import all_reduce_metrics
 
@@ -43,10 +43,11 @@ class NoiseGauge:
         self._sums = {"tokens": 0.0, "abs": 0.0, "square": 0.0}
         self._largest = 0.0
 
-    def score(self, plan: Plan) -> None:
+    def score(self, plan: Plan, scores: Scores) -> None:
         """Make the pass of a teacher with the student's weights and prompt, if one is due.
 
-        It takes trajectories of the step's first update.
+        It takes trajectories of the step's first update, and the sets of ``scores``, over which
+        the update's log-probabilities are.
         """
         self._expected = None
         self._sums, self._largest = dict.fromkeys(self._sums, 0.0), 0.0
@@ -69,11 +70,13 @@ class NoiseGauge:
             if each.teacher_prompt_tokens is not None
         ]
         with shifted_positions(self._actor.chunks, max([0, *hints])):
+            mine = parts[plan.dp_rank]
             flat = self._actor.token_log_probs(
-                student_sequences(plan, parts), self._config.rollout.temperature
+                student_sequences(plan, parts),
+                self._config.rollout.temperature,
+                scores.kept_of(plan, mine, self._actor.groups.device),
             )
         if flat is not None:
-            mine = parts[plan.dp_rank]
             rows = flat.split(plan.lengths(mine)) if mine else ()
             self._expected = dict(zip(mine, rows, strict=True))
 

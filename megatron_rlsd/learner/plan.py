@@ -15,10 +15,25 @@ from megatron_rlsd.config import AlgorithmConfig, Config
 from megatron_rlsd.ops import PolicyLossConfig, has_policy_loss, teacher_is_needed
 from megatron_rlsd.types import RowOutline, TrainBatch, TrainRow
 
-ScoreKind = Literal["teacher", "teacher_entropy", "contrast", "teacher_states", "old", "ref"]
+ScoreKind = Literal[
+    "teacher",
+    "teacher_entropy",
+    "contrast",
+    "teacher_states",
+    "old",
+    "kept",
+    "log_mass",
+    "likely",
+    "ref",
+]
 """Passes before the update: log-probabilities under the teacher (and, of the same pass, the entropy
 of its distributions), under the teacher with wrong hints, the teacher's hidden states, and
-log-probabilities of the policy before the update and of the reference model."""
+log-probabilities of the policy before the update (and, of the same pass, where top-p or top-k
+limits the sampling: the tokens that could be drawn, their mass, and whether the drawn one is among
+them) and of the reference model."""
+TRUNCATION: tuple[ScoreKind, ...] = ("kept", "log_mass", "likely")
+WITHOUT_PASS: frozenset[ScoreKind] = frozenset({"teacher_entropy", *TRUNCATION})
+"""They come out of another kind's pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +169,13 @@ def _wanted(
     """The passes that something needs.
 
     The old policy is scored where its ratio to the current one is needed (not where each rollout
-    is used for one update: the ratio is then 1), and where a rule of credit reads its
-    log-probabilities. The reference is scored where there is a KL term.
+    is used for one update: the ratio is then 1), where a rule of credit reads its
+    log-probabilities, and where top-p or top-k leaves tokens out: the pass says which. The
+    reference is scored where there is a KL term.
     """
     algorithm = config.algorithm
     by_token = credits_tokens or bool(loss.rlsd_lambda or loss.opd_coef or loss.sdar_coef)
-    has_ratio = loss.objective != "log_prob"
+    has_ratio, truncates = loss.objective != "log_prob", config.rollout.truncates
     reads = own_functions(algorithm).reads if credits_tokens else frozenset()
     needs_old = algorithm.off_policy.old_log_probs == "trainer" and (
         "policy" in reads
@@ -170,7 +186,8 @@ def _wanted(
         "teacher_entropy": ("teacher_entropy" in reads, rows.judged),
         "contrast": (by_token and algorithm.contrasts_hints, rows.judged),
         "teacher_states": (algorithm.divergence_coef != 0, rows.distilled),
-        "old": (needs_old, rows.active),
+        "old": (needs_old or truncates, rows.active),
+        **dict.fromkeys(TRUNCATION, (truncates, rows.active)),
         "ref": (loss.kl_coef != 0, rows.active),
     }
     return {kind: chosen for kind, (is_needed, chosen) in needed.items() if is_needed and chosen}

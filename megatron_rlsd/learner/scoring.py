@@ -13,7 +13,8 @@ from torch import Tensor
 from megatron_rlsd.actor.actor import Actor, SequencesByRank
 from megatron_rlsd.actor.packing import Elsewhere, Sequence
 from megatron_rlsd.config import Config
-from megatron_rlsd.learner.plan import Plan, ScoreKind
+from megatron_rlsd.learner.plan import TRUNCATION, WITHOUT_PASS, Plan, ScoreKind
+from megatron_rlsd.ops import KeptTokens
 from megatron_rlsd.parallel.groups import ParallelGroups
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.teacher import Teacher, WeightSnapshot
@@ -37,6 +38,13 @@ class Scores:
 
     teacher: Rows | None = None
     old: Rows | None = None
+    kept: Rows | None = None
+    """The sets of tokens that could be sampled, each row's as ``KeptTokens.packed``: where there
+    are such, all log-probabilities and entropies here are over them."""
+    log_mass: Rows | None = None
+    """The log of each set's share of the old policy's whole distribution."""
+    likely: Rows | None = None
+    """1 where the sampled token belongs to the set by the trainer's own logits, else 0."""
     ref: Rows | None = None
     teacher_entropy: Rows | None = None
     """The entropy of the teacher's distribution, in nats."""
@@ -54,6 +62,14 @@ class Scores:
         """The results of one pass."""
         found: Rows | None = getattr(self, kind)
         return found
+
+    def kept_of(self, plan: Plan, numbers: list[int], device: torch.device) -> KeptTokens | None:
+        """The sets of these rows' tokens, end to end; None: there are none, or not here."""
+        if not self.kept:
+            return None
+        lengths = zip(numbers, plan.lengths(numbers), strict=True)
+        parts = [KeptTokens.unpacked(self.kept[row], length) for row, length in lengths]
+        return KeptTokens.joined(parts, device)
 
 
 def student_sequence(row: TrainRow) -> Sequence:
@@ -143,23 +159,23 @@ class Scorer:
     def score(self, plan: Plan) -> Scores:
         """All passes that ``plan`` wants."""
         scores = Scores(metrics={"teacher/skipped_share": plan.teacher_skipped_share})
+        self._score_policy(plan, scores)  # first: the others are over the sets that it finds
         another_model = self._config.teacher.is_another_model
         if another_model and "teacher" in plan.wanted:
             scores.teacher = self._other_models_log_probs(plan)
         elif not another_model and plan.wanted.keys() & {"teacher", "contrast", "teacher_states"}:
             with self.teacher.applied():
                 self._score_teacher(plan, scores)
-                scores.contrast = self._log_probs(plan, "contrast")
+                scores.contrast = self._log_probs(plan, "contrast", scores)
                 self._score_states(plan, scores)
-        scores.old = self._log_probs(plan, "old")
         if self.reference is not None and "ref" in plan.wanted:
             with self.reference.applied():
-                scores.ref = self._log_probs(plan, "ref")
+                scores.ref = self._log_probs(plan, "ref", scores)
         outlines = plan.batch.outlines
         tokens = sum(
             size
             for kind, rows in plan.wanted.items()
-            if kind != "teacher_entropy"  # no pass of its own
+            if kind not in WITHOUT_PASS
             for n in rows
             for size in _num_inputs(outlines[n], kind)
         )
@@ -177,35 +193,70 @@ class Scorer:
             for kind, rows in plan.wanted.items()
             if not rows <= (scores.rows(kind) or {}).keys()
         ]
-        if lost := [kind for kind in missing if kind not in ("old", "teacher_states")]:
+        again = ("old", "teacher_states", *TRUNCATION)
+        if lost := [kind for kind in missing if kind not in again]:
             raise UserError(
                 f"step {plan.step} was recorded without the {' and '.join(lost)} log-probabilities "
                 "of all responses that these settings need them of; replay it with the run's own "
                 "settings of algorithm and train"
             )
         scores = replace(scores)
-        if "old" in missing:
-            scores.old = self._log_probs(plan, "old")
+        if {"old", *TRUNCATION} & set(missing):
+            self._score_policy(plan, scores)
         if "teacher_states" in missing:
             with self.teacher.applied():
                 self._score_states(plan, scores)
         return scores
 
-    def _log_probs(self, plan: Plan, kind: ScoreKind) -> Rows | None:
+    def _score_policy(self, plan: Plan, scores: Scores) -> None:
+        """Under the weights before the update, which also say what top-p and top-k leave out."""
+        rollout = self._config.rollout
+        if "kept" not in plan.wanted:
+            scores.old = self._log_probs(plan, "old", scores)
+            return
+        scores.old, scores.kept, scores.log_mass, scores.likely = {}, {}, {}, {}
+        found = self._actor.truncated_log_probs(
+            scored_sequences(plan, "old"),
+            rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+        )
+        if found is not None:
+            flat, kept = found
+            old, log_mass, likely = flat.unbind(1)
+            scores.old = _by_row(plan, "old", old)
+            scores.log_mass = _by_row(plan, "old", log_mass)
+            scores.likely = _by_row(plan, "old", likely)
+            places = _by_row(plan, "old", torch.arange(len(flat), device=flat.device))
+            scores.kept = {row: kept.select(rows).packed() for row, rows in places.items()}
+
+    def _log_probs(self, plan: Plan, kind: ScoreKind, scores: Scores) -> Rows | None:
         if kind not in plan.wanted:
             return None
         flat = self._actor.token_log_probs(
-            scored_sequences(plan, kind), self._config.rollout.temperature
+            scored_sequences(plan, kind),
+            self._config.rollout.temperature,
+            self._kept(plan, kind, scores),
         )
         return {} if flat is None else _by_row(plan, kind, flat)
 
+    def _kept(self, plan: Plan, kind: ScoreKind, scores: Scores) -> KeptTokens | None:
+        """The sets of the tokens of the pass, in their order."""
+        rows = plan.by_rank(kind)[plan.dp_rank]
+        if kind == "contrast":  # the response comes once under each prompt
+            prompts = [len(plan.batch.outlines[row].contrast_prompt_tokens) for row in rows]
+            rows = [row for row, count in zip(rows, prompts, strict=True) for _ in range(count)]
+        return scores.kept_of(plan, rows, self._actor.groups.device)
+
     def _score_teacher(self, plan: Plan, scores: Scores) -> None:
         if "teacher_entropy" not in plan.wanted:
-            scores.teacher = self._log_probs(plan, "teacher")
+            scores.teacher = self._log_probs(plan, "teacher", scores)
             return
         scores.teacher, scores.teacher_entropy = {}, {}
         both = self._actor.token_log_probs_and_entropy(
-            scored_sequences(plan, "teacher"), self._config.rollout.temperature
+            scored_sequences(plan, "teacher"),
+            self._config.rollout.temperature,
+            self._kept(plan, "teacher", scores),
         )
         if both is not None:
             log_probs, entropy = both.unbind(1)
@@ -298,6 +349,7 @@ def joined_scores(plan: Plan, parts: list[tuple[Plan, Scores]], groups: Parallel
                 mine = {n - first for n in plan.by_rank(kind)[plan.dp_rank]}
                 shared = _on_every_replica(
                     part,
+                    kind,
                     sorted(wanted),
                     rows,
                     scores.teacher_head if kind == "teacher_states" else None,
@@ -309,12 +361,23 @@ def joined_scores(plan: Plan, parts: list[tuple[Plan, Scores]], groups: Parallel
 
 
 def _on_every_replica(
-    part: Plan, numbers: list[int], rows: Rows, head: Tensor | None, groups: ParallelGroups
+    part: Plan,
+    kind: ScoreKind,
+    numbers: list[int],
+    rows: Rows,
+    head: Tensor | None,
+    groups: ParallelGroups,
 ) -> Rows:
     """The results of all data-parallel ranks; ``head``: they are hidden states that go with it."""
     lengths = part.lengths(numbers)
+    if kind == "kept":
+        sizes = torch.tensor([len(rows.get(n, ())) for n in numbers], device=groups.device)
+        dist.all_reduce(sizes, group=groups.dp)
+        lengths = sizes.tolist()
     width = () if head is None else head.shape[1:]
     dtype = torch.float32 if head is None else head.dtype
+    if kind == "kept":
+        dtype = torch.int32
     flat = torch.zeros(sum(lengths), *width, dtype=dtype, device=groups.device)
     places = dict(zip(numbers, flat.split(lengths), strict=True))
     for number, row in rows.items():

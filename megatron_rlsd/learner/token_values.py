@@ -25,7 +25,7 @@ from megatron_rlsd.algorithms import (
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.learner.plan import MiniBatch, Plan, ScoreKind
 from megatron_rlsd.learner.scoring import Scores
-from megatron_rlsd.ops import DivergenceConfig
+from megatron_rlsd.ops import DivergenceConfig, KeptTokens
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import TrainRow
 
@@ -57,6 +57,10 @@ class TokenValueMaker:
         """Trained tokens of each."""
         self.correction_sums: dict[str, float] = {}
         """What ``make`` counted of off-policy corrections: ``algorithms.Correction.sums``."""
+        self.truncation_sums: dict[str, float] = {}
+        """What ``make`` counted where top-p or top-k limits the sampling: ``tokens``, those
+        ``kept`` in their sets, the sets' ``mass``, and tokens that the trainer finds ``unlikely``
+        (not in their set by its own logits)."""
         self.selected_tokens: int | None = None
         """Tokens in the second part of an own rule's loss; None: nothing was split."""
         self._rows = [plan.row(number) for number in self.numbers]
@@ -66,9 +70,15 @@ class TokenValueMaker:
         advantages = self._of_each_row([row.advantage for row in self._rows])
         weights = self._of_each_row([self._mini_batch.loss_weights[n] for n in self.numbers])
         rollout = self._end_to_end([row.rollout_log_probs[row.loss_mask] for row in self._rows])
-        old = self._scored("old")
+        from_trainer = self._algorithm.off_policy.old_log_probs == "trainer"
+        old = self._scored("old") if from_trainer else None
+        kept, log_mass = self._kept(), self._scored("log_mass")
+        if kept is not None and log_mass is not None:
+            # The engine's are over the vocabulary. Over the same tokens, they differ from the
+            # trainer's as they do there: what the sets leave out cancels.
+            rollout = rollout - log_mass
         if self._plan.credits_tokens and self._scores is not None:
-            advantages = self._credited(self._scores, weights)
+            advantages = self._credited(self._scores, weights, rollout)
         if self._algorithm.weighs_before_update and old is not None:
             # Every term of the policy loss is linear in A >= 0 or A <= 0, whose sign stays.
             factors = self._correction_weights(old, rollout)
@@ -87,12 +97,29 @@ class TokenValueMaker:
             teacher_log_probs=self._within_spans(self._scored("teacher")),
             contrast_log_probs=self._scored("contrast"),
             ref_log_probs=self._scored("ref"),
+            kept=kept,
             distillation=self._distillation(),
         )
 
-    def _credited(self, scores: Scores, weights: Tensor) -> Tensor:
+    def _kept(self) -> KeptTokens | None:
+        """[R] sets of tokens that could be sampled, counted."""
+        if self._scores is None:
+            return None
+        kept = self._scores.kept_of(self._plan, self.numbers, self._device)
+        log_mass, likely = self._scored("log_mass"), self._scored("likely")
+        if kept is not None and log_mass is not None and likely is not None:
+            self.truncation_sums = {
+                "tokens": float(len(kept.counts)),
+                "kept": float(kept.counts.sum()),
+                "mass": float(log_mass.double().exp().sum()),
+                "unlikely": float((1 - likely.double()).sum()),
+            }
+        return kept
+
+    def _credited(self, scores: Scores, weights: Tensor, rollout: Tensor) -> Tensor:
         """[R]: the advantages that the algorithm's own rule gives the tokens, whose loss weights
-        are ``weights``. Collective over the data-parallel ranks.
+        are ``weights`` and the engine's log-probabilities ``rollout``. Collective over the
+        data-parallel ranks.
 
         Raises UserError where it returns anything but a finite number for each token.
         """
@@ -103,7 +130,9 @@ class TokenValueMaker:
         kinds: tuple[ScoreKind, ...] = ("old", "teacher", "teacher_entropy", "contrast")
         found = {kind: scores.rows(kind) or {} for kind in kinds}
         parts, selected, is_split = [], [], False
-        for number, row, length in zip(self.numbers, self._rows, self.lengths, strict=True):
+        for number, row, length, sampled in zip(
+            self.numbers, self._rows, self.lengths, rollout.split(self.lengths), strict=True
+        ):
             teacher = found["teacher"].get(number)
             if teacher is None:  # it has no hint, or its advantage is 0
                 parts.append(torch.full((length,), row.advantage, device=self._device))
@@ -111,7 +140,6 @@ class TokenValueMaker:
                 continue
             policy = None
             if reads_policy:
-                sampled = torch.from_numpy(row.rollout_log_probs[row.loss_mask])
                 policy = (sampled if by_engine else found["old"][number]).to(teacher)
             inside = torch.from_numpy(_inside_span(row)).to(teacher.device)
             found_credit = rule(

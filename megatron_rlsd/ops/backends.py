@@ -38,8 +38,14 @@ def backend_choice(device: torch.device, dtype: torch.dtype | None = None) -> Ba
     return BackendChoice("torch", f"triton: {reason}")
 
 
-def load_backend(name: BackendName, device: torch.device, dtype: torch.dtype) -> Backend:
+def load_backend(
+    name: BackendName, device: torch.device, dtype: torch.dtype, *, over_sets: bool = False
+) -> Backend:
     """The class of the backend's chunks.
+
+    Args:
+        over_sets: the softmax of each row is over a set of tokens (``HeadInputs.kept``), which is
+            written in torch alone.
 
     Raises:
         ValueError: there is no backend of this name.
@@ -47,11 +53,18 @@ def load_backend(name: BackendName, device: torch.device, dtype: torch.dtype) ->
     """
     if name not in ("torch", "triton", "auto"):
         raise ValueError(f"backend must be 'torch', 'triton' or 'auto', got {name!r}")
-    if name == "auto":
+    if over_sets:
+        if name == "triton":
+            raise BackendUnavailable(
+                "backend='triton' cannot run: its kernels sum over the whole vocabulary, and with "
+                "kept tokens too few logits are left to need them; leave backend at auto"
+            )
+    elif name == "auto":
         name = backend_choice(device, dtype).name
     elif name == "triton" and (reason := _triton_reason(device, dtype)) is not None:
         raise BackendUnavailable(f"backend='triton' cannot run: {reason}")
-    chunk: Backend = importlib.import_module(f"megatron_rlsd.ops.{name}_head").Chunk
+    module = "kept_head" if over_sets else f"{name}_head"
+    chunk: Backend = importlib.import_module(f"megatron_rlsd.ops.{module}").Chunk
     return chunk
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlsd.ops.kept_tokens import KeptTokens
 from megatron_rlsd.ops.token_loss import PolicyLossConfig, TokenInputs, teacher_is_needed
 
 
@@ -105,6 +106,23 @@ def check_sequence_ids(
     if missing := int(((ids < 0) & (loss_weights != 0)).sum()):
         raise ValueError(f"sequence_ids is negative at {missing} tokens with a loss weight")
     return ids
+
+
+def check_kept(kept: KeptTokens | None, targets: Tensor, is_counted: Tensor) -> None:
+    """Where there are sets, each counted row [N] has one, and its target is in it."""
+    if kept is None:
+        return
+    if kept.counts.shape != targets.shape or int(kept.counts.sum()) != kept.ids.numel():
+        raise ValueError(
+            f"kept must have counts of shape {list(targets.shape)} and as many ids as they sum to, "
+            f"got {list(kept.counts.shape)} and {kept.ids.numel()} ids"
+        )
+    rows = torch.arange(targets.numel(), device=targets.device)
+    rows = rows.repeat_interleave(kept.counts.long())
+    has_target = torch.zeros_like(is_counted)
+    has_target[rows[kept.ids == targets[rows]]] = True
+    if missing := int((is_counted & ~has_target).sum()):
+        raise ValueError(f"kept lacks the target itself at {missing} tokens with a loss weight")
 
 
 def check_main_grad(weight_main_grad: Tensor | None, weight: Tensor, dtype: torch.dtype) -> None:

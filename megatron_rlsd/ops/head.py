@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rlsd.ops.kept_tokens import KeptTokens
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -58,6 +60,8 @@ class HeadInputs:
     with_entropy: bool
     chunk_tokens: int | None
     """Rows per chunk; None: the backend's choice, which must be the same on all ranks."""
+    kept: KeptTokens | None = None
+    """Of the N rows: each row's softmax is over its set alone; None: over the vocabulary."""
 
     @property
     def widest_dtype(self) -> torch.dtype:

@@ -18,6 +18,7 @@ from megatron_rlsd.ops.backends import BackendName, load_backend
 from megatron_rlsd.ops.chunks import score
 from megatron_rlsd.ops.collectives import gather_rows, sum_and_scatter_rows, sum_over_ranks
 from megatron_rlsd.ops.head import HeadInputs, VocabShard
+from megatron_rlsd.ops.kept_tokens import KeptTokens
 from megatron_rlsd.ops.passes import Wanted, loss_and_gradients
 from megatron_rlsd.ops.stats import PolicyLossStats
 from megatron_rlsd.ops.token_loss import PolicyLossConfig, TokenInputs
@@ -37,6 +38,7 @@ def token_log_probs(
     backend: BackendName = "auto",
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
+    kept: KeptTokens | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log_softmax(hidden @ weight.T / temperature)[targets] without the logits; no gradient.
 
@@ -57,6 +59,8 @@ def token_log_probs(
         backend: ``torch``, ``triton``, or ``auto``: what ``backend_choice`` says.
         vocab_size: real rows over all ranks; rows beyond are padding and take no part. None: all.
         sequence_parallel: hidden is split over tp_group by rows.
+        kept: of the N rows: the softmax of each is over its set alone, which holds its target. No
+            ``triton`` backend has it: ``auto`` then forms the sets' logits alone, in torch.
 
     Returns:
         log_probs [N] and entropy [N] (or None): float32, float64 if an input is float64.
@@ -76,9 +80,11 @@ def token_log_probs(
         chunk_tokens,
         vocab_size,
         with_entropy,
+        kept,
     )
     checks.check_targets(targets, head.shard.vocab_size)
-    chunk = load_backend(backend, hidden.device, head.widest_dtype)
+    checks.check_kept(kept, targets, torch.ones_like(targets, dtype=torch.bool))
+    chunk = load_backend(backend, hidden.device, head.widest_dtype, over_sets=kept is not None)
     return score(chunk, head, torch.arange(targets.numel(), device=targets.device))
 
 
@@ -109,6 +115,7 @@ def policy_loss(
     with_inactive: bool = True,
     weight_main_grad: Tensor | None = None,
     grad_scale: float | Tensor = 1.0,
+    kept: KeptTokens | None = None,
 ) -> tuple[Tensor, PolicyLossStats]:
     """sum_t loss_weights_t L_t with L_t as in ``token_loss``; differentiable in hidden and weight.
 
@@ -162,6 +169,9 @@ def policy_loss(
             loss scale of float16 training. A 0-d tensor or a number. With weight_main_grad any
             other value is a ValueError on the CPU, and NaN in d_hidden on devices, where looking
             would cost a wait.
+        kept: as token_log_probs, for the rows with a loss_weight: the policy is the softmax over
+            each row's set, in the ratio, the entropy and all else. The log-probabilities given here
+            should be over the same sets.
 
     Returns:
         loss: 0-d, float32 (float64 if hidden or weight is), equal on all ranks of tp_group.
@@ -183,6 +193,7 @@ def policy_loss(
         chunk_tokens,
         vocab_size,
         with_entropy or config.entropy_coef != 0,
+        kept,
     )
     tokens = TokenInputs(
         advantages=advantages,
@@ -197,7 +208,8 @@ def policy_loss(
     checks.check_token_inputs(tokens, config, targets.numel())
     sequence_ids = checks.check_sequence_ids(sequence_ids, loss_weights, config)
     checks.check_main_grad(weight_main_grad, weight, head.dtype)
-    chunk = load_backend(backend, hidden.device, head.widest_dtype)
+    checks.check_kept(kept, targets, loss_weights != 0)
+    chunk = load_backend(backend, hidden.device, head.widest_dtype, over_sets=kept is not None)
 
     want_d_hidden = torch.is_grad_enabled() and hidden.requires_grad
     want_d_weight = torch.is_grad_enabled() and weight.requires_grad
@@ -299,6 +311,7 @@ def head_inputs(
     chunk_tokens: int | None,
     vocab_size: int | None,
     with_entropy: bool,
+    kept: KeptTokens | None = None,
 ) -> HeadInputs:
     """Check shapes, dtypes and settings; gather hidden where it is split."""
     checks.check_matrices(hidden, weight)
@@ -311,4 +324,6 @@ def head_inputs(
     hidden = hidden.detach()
     if sequence_parallel:
         hidden = gather_rows(hidden, shard)
-    return HeadInputs(hidden, targets, shard, temperature, softcap, with_entropy, chunk_tokens)
+    return HeadInputs(
+        hidden, targets, shard, temperature, softcap, with_entropy, chunk_tokens, kept
+    )

@@ -27,7 +27,7 @@ from megatron_rlsd.parallel.train_batches import train_batch_of, train_batch_ten
 from megatron_rlsd.runtime.errors import UserError, naming
 from megatron_rlsd.types import TrainBatch
 
-KINDS = ("teacher", "teacher_entropy", "contrast", "old", "ref")
+KINDS = ("teacher", "teacher_entropy", "contrast", "old", "kept", "log_mass", "likely", "ref")
 BAD_STEPS = "bad_steps"
 RECORDED_STEPS = "recorded_steps"
 

@@ -131,14 +131,13 @@ def support(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> to
     """[N, V] bool: the tokens that may be drawn.
 
     The top_k most likely ones (of equal ones the lowest ids), and of these the fewest whose share
-    of the top_k's mass reaches top_p; always at least one.
+    of the whole mass reaches top_p, as SGLang has it; always at least one.
     probs: [N, V]; top_k: [N, 1] int64; top_p: [N, 1] float64.
     """
     ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
     rank = torch.arange(probs.shape[-1], device=probs.device)
-    in_top_k = rank < top_k
-    ordered = ordered.double().where(in_top_k, 0.0)
+    ordered = ordered.double()
     cumulative = ordered.cumsum(dim=-1)
     mass_before = cumulative - ordered
-    kept = in_top_k & ((mass_before < top_p * cumulative[:, -1:]) | (rank == 0))
+    kept = (rank < top_k) & ((mass_before < top_p * cumulative[:, -1:]) | (rank == 0))
     return torch.zeros_like(kept).scatter(1, order, kept)

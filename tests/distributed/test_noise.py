@@ -75,7 +75,7 @@ def run_cases(cases: list[dict[str, Any]], out: str) -> None:
             for step in range(2):
                 plan = learner.plan(batch, step, LAMBDA)
                 scores = learner.score(plan)
-                learner.gauge_noise(plan)
+                learner.gauge_noise(plan, scores)
                 learner.update(plan, scores)
                 steps.append(learner.noise.metrics())
             found.append(steps)

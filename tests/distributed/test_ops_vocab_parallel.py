@@ -8,7 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rlsd.ops import policy_loss, token_log_probs
+from megatron_rlsd.ops import (
+    PolicyLossConfig,
+    policy_loss,
+    token_log_probs,
+    truncated_log_probs,
+)
 from tests.distributed.ranks import run_on_ranks
 from tests.rlsd_vectors import CASES, Case, load_case, relative_error
 
@@ -131,7 +136,61 @@ def _check_edges() -> None:
                     torch.testing.assert_close(
                         shard.grad, d_weight.chunk(ranks)[rank], rtol=1e-2, atol=1e-2 * scale
                     )
+    for limits in ({"top_p": 0.8}, {"top_k": 6}, {"top_p": 0.95, "top_k": 90}, {"top_p": 0.9999}):
+        _check_sets(limits)
     dist.destroy_process_group()
+
+
+def _check_sets(limits: dict[str, Any]) -> None:
+    """Sets of likely tokens, and the loss over them; padding in the last shard or two."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(2)
+    rows, real, V_local = 20, 110, 60 if ranks == 2 else 40
+    weight = torch.randn(real, 8, generator=generator, dtype=torch.float64)
+    padded = torch.cat([weight, torch.full((V_local * ranks - real, 8), 1e9, dtype=weight.dtype)])
+    hidden = torch.randn(rows, 8, generator=generator, dtype=torch.float64)
+    targets = torch.randint(real, (rows,), generator=generator)
+    group = {"tp_group": dist.group.WORLD, "vocab_size": real}
+    own = padded.chunk(ranks)[rank].clone()
+
+    whole = truncated_log_probs(hidden, weight, targets, **limits)
+    split = truncated_log_probs(hidden, own, targets, **limits, **group, chunk_tokens=5)
+    for name in ("log_probs", "log_mass", "entropy"):
+        torch.testing.assert_close(getattr(split, name), getattr(whole, name))
+        _assert_equal_on_all_ranks(getattr(split, name))
+    assert torch.equal(split.target_is_likely, whole.target_is_likely)
+    assert torch.equal(split.kept.counts, whole.kept.counts)
+    assert torch.equal(split.kept.ids, whole.kept.ids)
+
+    case: dict[str, Any] = {
+        "advantages": torch.randn(rows, generator=generator, dtype=torch.float64),
+        "loss_weights": torch.rand(rows, generator=generator, dtype=torch.float64),
+        "old_log_probs": whole.log_probs - 0.1,
+        "config": PolicyLossConfig(entropy_coef=0.1),
+        "kept": whole.kept,
+    }
+    leaves = [(hidden + 0.2).requires_grad_(), weight.requires_grad_()]
+    expected, _ = policy_loss(*leaves, targets, **case)
+    d_hidden, d_weight = torch.autograd.grad(expected, leaves)
+    d_weight = torch.cat([d_weight, torch.zeros(len(padded) - real, 8, dtype=torch.float64)])
+    for sequence_parallel in (False, True):
+        part = leaves[0].detach()
+        if sequence_parallel:
+            part, d_hidden = part.chunk(ranks)[rank], d_hidden.chunk(ranks)[rank]
+        mine = [part.requires_grad_(), own.requires_grad_()]
+        loss, stats = policy_loss(
+            *mine,
+            targets,
+            **case,
+            **group,
+            sequence_parallel=sequence_parallel,
+            chunk_tokens=5,
+        )
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        gradients = torch.autograd.grad(loss, mine)
+        expected_gradients = (d_hidden, d_weight.chunk(ranks)[rank])
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-12)
+        _assert_equal_on_all_ranks(torch.cat([loss.detach()[None], stats.sum_vector]))
 
 
 def _assert_equal_on_all_ranks(x: torch.Tensor) -> None:

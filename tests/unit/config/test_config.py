@@ -91,9 +91,11 @@ def test_missing_files_and_bad_yaml(tmp_path):
 
 
 @pytest.mark.parametrize("override", ["rollout.top_p=0.9", "rollout.top_k=50"])
-def test_truncated_sampling_is_refused_with_the_reason(write, override):
-    with pytest.raises(UserError, match=r"rollout: .*top_p=1 and top_k=0.*full softmax"):
-        load_config(write(), [override])
+def test_another_models_scores_are_not_over_the_tokens_that_could_be_sampled(write, override):
+    assert load_config(write(), [override]).rollout.truncates
+    of_another = ["algorithm.name=opd", "teacher.hf_path=elsewhere", override]
+    with pytest.raises(UserError, match=r"hf_path='elsewhere' needs rollout.top_p=1 and"):
+        load_config(write(), of_another)
 
 
 def test_servers_must_be_given_up_before_the_other_ranks_give_up_rank_zero(write):

@@ -93,8 +93,9 @@ def test_each_row_has_its_own_parameters():
         (10, 0.29, {1}),
         (10, 0.31, {1, 3}),
         (10, 1e-9, {1}),
-        (2, 0.59, {1}),  # of the two kept, token 1 alone has 0.3 / 0.5 = 60 %
-        (2, 0.61, {1, 3}),
+        (2, 0.29, {1}),  # a share of all mass, not of the two tokens'
+        (2, 0.31, {1, 3}),
+        (2, 0.99, {1, 3}),
     ],
 )
 def test_support_of_top_k_and_top_p(top_k: int, top_p: float, expected: set[int]):
