@@ -229,7 +229,8 @@ class StepTimer:
             seconds += sum(self._passes(prompts * self._tokens.teacher, training=False))
             if config.teacher.mode != "live":
                 seconds += self._copy_weights()
-        if self._tokens.updates > 1 and config.algorithm.off_policy.old_log_probs == "trainer":
+        by_trainer = config.algorithm.off_policy.old_log_probs == "trainer"
+        if (self._tokens.updates > 1 and by_trainer) or config.rollout.truncates:
             seconds += sum(self._passes(self._tokens.student, training=False))
         if config.algorithm.kl_coef:
             seconds += sum(self._passes(self._tokens.student, training=False))
