@@ -61,7 +61,7 @@ class HeadInputs:
     chunk_tokens: int | None
     """Rows per chunk; None: the backend's choice, which must be the same on all ranks."""
     kept: KeptTokens | None = None
-    """Of the N rows: each row's softmax is over its set alone; None: over the vocabulary."""
+    """Sets of the N rows: each row's softmax is over its set alone; None: over the vocabulary."""
 
     @property
     def widest_dtype(self) -> torch.dtype:

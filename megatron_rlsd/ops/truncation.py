@@ -119,8 +119,10 @@ def truncated_log_probs(
 def _one_chunk(
     z: Tensor, targets: Tensor, top_p: float, top_k: int, shard: VocabShard
 ) -> tuple[Tensor, Tensor, KeptTokens]:
-    """Of logits [C, V]: [3, C] log-probability, log mass and entropy; which targets are likely
-    [C]; the sets."""
+    """Find the sets of the logits [C, V].
+
+    Returns [3, C] log-probability, log mass and entropy; which targets are likely [C]; the sets.
+    """
     M, S, z_target = merge_partials(gather_partials(_partials(z, targets, shard), shard))
     values, ids, likely = _likeliest(z, M + S.log(), top_p, top_k, shard)
     is_likely = (likely & (ids == targets[:, None])).any(1)
