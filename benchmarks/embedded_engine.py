@@ -80,7 +80,7 @@ def batched(
     start = time.perf_counter()
     generations = engine.generate(requests)
     seconds = time.perf_counter() - start
-    responses = [generation.token_ids for generation in generations]
+    responses = [generation.token_ids.tolist() for generation in generations]
     return responses, sum(map(len, responses)) / seconds
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rlsd.ops import PolicyLossConfig, backend_choice, policy_loss, token_log_probs
+from megatron_rlsd.ops.backends import BackendName
 from megatron_rlsd.ops.token_loss import TokenInputs, token_loss
 
 CONFIG = PolicyLossConfig()
@@ -94,13 +96,13 @@ def rlsd_backward(log_probs: Tensor, problem: Problem) -> Tensor:
 
 
 def ours_loss(
-    backend: str, into_main_grad: bool, **options: object
+    backend: BackendName, into_main_grad: bool, **options: Any
 ) -> Callable[[torch.device, torch.dtype], Run]:
     def prepare(device: torch.device, dtype: torch.dtype) -> Run:
         _check_backend(backend, device, dtype)
 
         def run(problem: Problem) -> Tensor:
-            arguments = {"config": CONFIG} | options
+            arguments: dict[str, Any] = {"config": CONFIG} | options
             loss, _ = policy_loss(
                 problem.hidden,
                 problem.weight,
@@ -120,7 +122,7 @@ def ours_loss(
     return prepare
 
 
-def ours_log_probs(backend: str) -> Callable[[torch.device, torch.dtype], Run]:
+def ours_log_probs(backend: BackendName) -> Callable[[torch.device, torch.dtype], Run]:
     def prepare(device: torch.device, dtype: torch.dtype) -> Run:
         _check_backend(backend, device, dtype)
         return lambda p: token_log_probs(p.hidden, p.weight, p.targets, backend=backend)[0]

@@ -73,7 +73,9 @@ def body_of(rng: random.Random, length: int) -> bytes:
     """An answer of ``length`` tokens as SGLang writes it."""
     ids = [rng.randrange(VOCAB) for _ in range(length)]
     # Most tokens are nearly certain, so that many log-probabilities have an exponent.
-    values = np.float32([-rng.expovariate(2) * 10 ** -rng.choice([0, 0, 0, 1, 2, 5]) for _ in ids])
+    values = np.array(
+        [-rng.expovariate(2) * 10 ** -rng.choice([0, 0, 0, 1, 2, 5]) for _ in ids], np.float32
+    )
     label = "rlsd-0123456789ab@host,127.0.0.1,43433/8"
     meta = {
         "id": RID,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_rlsd.ops import triton_launch
 from megatron_rlsd.ops.triton_kernels import product_kernel
@@ -61,7 +62,7 @@ def tile_kernel(
     grid = (min(triton.cdiv(C, tile.rows) * triton.cdiv(V, columns), programs),)
 
     def descriptor(matrix: Tensor | None, shape: list[int]) -> Any:
-        return None if matrix is None else triton_launch.TensorDescriptor.from_tensor(matrix, shape)
+        return None if matrix is None else TensorDescriptor.from_tensor(matrix, shape)
 
     def run() -> Tensor:
         partials = hidden.new_empty(

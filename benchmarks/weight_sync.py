@@ -51,7 +51,7 @@ def processor() -> str:
 
 def read_weights(folder: Path, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
     """The model's tensors, and a second set that differs in every one."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     first = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}

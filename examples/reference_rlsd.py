@@ -115,8 +115,8 @@ def update(student, teacher, optimizer, groups: list[tuple], lam: float, s: Sett
 
 def adamw(model, s: Settings) -> torch.optim.AdamW:
     """As is usual, norms and biases do not decay."""
-    matrices = {"params": [p for p in model.parameters() if p.ndim > 1]}
-    vectors = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
+    matrices: dict = {"params": [p for p in model.parameters() if p.ndim > 1]}
+    vectors: dict = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=s.lr, weight_decay=s.weight_decay)
 
 
@@ -145,6 +145,6 @@ if __name__ == "__main__":
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     problems = [json.loads(line) for line in Path(questions).read_text().splitlines()]
-    train(model, tokenizer, problems, Settings(), int(*steps or [100]))
+    train(model, tokenizer, problems, Settings(), int(steps[0]) if steps else 100)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -51,7 +51,7 @@ def even_digits(sample):
 @pytest.fixture(autouse=True)
 def what_a_test_registers_goes_with_it() -> Iterator[None]:
     """Restore the tables of plug-ins, so that no test depends on which ran before it."""
-    tables = (VARIANTS, registry._OWN, REWARDS, ENVIRONMENTS, WRITERS)
+    tables: tuple[dict[str, Any], ...] = (VARIANTS, registry._OWN, REWARDS, ENVIRONMENTS, WRITERS)
     before, families = [set(table) for table in tables], list(FAMILIES)
     yield
     for table, names in zip(tables, before, strict=True):

@@ -175,8 +175,8 @@ def expected_loss(config: Config, rows: list[Row], S: Scorer, Q: Scorer) -> Tens
         return every[~chosen].mean() + every[chosen].mean()
     loss = {
         "token_mean": lambda: torch.cat(terms).mean(),
-        "sequence_mean": lambda: sum(t.mean() for t in terms) / B,
-        "fixed_length": lambda: sum(t.sum() for t in terms) / (B * 10),
+        "sequence_mean": lambda: torch.stack([t.mean() for t in terms]).sum() / B,
+        "fixed_length": lambda: torch.stack([t.sum() for t in terms]).sum() / (B * 10),
     }[algorithm.loss_aggregation]()
     if algorithm.divergence_coef and algorithm.divergence_rows == "hinted":
         distances = [distance(row) for row in rows if row.teacher_prompt_ids]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def deepseek(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize("program", [sft, train])
 def test_it_runs_with_the_embedded_engine(
-    program: object, deepseek: Path, make_config: Callable[..., Config]
+    program: Any, deepseek: Path, make_config: Callable[..., Config]
 ) -> None:
     config = make_config(
         model={"hf_path": str(deepseek)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -252,7 +253,8 @@ def test_a_name_that_no_plugin_registers_is_told_with_the_known_ones() -> None:
 def test_results_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     algorithm = small(tmp_path, tiny_model).algorithm
     for wrong in ([1.0], [float("nan"), 0.0]):
-        registry._OWN["concise"] = registry.OwnFunctions(advantages=lambda _, wrong=wrong: wrong)
+        returned = mock.Mock(return_value=wrong)
+        registry._OWN["concise"] = registry.OwnFunctions(advantages=returned)
         with pytest.raises(UserError, match="expected 2 finite numbers"):
             response_advantages(group([1, 0], [2, 2]), algorithm)
     ones = torch.ones(4)

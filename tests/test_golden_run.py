@@ -50,7 +50,7 @@ FIXED_PATHS = {
     "OMP_NUM_THREADS": "1",
 }
 TIMINGS = ("time", "perf/", "memory/")
-TOLERANCE = {"rel": 2e-4, "abs": 5e-6}
+TOLERANCE: dict[str, Any] = {"rel": 2e-4, "abs": 5e-6}
 """For other processors and releases of torch. With AVX-512 in place of AVX2 the figures differ by
 5e-6 of themselves at most, and by 5e-7 where they are noise alone. A sampled token that flips would
 break this: about one run in a thousand has one."""

@@ -222,7 +222,7 @@ def test_a_signal_in_this_process_is_handled_only_while_it_trains(pair, tmp_path
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
-def poison(monkeypatch, steps: dict[int, float]) -> None:
+def poison(monkeypatch, steps: dict[int, list[float]]) -> None:
     """Put a value into one gradient of update number n, as a broken kernel or overflow would."""
     run = Actor._run
     updates: list[int] = []

@@ -67,4 +67,4 @@ def watch_processes() -> None:
         started.append("a process of multiprocessing")
         start(process)
 
-    BaseProcess.start = watched  # type: ignore[method-assign]
+    BaseProcess.start = watched  # type: ignore[method-assign, assignment]

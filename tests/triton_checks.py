@@ -118,7 +118,7 @@ def check_gradients(
         want_d_hidden=True,
         d_weight=d_weight,
     )
-    wide = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    wide = (hidden.double().requires_grad_(), weight.double().requires_grad_())
     log_probs, entropy = reference_log_probs(
         *wide, targets, temperature=temperature, softcap=softcap
     )
@@ -145,12 +145,12 @@ def half_precision_errors(
     hidden, weight, targets = random_head(N, D, V, device, dtype, seed=5)
     tokens = random_tokens(hidden, weight, targets)
     config = PolicyLossConfig(kl_coef=0.02, entropy_coef=0.01, dual_clip=3.0)
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
     loss, stats = policy_loss(
-        *leaves, targets, **vars(tokens), config=config, backend="triton", **settings
+        *leaves, targets, **vars(tokens) | settings, config=config, backend="triton"
     )
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    arguments = {"tokens": tokens, "config": config}
+    wide = (hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
+    arguments: dict[str, Any] = {"tokens": tokens, "config": config}
     eager = reference_policy_loss(*leaves, targets, **arguments, dtype=torch.float32)
     exact = reference_policy_loss(*wide, targets, **arguments)
     exact_log_probs, _ = reference_log_probs(*wide, targets)
@@ -171,7 +171,9 @@ def half_precision_errors(
 def check_vectors(name: str, device: torch.device, chunk_tokens: int | None) -> None:
     """A published case in float32: loss, gradients, log-probabilities, entropy, gain, evidence."""
     case = load_case(name, torch.float32)
-    arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.arguments.items()}
+    arguments: dict[str, Any] = {
+        k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.arguments.items()
+    }
     hidden = case.hidden.to(device).requires_grad_()
     weight = case.weight.to(device).requires_grad_()
     loss, stats = policy_loss(
@@ -208,7 +210,8 @@ def check_extremes(device: torch.device, dtype: torch.dtype, scale: float) -> No
     hidden = weight[targets] * scale
     hidden[1::2] *= -1
     constant = torch.full((12,), -3.0, device=device)
-    leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
+    hidden, weight = hidden.to(device, dtype), weight.to(device, dtype)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
     loss, stats = policy_loss(
         *leaves,
         targets.to(device),
@@ -240,7 +243,7 @@ def check_masked_columns(device: torch.device, dtype: torch.dtype) -> None:
     everything = torch.cat([weight, weight.new_full((masked, 8), lowest)])
     results = []
     for W in (weight, everything):
-        leaves = [hidden.clone().requires_grad_(), W.clone().requires_grad_()]
+        leaves = (hidden.clone().requires_grad_(), W.clone().requires_grad_())
         loss, stats = policy_loss(
             *leaves,
             targets,

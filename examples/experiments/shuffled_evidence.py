@@ -8,6 +8,7 @@ taken from the rollout: with one update a rollout and the embedded engine they a
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -25,18 +26,15 @@ class ShuffledLearner(Learner):
 
     def score(self, plan: Plan) -> Scores:
         scores = super().score(plan)
-        for index, teacher in (scores.teacher or {}).items():
+        gains = scores.teacher or {}
+        for index, teacher in gains.items():
             student = teacher.new_tensor(plan.row(index).rollout_log_probs)
             order = torch.randperm(len(teacher), generator=self._generator)
-            scores.teacher[index] = student + (teacher - student)[order]
+            gains[index] = student + (teacher - student)[order]
         return scores
 
 
 def train(config: Config) -> None:
     """megatron_rlsd.train.train with the control's learner."""
-    plain = megatron_rlsd.train.Learner
-    megatron_rlsd.train.Learner = ShuffledLearner
-    try:
+    with mock.patch.object(megatron_rlsd.train, "Learner", ShuffledLearner):
         megatron_rlsd.train.train(config)
-    finally:
-        megatron_rlsd.train.Learner = plain

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.distributed.layouts import Layout
 
 
-def _of(world: int, *settings: dict[str, object]) -> list[Layout]:
-    return [Layout(world, **each) for each in settings]  # type: ignore[arg-type]
+def _of(world: int, *settings: dict[str, Any]) -> list[Layout]:
+    return [Layout(world, **each) for each in settings]
 
 
-TP2 = {"tensor": 2}
-SP = {"tensor": 2, "sequence": True}
-PP2 = {"pipeline": 2}
-VPP2 = {"pipeline": 2, "virtual_pipeline": 2}
-CP2 = {"context": 2}
-EP2 = {"expert": 2, "model": "experts"}
-ZERO = {"distributed_optimizer": True}
-UNTIED = {"model": "untied"}
-EXPERTS = {"model": "experts"}
+TP2: dict[str, Any] = {"tensor": 2}
+SP: dict[str, Any] = {"tensor": 2, "sequence": True}
+PP2: dict[str, Any] = {"pipeline": 2}
+VPP2: dict[str, Any] = {"pipeline": 2, "virtual_pipeline": 2}
+CP2: dict[str, Any] = {"context": 2}
+EP2: dict[str, Any] = {"expert": 2, "model": "experts"}
+ZERO: dict[str, Any] = {"distributed_optimizer": True}
+UNTIED: dict[str, Any] = {"model": "untied"}
+EXPERTS: dict[str, Any] = {"model": "experts"}
 
 LAYOUTS: dict[str, list[Layout]] = {
     "one": _of(

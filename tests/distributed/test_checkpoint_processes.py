@@ -74,19 +74,19 @@ class Launch:
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         # As in ranks.py: the parent keeps the store, so that no rank has to find a free port.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        ranks = []
-        for rank in range(2):
+        ranks: list[subprocess.Popen[bytes]] = []
+        for number in range(2):
             environment = {
                 **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
                 "WORLD_SIZE": "2",
                 "LOCAL_WORLD_SIZE": "2",
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
-            with (folder / f"rank_{rank}.log").open("w") as log:
+            with (folder / f"rank_{number}.log").open("w") as log:
                 command = [sys.executable, "-m", "megatron_rlsd.train", str(path)]
                 ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         pids = folder / "pids"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def load_twice(
     load_hf_weights(chunks, reader, family, hf_config, layout=layout)
     report: dict[str, Any] = {"from_hf": contents(chunks), "read": reader.bytes_read}
     report["held"] = sum(p.nbytes for chunk in chunks for p in chunk.parameters())
-    exported = {
+    exported: dict[str, Any] = {
         "tp_group": groups.tp,
         "pp_group": groups.pp,
         "ep_group": groups.ep,
@@ -238,7 +239,7 @@ def save_with_optimizer(chunks: list[Any], out: Path, groups: ParallelGroups) ->
     start_save([*weights, *averages], out, background=False).finish(groups.control)
 
 
-def contents(chunks: list[nn.Module]) -> dict[str, str]:
+def contents(chunks: Sequence[nn.Module]) -> dict[str, str]:
     return {
         f"{number}.{name}": tensor_hash(parameter)
         for number, chunk in enumerate(chunks)

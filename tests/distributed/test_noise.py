@@ -110,7 +110,7 @@ def check_is_noise(steps: list[dict[str, float]], low: float, high: float) -> No
 
 
 def test_noise_is_rounding_in_float32_and_visible_in_bfloat16(model: str, tmp_path: Path) -> None:
-    cases = [
+    cases: list[dict[str, Any]] = [
         {"path": model, "dtype": "float32"},
         {"path": model, "dtype": "bfloat16"},
         # Several updates: only the first one still has the weights that were scored.

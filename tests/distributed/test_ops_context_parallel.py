@@ -48,7 +48,7 @@ def _check(tensor: int, context: int) -> None:
         ref_log_probs=ref,
     )
 
-    whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    whole = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
     expected = reference_policy_loss(
         *whole, targets, tokens=tokens, config=CONFIG, sequence_ids=ids, softcap=2.0
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,7 +42,7 @@ def _check_case(name: str, sequence_parallel: bool) -> None:
     rows = own_rows if sequence_parallel else slice(None)
     hidden = case.hidden[rows].clone().requires_grad_()
     weight = torch.cat([case.weight, padding]).split(V_local)[rank].clone().requires_grad_()
-    split = {
+    split: dict[str, Any] = {
         "tp_group": dist.group.WORLD,
         "sequence_parallel": sequence_parallel,
         "vocab_size": 40,

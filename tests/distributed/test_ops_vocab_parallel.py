@@ -103,12 +103,12 @@ def _check_edges() -> None:
         for rows in (24, 0):
             hidden = (torch.randn(rows, 8, generator=generator) * scale).bfloat16()
             targets = torch.randint(real, (rows,), generator=generator)
-            arguments = {
+            arguments: dict[str, Any] = {
                 k: v[:rows] if isinstance(v, torch.Tensor) else v for k, v in case.arguments.items()
             }
             for mask in (1.0, 0.0):
                 arguments["loss_weights"] = torch.full((rows,), mask)
-                whole = [hidden.clone().requires_grad_(), weight[:real].clone().requires_grad_()]
+                whole = (hidden.clone().requires_grad_(), weight[:real].clone().requires_grad_())
                 expected, _ = policy_loss(*whole, targets, **arguments)
                 expected.backward()
                 for sequence_parallel in (False, True):

@@ -160,7 +160,7 @@ def run_case(case: Case, model: str, out: Path, number: int) -> None:
         found["grad_norm"] = updated.grad_norm
         found["rerouted"] = updated.sums["rerouted"] / updated.sums["replayed"]
         found["router_gradients"] = {
-            name: parameter.main_grad.tolist()
+            name: vars(parameter)["main_grad"].tolist()
             for name, parameter in actor.parameters().items()
             if name.endswith("router.weight") and groups.world_size == 1
         }

@@ -15,7 +15,12 @@ from tests.batches import plain, train_row
 from tests.distributed.layouts import save_models
 from tests.distributed.ranks import next_world, run_on_ranks
 
-LAYOUTS = ({"pipeline": 2}, {"tensor": 2}, {"context": 2, "tensor": 2}, {})
+LAYOUTS: tuple[dict[str, int], ...] = (
+    {"pipeline": 2},
+    {"tensor": 2},
+    {"context": 2, "tensor": 2},
+    {},
+)
 SHARES = {1: [[3, 0, 2]], 2: [[0, 3], [2]], 4: [[2], [], [0, 3], []]}
 
 

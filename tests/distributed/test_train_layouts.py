@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,11 +30,15 @@ REMARKS = ("Count.", None, "Add the first to the second, then take it away again
 def test_four_processes_take_the_steps_of_one(make_config, tmp_path):
     """Hints differ in length and one in four is missing, amid the others: rows of student and
     teacher go together in micro-batches of any layout."""
-    data, steps = tmp_path / "questions.jsonl", {}
+    data = tmp_path / "questions.jsonl"
+    steps: dict[tuple[int, tuple[str, ...]], list[dict[str, Any]]] = {}
     with data.open("w") as file:
         for i in range(9):
             remark = REMARKS[i % len(REMARKS)]
-            line = {"prompt": f"{i} + {3 * i}" + " please" * i, "answer": f"{4 * i}"}
+            line: dict[str, Any] = {
+                "prompt": f"{i} + {3 * i}" + " please" * i,
+                "answer": f"{4 * i}",
+            }
             line["metadata"] = {} if remark is None else {"remark": remark}
             file.write(json.dumps(line) + "\n")
     for processes, layout in [
@@ -61,7 +66,7 @@ def test_four_processes_take_the_steps_of_one(make_config, tmp_path):
     assert len({step["rollout/reward_mean"] for step in expected}) > 1
     unhinted = [step["teacher/without_hint_share"] for step in expected]
     assert unhinted == pytest.approx([1 / 3, 1 / 3, 0])
-    for layout, measured in steps.items():
+    for measured in steps.values():
         for one, other in zip(expected, measured, strict=True):
             assert one["rollout/reward_mean"] == pytest.approx(other["rollout/reward_mean"])
             for key in (

@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_a_rank_that_dies_at_any_moment_is_named(tmp_path: Path, moment: str, di
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context(DEFAULT)
+    context: Any = multiprocessing.get_context(DEFAULT)
     ranks = [
         context.Process(target=start, args=(rank, port, moment, dies, str(tmp_path)))
         for rank in range(2)
@@ -82,7 +83,7 @@ def start(rank: int, port: int, moment: str, dies: int, folder: str) -> None:
 
     new_group = dist.new_group
 
-    def noted(*args: object, **options: object) -> object:
+    def noted(*args: Any, **options: Any) -> Any:
         at("between the groups")
         return new_group(*args, **options)
 

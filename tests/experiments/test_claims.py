@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from examples.experiments import claims, claims_report, modular_chain
 from examples.experiments.flipped_reward import flipped
 from examples.experiments.shuffled_evidence import ShuffledLearner
 from examples.experiments.token_credit import gradient_mass, judged_characters
-from megatron_rlsd.learner import Learner, Scores
+from megatron_rlsd.learner import Learner, Plan, Scores
 from megatron_rlsd.rewards.exact_match import exact_match
 from megatron_rlsd.types import Problem, RewardInput
 from tests.batches import train_row
@@ -99,7 +100,7 @@ def test_the_control_keeps_each_responses_gains_and_moves_them(
         0: train_row([1], [3] * 6, rollout_log_probs=student[0]),
         1: train_row([1], [4] * 2, rollout_log_probs=student[1]),
     }
-    shuffled = learner.score(SimpleNamespace(row=rows.get)).teacher
+    shuffled = learner.score(cast(Plan, SimpleNamespace(row=rows.get))).teacher
     assert shuffled is not None
     before, after = (t - torch.tensor(student[0]) for t in (teacher[0], shuffled[0]))
     torch.testing.assert_close(before.sort().values, after.sort().values)

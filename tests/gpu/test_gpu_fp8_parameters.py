@@ -117,7 +117,7 @@ def test_export_teacher_and_checkpoint(model: Path, tmp_path: Path) -> None:
                 ("self_attention.linear_proj", "self_attn.o_proj"),
                 ("mlp.linear_fc2", "mlp.down_proj"),
             ):
-                parameter = parameters[f"0.decoder.layers.{layer}.{here}.weight"]
+                parameter: Any = parameters[f"0.decoder.layers.{layer}.{here}.weight"]
                 hf = exported[f"model.layers.{layer}.{there}.weight"]
                 # Powers of two scale 8 bits: bfloat16 holds each of them exactly.
                 assert torch.equal(hf.float(), parameter.dequantize(dtype=torch.float32))

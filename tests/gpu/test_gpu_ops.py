@@ -47,12 +47,12 @@ def problem(N: int, D: int, V: int, dtype: torch.dtype, seed: int = 0) -> dict[s
 
 def call(inputs: dict[str, Any], **options: Any) -> Any:
     tensors = inputs["hidden"], inputs["weight"], inputs["targets"]
-    return policy_loss(*tensors, **vars(inputs["tokens"]), **{"config": CONFIG} | options)
+    return policy_loss(*tensors, **{"config": CONFIG, **vars(inputs["tokens"]), **options})
 
 
 def errors(inputs: dict[str, Any], config: PolicyLossConfig = CONFIG, **options: Any) -> Any:
     """For ours and for full logits: relative errors of loss and gradients against float64."""
-    leaves = [inputs["hidden"], inputs["weight"]]
+    leaves: tuple[torch.Tensor, torch.Tensor] = (inputs["hidden"], inputs["weight"])
     scaling = {k: v for k, v in options.items() if k in ("softcap", "temperature", "sequence_ids")}
 
     def reference(h: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -67,7 +67,8 @@ def errors(inputs: dict[str, Any], config: PolicyLossConfig = CONFIG, **options:
         )
         return [loss.detach(), *torch.autograd.grad(loss, [h, w])]
 
-    exact = reference(*(x.detach().double().requires_grad_() for x in leaves), torch.float64)
+    hidden, weight = (x.detach().double().requires_grad_() for x in leaves)
+    exact = reference(hidden, weight, torch.float64)
     eager = reference(*leaves, torch.float32)
     loss, _ = call(inputs, config=config, **options)
     ours = [loss.detach(), *torch.autograd.grad(loss, leaves)]
@@ -90,7 +91,9 @@ def test_auto_takes_triton_from_compute_capability_8_on(cuda):
 def test_vectors(name, backend):
     case = load_case(name, torch.float32)
     hidden, weight = case.hidden.cuda().requires_grad_(), case.weight.cuda().requires_grad_()
-    arguments = {k: v.cuda() if torch.is_tensor(v) else v for k, v in case.arguments.items()}
+    arguments: dict[str, Any] = {
+        k: v.cuda() if torch.is_tensor(v) else v for k, v in case.arguments.items()
+    }
     loss, stats = policy_loss(
         hidden, weight, case.targets.cuda(), **arguments, backend=backend, with_entropy=True
     )
@@ -109,7 +112,7 @@ def test_vectors(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(512, 256, 5000), (77, 72, 1283), (1, 128, 32000)])
-def test_no_worse_than_full_logits(shape, dtype, backend):
+def test_no_worse_than_full_logits(shape: tuple[int, int, int], dtype, backend):
     ours, eager = errors(problem(*shape, dtype), backend=backend)
     print(shape, dtype, "ours", [f"{e:.1e}" for e in ours], "eager", [f"{e:.1e}" for e in eager])
     for name, mine, theirs in zip(("loss", "d_hidden", "d_weight"), ours, eager, strict=True):

@@ -59,7 +59,7 @@ def test_offsets_beyond_32_bits():
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free GPU memory")
     hidden, weight, targets = checks.random_head(N, D, V, CUDA, torch.bfloat16)
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
     ones = torch.ones(N, device=CUDA)
     loss, stats = policy_loss(
         *leaves,

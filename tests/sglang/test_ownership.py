@@ -14,6 +14,7 @@ import pytest
 from megatron_rlsd.rollout import EngineError
 from megatron_rlsd.rollout.sglang import ServerFault, SGLangEngine, fleet
 from megatron_rlsd.rollout.sglang.calls import versions_of
+from megatron_rlsd.rollout.sglang.replies import parse_generation
 from megatron_rlsd.types import GenerationRequest
 from megatron_rlsd.weight_sync import DiskTransport, SyncSettings
 from tests.sglang.conftest import Publisher, Reference
@@ -46,7 +47,7 @@ def test_no_response_goes_on_past_its_end_under_many_updates(
         for r in requests_of(12, 8, tokens=60)
     ]
     called_aborted: list[str] = []
-    parse = fleet.parse_generation
+    parse = parse_generation
 
     def recording(reply: Any, request: GenerationRequest, **rest: Any) -> Any:
         found = parse(reply, request, **rest)

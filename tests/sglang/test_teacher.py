@@ -56,7 +56,7 @@ def test_scores_are_those_of_transformers(engine: SGLangEngine, teacher_folder: 
         vocab_size=VOCAB_SIZE,
         dtype=torch.float32,
         device=torch.device("cpu"),
-    ).log_probs([(np.int32(p), np.int32(r)) for p, r in sequences], 1.0, [])
+    ).log_probs([(np.array(p, np.int32), np.array(r, np.int32)) for p, r in sequences], 1.0, [])
     scorer = make_scorer(engine)
     scorer.check()
     for _ in range(2):

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from megatron_rlsd import sft
-from megatron_rlsd.actor.actor import UpdateResult
+from megatron_rlsd.actor.outcome import UpdateResult
 from megatron_rlsd.config import parse_config
 from megatron_rlsd.hf_bridge import load_hf_config
 from megatron_rlsd.learner import Learner

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,11 @@ def test_every_tensor_arrives_at_every_server(
         assert metrics["weight_sync/buckets"] >= size / 20_000
 
 
-def scale(server: Server, name: str, reference: Reference, factor: float) -> Callable[[], object]:
+def is_ready(server: Server) -> bool:
+    return server.state is State.READY
+
+
+def scale(server: Server, name: str, reference: Reference, factor: float) -> Callable[[], Any]:
     """Change one tensor on one server, past every transport."""
     weights = FlatWeights(10**6, shared_buffer)
     tensor = dict(reference.model.named_parameters())[name].detach()
@@ -170,14 +175,15 @@ def test_one_tensor_that_is_wrong_on_one_server_stops_the_run_and_is_named(
     over: Publisher, engine: SGLangEngine, tensor: str, parameter: str
 ) -> None:
     spoil = scale(engine.fleet.servers[1], tensor, over.reference, 1.01)
-    over.transport.before_verification = lambda: engine.call(spoil(), 60)
+    transport: Any = over.transport
+    transport.before_verification = lambda: engine.call(spoil(), 60)
     try:
         with pytest.raises(
             WeightSyncError, match=rf"server 1 .*: {parameter} differ \(\d\d others"
         ):
             over.publish_new()
     finally:
-        over.transport.before_verification = None
+        transport.before_verification = None
     assert engine.weight_version != over.version
     over.publish_new()
     check_servers(over, engine)
@@ -201,11 +207,12 @@ def test_a_server_killed_in_the_middle_of_an_update_costs_only_itself(
             yield named
 
     over.change()
-    over.transport.while_loading = kill
+    transport: Any = over.transport
+    transport.while_loading = kill
     try:
-        over.transport.publish(stream(), over.version)
+        transport.publish(stream(), over.version)
     finally:
-        over.transport.while_loading = None
+        transport.while_loading = None
     assert victim.state is not State.READY
     wait_until(lambda: not members(group), 30, "all that came of server 0 is gone")
     check_servers(over, engine, servers=1)
@@ -241,7 +248,7 @@ def test_servers_that_share_a_group_share_a_death_in_a_broadcast_and_all_come_ba
     # Neither has the weights; both are given them before their next request.
     assert State.READY not in (victim.state, other.state)
     for server in (other, victim):
-        wait_until(lambda s=server: s.state is State.READY, RESTART_SECONDS, f"{server} is back")
+        wait_until(partial(is_ready, server), RESTART_SECONDS, f"{server} is back")
     check_servers(publisher, engine)
     assert victim.starts == starts + 1
     publisher.publish_new()

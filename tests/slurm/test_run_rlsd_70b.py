@@ -284,7 +284,7 @@ def kill_server(cluster: Cluster) -> int:
 def test_what_cannot_work_is_refused_by_name(
     cluster: Cluster,
     tmp_path: Path,
-    settings: dict[str, str],
+    settings: dict[str, Any],
     reason: str,
     request: pytest.FixtureRequest,
 ) -> None:

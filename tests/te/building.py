@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -72,11 +73,8 @@ def build_one(
         corrected.extend(original(*args))
         return corrected
 
-    model.set_marks = recorded
-    try:
+    with mock.patch.object(model, "set_marks", recorded):
         chunks = model.build_model(config, family, hf_config, groups, build.kind)
-    finally:
-        model.set_marks = original
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -56,10 +57,10 @@ def describe(out: str) -> None:
         shape = family.dims(hf_config)
         with parallel_world(config.parallel, shape, timeout_seconds=60, seed=0) as groups:
             parameters = {name: described(m) for name, m in modules(te, groups.tp).items()}
-            actor_model.set_marks = lambda *_: []
-            chunks = actor_model.build_model(
-                settings, family, hf_config, groups, "transformer_engine"
-            )
+            with mock.patch.object(actor_model, "set_marks", return_value=[]):
+                chunks = actor_model.build_model(
+                    settings, family, hf_config, groups, "transformer_engine"
+                )
     report = {
         "path": transformer_engine.__file__,
         "version": transformer_engine.__version__,

@@ -97,7 +97,7 @@ def install() -> None:
         getattr(te, module).forward = forward
     te.ops.SwiGLU.forward = plain.swiglu
     # Megatron then takes torch's AdamW and its own norms of gradients, which run on a CPU.
-    sys.modules["transformer_engine.pytorch.optimizers"] = None  # type: ignore[assignment]
+    sys.modules["transformer_engine.pytorch.optimizers"] = None
     cpu.PATCHES["megatron.core.extensions.transformer_engine"] = _patch_extension
     _admit_engine()
 

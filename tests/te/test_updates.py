@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,9 +24,9 @@ from tests.distributed.layouts import (
 )
 from tests.te.engine import BEFORE, IS_REAL
 
-EXPERTS = {"model": "experts"}
-LATENT = {"model": "deepseek"}
-SP = {"tensor": 2, "sequence": True}
+EXPERTS: dict[str, Any] = {"model": "experts"}
+LATENT: dict[str, Any] = {"model": "deepseek"}
+SP: dict[str, Any] = {"tensor": 2, "sequence": True}
 ONE = (
     Layout(1),
     Layout(1, model="untied"),

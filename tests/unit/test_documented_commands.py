@@ -73,7 +73,7 @@ def test_a_command_that_is_not_run_is_one_that_its_program_takes(
 
 def reading(original: Any) -> Any:
     """``parse_args`` which raises what it read, and which inner calls of it do not meet."""
-    inside = []
+    inside: list[bool] = []
 
     def parse(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> argparse.Namespace:
         if inside:

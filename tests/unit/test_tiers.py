@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,8 @@ def test_processes_are_noticed_however_they_start() -> None:
     subprocess.run([sys.executable, "-c", ""], check=True)
     assert tiers.started.pop() == sys.executable
     for method in ("spawn", "fork", "forkserver"):
-        child = multiprocessing.get_context(method).Process(target=nothing)
+        context: Any = multiprocessing.get_context(method)
+        child = context.Process(target=nothing)
         child.start()
         child.join()
         assert child.exitcode == 0

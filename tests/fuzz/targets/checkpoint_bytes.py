@@ -82,8 +82,8 @@ def make(rng: random.Random) -> tuple[Damage, Damage | None]:
 
 
 def _damage(rng: random.Random) -> Damage:
-    shares = [rng.random() for _ in range(4)]
-    return Damage(rng.choice(KINDS), *shares, value=rng.randrange(256))
+    file, second, at, length = (rng.random() for _ in range(4))
+    return Damage(rng.choice(KINDS), file, second, at, length, rng.randrange(256))
 
 
 def check(value: tuple[Damage, Damage | None], folder: Path) -> None:

@@ -21,7 +21,6 @@ import httpx2
 import numpy as np
 
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.rollout.sglang import client as clients
 from megatron_rlsd.rollout.sglang.calls import versions_of
 from megatron_rlsd.rollout.sglang.client import CONTROL_BYTES, SGLangClient
 from megatron_rlsd.rollout.sglang.replies import (
@@ -209,7 +208,9 @@ def _judge_log_probs(entries: Any, ids: list[int], found: Any) -> None:
     assert [entry[1] for entry in entries] == ids, "of other tokens"
     assert all(type(value) in (int, float) and -1e308 < value <= 1e-3 for value in values)
     with np.errstate(over="ignore"):
-        assert np.array_equal(np.float32(found), np.float32(values)), "other log-probabilities"
+        assert np.array_equal(np.array(found, np.float32), np.array(values, np.float32)), (
+            "other log-probabilities"
+        )
 
 
 def _judge_scores(said: Any, found: Any) -> None:
@@ -309,7 +310,7 @@ def prepared() -> Iterator[None]:
         return httpx2.Response(reply.status, headers=reply.headers, content=parts(reply))
 
     played = partial(httpx2.AsyncClient, transport=httpx2.MockTransport(handle))
-    with patch.object(clients.httpx2, "AsyncClient", played), asyncio.Runner() as runner:
+    with patch.object(httpx2, "AsyncClient", played), asyncio.Runner() as runner:
         client = SGLangClient(URL, api_key=None, max_connections=1)
 
         def ask(reply: Reply) -> Any:

@@ -98,7 +98,7 @@ def test_a_resume_may_round_weights_but_not_begin_with_rounded_ones() -> None:
         }
         for kept in (True, False)
     }
-    before_the_key = {"model": {"precision": {}}, "teacher": {}, "train": {}}
+    before_the_key: dict[str, Any] = {"model": {"precision": {}}, "teacher": {}, "train": {}}
     assert len(check_settings(stored[False], stored[True], "here")) == 1
     assert len(check_settings(before_the_key, stored[True], "here")) == 1
     with pytest.raises(UserError, match="its weights are rounded to 8 bits"):
@@ -145,12 +145,12 @@ def everything(model: str, out: str) -> None:
     with actor_of(config, 4, seconds=60, seed=1) as actor:
         plain_masters = masters(actor)
     teach_megatron()
-    build: Any = actor_module.build_model
+    build: Any = vars(actor_module)["build_model"]
 
     def build_quantized(*args: Any, **settings: Any) -> Any:
         return quantize_layers(build(*args, **settings), 1)
 
-    actor_module.build_model = build_quantized
+    vars(actor_module)["build_model"] = build_quantized
     next_world()
     folder = Path(out) / "checkpoints" / "step_00000001"
     with actor_of(config, 4, seconds=60, seed=1) as actor:
@@ -198,7 +198,8 @@ def check_start(actor: Actor, plain_masters: dict[str, Tensor]) -> None:
     assert found.keys() == plain_masters.keys()
     for name, held in found.items():
         assert torch.equal(held, plain_masters[name]), name
-    for parameter in quantized.values():
+    held_as: list[Any] = list(quantized.values())
+    for parameter in held_as:
         assert parameter.get_high_precision_init_val() is None  # freed
         assert parameter._codes.untyped_storage().nbytes() > parameter.numel()  # Megatron's buffer
     exact = next(p for n, p in quantized.items() if n.endswith("linear_proj.weight"))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rlsd.actor import model
 from megatron_rlsd.actor.model import dispatcher_fields
 from megatron_rlsd.actor.precision import check_fp8, layer_kind, precision_fields
 from megatron_rlsd.config import (
@@ -127,7 +127,7 @@ def test_megatron_takes_the_fields(fp8: str) -> None:
     kept = {"first_layers_bf16": 1, "last_layers_bf16": 2} if fp8 in ("current", "mxfp8") else {}
     precision = PrecisionConfig(fp8=fp8, fp8_format="e4m3", **kept)
     fields = precision_fields(precision, "transformer_engine", has_experts=False)
-    config = model.TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=2, **fields)
+    config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=2, **fields)
     recipe = {"none": None, "current": "tensorwise"}.get(fp8, fp8)
     assert (config.fp8_recipe if config.fp8 else None) == recipe
     assert config.first_last_layers_bf16 == bool(kept)

@@ -149,12 +149,12 @@ def weighed_terms(data: Data, clip: float, lam: float, signal, only=lambda A: Tr
 
 def dr_grpo(data: Data) -> Tensor:
     terms = grpo_terms(data, "group_mean", 0.2, 0.2, None)
-    return sum(t.sum() for t in terms) / (B * MAX_TOKENS)
+    return torch.stack([t.sum() for t in terms]).sum() / (B * MAX_TOKENS)
 
 
 def rloo(data: Data) -> Tensor:
     A = by_group("leave_one_out")
-    return sum(each(data, lambda i, lp: -A[i] * lp.sum())) / (B * MAX_TOKENS)
+    return torch.stack(each(data, lambda i, lp: -A[i] * lp.sum())).sum() / (B * MAX_TOKENS)
 
 
 def gspo(data: Data) -> Tensor:
@@ -164,7 +164,7 @@ def gspo(data: Data) -> Tensor:
         s = ((lp - data.old[i]).sum() / len(lp)).exp()
         return -torch.minimum(A[i] * s, A[i] * s.clamp(1 - 0.3, 1 + 0.4))
 
-    return sum(each(data, term)) / B
+    return torch.stack(each(data, term)).sum() / B
 
 
 def cispo(data: Data) -> Tensor:
@@ -426,6 +426,7 @@ def scored(data: Data, name: str, i: int, A: float, lam: float) -> ScoredRespons
 def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) -> Tensor:
     """The same loss as the learner forms it: advantages, weights, and the operators of ops."""
     lengths = torch.tensor(LENGTHS)
+    assert algorithm.advantage != "own"
     A = torch.cat([group_advantages(rewards, algorithm.advantage) for rewards in REWARDS])
     advantages = list(A.repeat_interleave(lengths).split(LENGTHS))
     lam = 0.0 if algorithm.name == "grpo" else algorithm.rlsd_lambda
@@ -436,7 +437,7 @@ def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) 
     weights = token_loss_weights(LENGTHS, algorithm.loss_aggregation, MAX_TOKENS)
     factors = torch.ones(T, dtype=torch.float64)
     if rule is not None and not isinstance(credits[0], Tensor):
-        selected = torch.cat([c.selected for c in credits])
+        selected = torch.cat([c.selected for c in credits if not isinstance(c, Tensor)])
         each_token = weights.repeat_interleave(lengths)
         factors = part_factors(selected, each_token, float(each_token.sum()), lambda sums: sums)
     distilled_weights = weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ def responses() -> list[list[float]]:
     return parts
 
 
-def weights(masks: Masks, **settings: object) -> list[float]:
-    chosen = {"level": "none", "mode": "truncate", "clip": 2.0} | settings
+def weights(masks: Masks, **settings: Any) -> list[float]:
+    chosen: dict[str, Any] = {"level": "none", "mode": "truncate", "clip": 2.0} | settings
     return correction(OLD, ROLLOUT, LENGTHS, masks=masks, **chosen).weights.tolist()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from megatron_rlsd import __version__, commands
 from megatron_rlsd.commands import COMMANDS, launching
 from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.config.listing import settings
-from megatron_rlsd.runtime import missing
+from megatron_rlsd.runtime import missing, one_voice
 from megatron_rlsd.runtime.errors import UserError
 from tests.conftest import ROOT
 
@@ -67,7 +69,7 @@ def test_a_missing_package_is_a_message(
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
-    monkeypatch.setattr(commands.importlib, "import_module", absent)
+    monkeypatch.setattr(importlib, "import_module", absent)
     assert commands.main(["train", "config.yaml"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {missing.DISTRIBUTIONS[module.partition('.')[0]]} is not ")
@@ -89,7 +91,7 @@ def test_the_listing_has_every_key_of_a_configuration_and_its_default() -> None:
     assert "reward.functions.0.name" in listed
     assert {"data.train.0.path", "data.train.0.task", "data.train.0.low"} <= listed.keys()
 
-    def keys(values: dict[str, object], prefix: str = "") -> set[str]:
+    def keys(values: dict[str, Any], prefix: str = "") -> set[str]:
         found = set()
         for key, value in values.items():
             nested = isinstance(value, dict) and value
@@ -180,7 +182,7 @@ def test_the_status_of_an_earlier_run_is_not_that_of_this_one(
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: ranks)
-    for name in ("OMP_NUM_THREADS", launching.one_voice.LAUNCHED):
+    for name in ("OMP_NUM_THREADS", one_voice.LAUNCHED):
         monkeypatch.setenv(name, "1")  # start_ranks sets them
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -198,7 +200,7 @@ def test_user_errors_at_import_are_told(
     def unsupported(name: str) -> None:
         raise UserError("megatron-core 0.9 is not supported")
 
-    monkeypatch.setattr(commands.importlib, "import_module", unsupported)
+    monkeypatch.setattr(importlib, "import_module", unsupported)
     assert commands.main(["replay", "run", "1"]) == 2
     assert capsys.readouterr().err == "error: megatron-core 0.9 is not supported\n"
 
@@ -219,7 +221,7 @@ def test_another_pipe_that_breaks_keeps_its_traceback(monkeypatch: pytest.Monkey
     def broken(name: str) -> None:
         raise BrokenPipeError("a worker's")
 
-    monkeypatch.setattr(commands.importlib, "import_module", broken)
+    monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(BrokenPipeError, match="a worker's"):
         commands.main(["train", "config.yaml"])
 

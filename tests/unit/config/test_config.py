@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from megatron_rlsd.config import dump_config, load_config
+from megatron_rlsd.config import JsonlSource, dump_config, load_config
 from megatron_rlsd.runtime.errors import UserError
 
 VALID = {
@@ -36,7 +36,9 @@ def test_overrides_reach_nested_keys_lists_and_new_sections(write):
     )
     assert config.optimizer.lr == 1e-4
     assert config.parallel.tensor == 2
-    assert config.data.train[0].path == "other.jsonl"
+    (source,) = config.data.train
+    assert isinstance(source, JsonlSource)
+    assert source.path == "other.jsonl"
     assert config.algorithm.dual_clip is None
     assert config.eval.pass_at_k == [1, 4]
 

@@ -136,7 +136,7 @@ def test_choices_are_shuffled_in_a_way_that_follows_from_the_question(tmp_path: 
 def test_what_is_not_as_published_is_named(
     tmp_path: Path, name: str, row: Any, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = {"gsm8k": GSM8K, "math500": MATH, "aime24": AIME, "gpqa_diamond": GPQA}
+    good: dict[str, Any] = {"gsm8k": GSM8K, "math500": MATH, "aime24": AIME, "gpqa_diamond": GPQA}
     path = written(tmp_path / "t.jsonl", [good.get(name, MMLU_PRO), row])
     with pytest.raises(UserError, match=expected):
         prepared(name, path)

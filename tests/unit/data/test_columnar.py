@@ -77,7 +77,7 @@ def test_rlsd_evaluate_takes_each_kind(name: str, kind: str) -> None:
 
 
 def test_all_fields_arrive(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "messages": [{"role": "system", "content": "s"}, *QUESTION],
             "answer": "3",
@@ -201,7 +201,7 @@ def test_trls_rows(
 @pytest.mark.parametrize("text", [True, False])
 def test_trls_completions_are_imitated(tmp_path: Path, text: bool) -> None:
     reply = {"role": "assistant", "content": "2"}
-    row = {"prompt": QUESTION, "completion": [reply]}
+    row: dict[str, Any] = {"prompt": QUESTION, "completion": [reply]}
     if text:
         row = {"prompt": "1 + 1?", "completion": "2"}
     (problem,) = problems(write(tmp_path / "t.parquet", [row]))

@@ -283,7 +283,8 @@ def test_arguments_of_the_template_reach_it_and_are_defaults_of_what_is_saved(
     assert rendered == on.apply_chat_template(user("x"))
     asked = theirs.apply_chat_template(user("x"), enable_thinking=False, **options)
     assert asked == off.apply_chat_template(user("x"))
-    for wrong in ({"enable_thinkng": True}, {"messages": []}):
+    wrongs: tuple[dict[str, Any], ...] = ({"enable_thinkng": True}, {"messages": []})
+    for wrong in wrongs:
         with pytest.raises(UserError, match="chat_template_kwargs"):
             loaded(folder, chat_template_kwargs=wrong)
 

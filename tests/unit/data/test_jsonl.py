@@ -42,7 +42,8 @@ def talk(*messages: str) -> dict[str, object]:
 
 def test_a_conversation_is_a_question_and_what_follows(tmp_path: Path) -> None:
     line = talk("system:s", "user:q", "assistant:a", "tool:", "assistant:b", "user:c", "assistant")
-    plain, marked = open_lines(tmp_path, line, {**line, "privileged": True, "answer": 5})
+    problems = open_lines(tmp_path, line, {**line, "privileged": True, "answer": 5})
+    plain, marked = (problems[i] for i in range(len(problems)))
     messages = line["messages"]
     assert isinstance(messages, list)
     for problem in (plain, marked):
@@ -101,8 +102,8 @@ def test_answers_become_text(tmp_path: Path, answer: object, text: str) -> None:
 def test_the_digits_of_a_numeric_answer_are_those_of_its_literal(
     tmp_path: Path, literal: str, text: str
 ) -> None:
-    (problem,) = open_lines(tmp_path, f'{{"prompt": "?", "answer": {literal}}}')
-    assert problem.answer == text
+    problems = open_lines(tmp_path, f'{{"prompt": "?", "answer": {literal}}}')
+    assert problems[0].answer == text
 
 
 @pytest.mark.parametrize(

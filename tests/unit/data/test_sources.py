@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_without_shuffling_the_file_order_repeats(tmp_path: Path) -> None:
 
 
 def test_any_stretch_is_mixed_by_weight(tmp_path: Path) -> None:
-    sources = [
+    sources: list[Any] = [
         jsonl(tmp_path, "a", 5, weight=6.0),
         jsonl(tmp_path, "b", 100, weight=3.0),
         gym(weight=1.0, size=20),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -155,7 +156,7 @@ def test_content_cannot_forge_markers(
     assert small_tokenizer.decode(ids) == content
 
 
-def third_party_model(folder: Path, **settings: object) -> Path:
+def third_party_model(folder: Path, **settings: Any) -> Path:
     """A model whose chat markers are user-defined, which sentencepiece matches in any text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

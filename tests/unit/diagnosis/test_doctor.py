@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from megatron_rlsd.config import parse_config
+from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.diagnosis import collective, versions
 from megatron_rlsd.diagnosis.check import Check, run_check
 from megatron_rlsd.diagnosis.collective import check_collectives
@@ -214,6 +215,10 @@ REWARDS = {
 """Body of a reward -> what the check makes of it."""
 
 
+def rewards_of(config: Config) -> str:
+    return check_rewards(config, first_problems(config))
+
+
 @pytest.mark.process
 def test_rewards_are_tried_on_an_answer_a_wrong_and_an_empty_one(
     healthy: tuple[Path, Raw], tmp_path: Path
@@ -223,7 +228,7 @@ def test_rewards_are_tried_on_an_answer_a_wrong_and_an_empty_one(
         reward.write_text(f"def judge(sample):\n    {body}\n")
         raw = healthy[1] | {"reward": {"functions": [{"name": f"{reward}:judge"}]}}
         config = parse_config(raw)
-        check = run_check("rewards", lambda c=config: check_rewards(c, first_problems(c)))
+        check = run_check("rewards", partial(rewards_of, config))
         assert check.status == status, check
         assert words in check.message
 

@@ -42,7 +42,7 @@ def test_guesses_are_answered_and_the_reward_falls_with_the_turns():
         metadata={"guessing_game": {"low": 1, "high": 50, "secret": 37}},
     )
     player = GuessingGame(turn_penalty=0.25)
-    assert player.reset(problem) is None
+    player.reset(problem)
     answers = [
         player.step(f"<guess>{text}</guess>").text for text in ("25", " 43 ", "51", "x", "9" * 5000)
     ]

@@ -150,8 +150,12 @@ def test_every_failure_ends_its_own_episode_only_and_is_named(make):
 
 def test_a_failing_reset_is_named(make):
     pool = make()
-    assert Game(pool, 1, opening=5).openings[0].reason.startswith("reset: NotAnAnswer: reset ret")
-    assert Game(pool, 1, start=None).step(e0="1")["e0"].reason.startswith("turn 1: TypeError")
+    opened = Game(pool, 1, opening=5).openings[0]
+    assert isinstance(opened, Failure)
+    assert opened.reason.startswith("reset: NotAnAnswer: reset ret")
+    played = Game(pool, 1, start=None).step(e0="1")["e0"]
+    assert isinstance(played, Failure)
+    assert played.reason.startswith("turn 1: TypeError")
 
 
 def test_an_episode_lives_on_in_another_worker_if_it_can_be_played_again(make):
@@ -162,6 +166,7 @@ def test_an_episode_lives_on_in_another_worker_if_it_can_be_played_again(make):
     assert game.step(e0="1") == {"e0": Observation("6", reward=1.0)}
     assert game.step(e0="steps") == {"e0": Observation("4 of 1")}
     broken = game.step(e2="1")["e2"]
+    assert isinstance(broken, Failure)
     assert "played again it says" in broken.reason
     assert "from the problem and the turns alone" in broken.reason
 
@@ -178,7 +183,9 @@ def test_a_worker_that_died_between_turns_is_replaced_without_blame(make):
 def test_a_hanging_call_takes_no_longer_than_its_limit_and_leaves_no_process(make):
     pool = make()
     game = Game(pool, 2)
-    worker = int(game.step(e0="pid")["e0"].text)
+    told = game.step(e0="pid")["e0"]
+    assert isinstance(told, Observation)
+    worker = int(told.text)
     began = time.monotonic()
     assert isinstance(game.step(e1="sleep")["e1"], Failure)
     assert time.monotonic() - began < 30

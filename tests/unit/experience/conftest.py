@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from megatron_rlsd.data import PromptBuilder, build_sources, load_tokenizer
 from megatron_rlsd.experience import Collector, GroupBuilder, Questions, build_collector
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout import EmbeddedEngine
+from megatron_rlsd.rollout.engine import Progress
 from megatron_rlsd.types import Generation, GenerationRequest, Group
 
 BATCH = 2
@@ -23,6 +25,8 @@ BATCH = 2
 
 class BackgroundEngine:
     """The embedded engine in a thread, with weights that only change their name."""
+
+    on_progress: Progress | None = None
 
     def __init__(self, folder: Path) -> None:
         self.engine = EmbeddedEngine(folder, torch.float32, 16)
@@ -62,11 +66,13 @@ class BackgroundEngine:
 @pytest.fixture
 def start(
     make_config: Callable[..., Config], tiny_model: Path
-) -> Callable[..., Iterator[tuple[Collector, BackgroundEngine]]]:
+) -> Callable[..., AbstractContextManager[tuple[Collector, BackgroundEngine]]]:
     """``staleness`` 0: the synchronous collector."""
 
     @contextmanager
-    def build(staleness: int = 1, **sections: dict) -> Iterator:
+    def build(
+        staleness: int = 1, **sections: dict[str, Any]
+    ) -> Iterator[tuple[Collector, BackgroundEngine]]:
         config = make_config(
             **{
                 "rollout": {

@@ -92,9 +92,8 @@ def play(make_config: Callable[..., Config], tiny_model: Path, tmp_path: Path) -
 
 def turns_of(trajectory: Trajectory) -> list[tuple[int, list[int]]]:
     """(mask, token ids) of each piece of the trajectory after its prompt."""
-    generation = trajectory.generation
     pieces: list[tuple[int, list[int]]] = []
-    generation = plain(generation)
+    generation = plain(trajectory.generation)
     mask = generation.loss_mask or [1] * len(generation.token_ids)
     for token, own in zip(generation.token_ids, mask, strict=True):
         if not pieces or pieces[-1][0] != own:
@@ -165,14 +164,14 @@ def test_a_trajectory_is_what_the_engine_returned_with_the_answers_between(play,
     for trajectory in trajectories:
         for prompt in (trajectory.prompt_ids, trajectory.teacher_prompt_ids):
             assert "\n\nWrite digits." in tokenizer.decode(prompt)
-    own = [t.generation.num_own_tokens for t in trajectories]
-    assert metrics["rollout/response_tokens"] == sum(own)
+    owned = [t.generation.num_own_tokens for t in trajectories]
+    assert metrics["rollout/response_tokens"] == sum(owned)
     assert metrics["rollout/turns_max"] == 3
     foreign = [len(t.generation.token_ids) for t in trajectories]
-    assert metrics["rollout/environment_tokens_mean"] == (sum(foreign) - sum(own)) / 12
+    assert metrics["rollout/environment_tokens_mean"] == (sum(foreign) - sum(owned)) / 12
     batch = train_batch(groups)
     assert plain_rows(train_batch_of(train_batch_tensors(batch))) == plain_rows(batch)
-    assert [sum(row.loss_mask) for row in plain_rows(batch)] == own
+    assert [sum(row.loss_mask) for row in plain_rows(batch)] == owned
 
 
 @pytest.mark.process

@@ -113,7 +113,9 @@ def test_a_row_holds_the_ids_that_the_engine_got_and_gave(stand: Open, function:
         for sample, trajectory in enumerate(group.trajectories):
             assert trajectory.environment_error == ""
             assert trajectory.prompt_ids.tolist() == prompt
-            ids, log_probs, mask = [], [], []
+            ids: list[int] = []
+            log_probs: list[float] = []
+            mask: list[bool] = []
             between = (
                 [*tokenizer.encode("<|tool|>one"), end, *tokenizer.encode("<|tool|>two")],
                 tokenizer.apply_chat_template([{"role": "user", "content": "Go on."}])[:-2],
@@ -138,7 +140,9 @@ def test_a_row_holds_the_ids_that_the_engine_got_and_gave(stand: Open, function:
             row = next(rows)
             assert (row.prompt_ids, row.response_ids) == (prompt, ids)
             assert [bool(own) for own in row.loss_mask] == mask
-            assert np.array_equal(np.float32(row.rollout_log_probs), np.float32(log_probs))
+            assert np.array_equal(
+                np.array(row.rollout_log_probs, np.float32), np.array(log_probs, np.float32)
+            )
             assert set(row.weight_versions or [0]) == {0}
             # The teacher reads the agent's own messages and tools, and the hint.
             teacher = tokenizer.decode(row.teacher_prompt_ids)

@@ -294,7 +294,8 @@ DAMAGES = [
 def test_every_damage_is_named_and_nothing_is_left_behind(whole: Path, tmp_path: Path) -> None:
     to_megatron(whole, tmp_path / "whole", Sizes(tensor=2))
     shutil.rmtree(tmp_path / "whole")
-    failures, refused = [], Counter()
+    failures: list[str] = []
+    refused: Counter[str] = Counter()
     for number in range(CASES):
         damage = DAMAGES[number % len(DAMAGES)]
         source = shutil.copytree(whole, tmp_path / "source")

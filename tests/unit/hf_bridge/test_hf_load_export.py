@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,13 @@ from tests.unit import tiny_hf
 SMOLLM2 = Path(__file__).parents[3] / "models" / "SmolLM2-135M-Instruct"
 
 
-def load(chunks: list[nn.Module], folder: Path, tp_size: int = 1) -> None:
+def load(chunks: Sequence[Any], folder: Path, tp_size: int = 1) -> None:
     hf_config = load_hf_config(folder)
     layout = ShardLayout(tp_size=tp_size)
     load_hf_weights(chunks, folder, family_for(hf_config), hf_config, layout=layout)
 
 
-def export(chunks: list[nn.Module], folder: Path, **options) -> dict[str, Tensor]:
+def export(chunks: Sequence[Any], folder: Path, **options) -> dict[str, Tensor]:
     hf_config = load_hf_config(folder)
     pairs = list(export_hf_tensors(chunks, family_for(hf_config), hf_config, **options))
     assert len({name for name, _ in pairs}) == len(pairs)
@@ -49,7 +50,7 @@ def hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name: tensor_hash(tensor) for name, tensor in tensors.items()}
 
 
-def log_prob_difference(chunks: list[nn.Module], folder: Path, ids: Tensor) -> float:
+def log_prob_difference(chunks: Sequence[Any], folder: Path, ids: Tensor) -> float:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_wrapped_chunks(tiny_folders: dict[str, Path]) -> None:
 class Model:
     """A model whose weights are all 0.25, and stay so when a load is refused."""
 
-    def __init__(self, chunks: list[nn.Module], folder: Path) -> None:
+    def __init__(self, chunks: Sequence[Any], folder: Path) -> None:
         self.chunks, self.folder = chunks, folder
 
     def assert_refuses(

@@ -10,12 +10,12 @@ import torch
 
 from megatron_rlsd.config import Config, parse_config
 from megatron_rlsd.config.variants import VARIANTS
-from megatron_rlsd.learner.plan import Plan, make_plan
+from megatron_rlsd.learner.plan import Plan, ScoreKind, make_plan
 from megatron_rlsd.ops import has_policy_loss, teacher_is_needed
 from megatron_rlsd.types import TrainBatch, TrainRow
 from tests.batches import train_row
 
-HINT = {"teacher_prompt_ids": [5, 5, 5], "contrast_prompts": [[6, 6], [7]]}
+HINT: dict[str, Any] = {"teacher_prompt_ids": [5, 5, 5], "contrast_prompts": [[6, 6], [7]]}
 BATCH = TrainBatch.of(
     [
         train_row([1, 2], [3, 4, 5], 1.0, **HINT),
@@ -102,7 +102,7 @@ def test_rows_are_scored_and_trained_where_their_loss_depends_on_it(
     settings: dict[str, Any],
     rlsd_lambda: float,
     trained: set[int],
-    wanted: dict[str, set[int]],
+    wanted: dict[ScoreKind, set[int]],
 ) -> None:
     plan = plan_of(config_of(name, **settings), rlsd_lambda)
     ((rows,),) = (each.by_rank for each in plan.mini_batches)
@@ -175,7 +175,8 @@ def test_a_batch_without_rows_is_refused() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_settings_say_of_every_algorithm_what_its_loss_says(name: str) -> None:
     """``scores_every_response``: whether the teacher is asked about rows of no advantage."""
-    algorithm = config_of(name, **({"rlsd_lambda": 0.0} if name != "rlsd" else {})).algorithm
+    no_gain: dict[str, Any] = {} if name == "rlsd" else {"rlsd_lambda": 0.0}
+    algorithm = config_of(name, **no_gain).algorithm
     plan = plan_of(config_of(name, rlsd_lambda=algorithm.rlsd_lambda), algorithm.rlsd_lambda)
     zero = torch.zeros(1)
     says = bool(teacher_is_needed(zero, plan.loss)) or algorithm.divergence_coef > 0

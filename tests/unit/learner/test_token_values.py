@@ -31,7 +31,7 @@ from tests.batches import trajectory
 from tests.unit.learner.test_learner_plan import BATCH, config_of, plan_of
 
 
-def values_of(config: Any, **rows: dict[int, torch.Tensor]) -> Any:
+def values_of(config: Any, **rows: Any) -> Any:
     plan = plan_of(config)
     return TokenValueMaker(
         *(plan, plan.mini_batches[0], Scores(**rows), config.algorithm, torch.device("cpu")),

@@ -78,7 +78,13 @@ def test_lines_are_valid_json_with_step_first_and_groups_in_order(
 
 def test_infinities_and_foreign_number_types(logger: MakeLogger) -> None:
     with logger() as log:
-        values = {"a": -math.inf, "b": np.float32(0.5), "c": np.int64(3), "d": True, "e": 2**53 + 1}
+        values: dict[str, Any] = {
+            "a": -math.inf,
+            "b": np.float32(0.5),
+            "c": np.int64(3),
+            "d": True,
+            "e": 2**53 + 1,
+        }
         log.step(0, values)
     [record] = read_metrics(log.metrics_path)
     assert record["non_finite"] == ["a"]
@@ -117,14 +123,13 @@ def test_phases_are_summed_within_a_step_and_start_anew(logger: MakeLogger) -> N
 
 def test_tokens_per_second_is_derived_unless_given(logger: MakeLogger) -> None:
     with logger() as log:
-        for step, metrics in enumerate(
-            [
-                {"rollout/response_tokens": 100, "train/tokens": 7},
-                {"train/tokens": 50},
-                {"train/tokens": 50, "perf/tokens_per_second": 3.0},
-                {},
-            ]
-        ):
+        steps: list[dict[str, float]] = [
+            {"rollout/response_tokens": 100, "train/tokens": 7},
+            {"train/tokens": 50},
+            {"train/tokens": 50, "perf/tokens_per_second": 3.0},
+            {},
+        ]
+        for step, metrics in enumerate(steps):
             time.sleep(0.01)
             log.step(step, metrics)
     records = read_metrics(log.metrics_path)

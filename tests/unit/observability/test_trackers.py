@@ -55,7 +55,7 @@ def mlflow_run(run_dir: Path) -> tuple[Any, Any]:
 
 def test_mlflow_holds_settings_and_curves_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
-    settings = {"mlflow": {"enabled": True, "experiment": "tests"}}
+    settings: dict[str, Any] = {"mlflow": {"enabled": True, "experiment": "tests"}}
     run_steps(tmp_path / "run", range(2), **settings)
     run_steps(tmp_path / "run", range(2, 4), resume_step=2, **settings)
     client, run = mlflow_run(tmp_path / "run")
@@ -84,7 +84,7 @@ def test_mlflow_says_that_a_run_failed(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_wandb_offline_keeps_every_value(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    settings = {"wandb": {"enabled": True, "mode": "offline", "project": "tests"}}
+    settings: dict[str, Any] = {"wandb": {"enabled": True, "mode": "offline", "project": "tests"}}
     run_steps(tmp_path / "run", range(2), **settings)
     first_id = (tmp_path / "run/wandb_run_id").read_text()
     run_steps(tmp_path / "run", range(1, 4), resume_step=1, **settings)
@@ -126,7 +126,9 @@ def test_without_a_login_or_a_server_a_run_goes_on(
 
 def wandb_rows(path: Path) -> list[dict[str, Any]]:
     """The logged rows of an offline run's file: protobuf records in the blocks of a LevelDB log."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
+
+    Record = vars(wandb_internal_pb2)["Record"]
 
     data = path.read_bytes()
     assert data[:4] == b":W&B"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_the_product_that_the_triton_head_needs_is_tried_and_not_told_from_a_ver
         calls.append(out_dtype)
         return out.copy_(total + a.float() @ b.float())
 
-    calls = []
+    calls: list[Any] = []
     monkeypatch.setattr(torch, "__version__", "2.9.0a0")
     monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.float() @ b.float())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,11 +14,11 @@ D, V = 32, 20_000
 MIB = 2**20
 
 
-def run(N: int, dtype: torch.dtype = torch.float32, main_grad: bool = False, **changes) -> None:
+def run(N: int, dtype: torch.dtype = torch.float32, main_grad: bool = False, **changes: Any) -> int:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
-    inputs = {
+    inputs: dict[str, Any] = {
         "targets": torch.randint(V, (N,), generator=generator),
         "advantages": torch.ones(N),
         "loss_weights": torch.ones(N),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -40,7 +42,7 @@ def test_the_maker_decides_and_amx_goes_through_onednn(cpuinfo, onednn, tmp_path
     if cpuinfo is not None:
         file.write_text(cpuinfo)
     monkeypatch.setattr(torch_products, "CPUINFO", file)
-    monkeypatch.setattr(torch_products.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     torch_products._is_intels.cache_clear()
     try:
@@ -59,7 +61,8 @@ def test_amx_leaves_log_probs_exact_and_the_setting_as_it_was():
     hidden = torch.randn(20, 64, generator=generator).bfloat16()
     weight = torch.randn(3000, 64, generator=generator).bfloat16()
     targets = torch.randint(3000, (20,), generator=generator)
-    setting = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn
+    setting = mkldnn.matmul
     before = setting.fp32_precision
     with mock.patch.object(torch_products, "_has_amx", return_value=True):
         found, _ = token_log_probs(hidden, weight, targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -122,12 +123,12 @@ def test_gradcheck(importance_ratio, softcap):
 def test_half_precision_errs_no_more_than_full_logits_in_the_same_dtype(dtype):
     hidden, weight, targets, inputs = problem(96, 64, 2500, seed=5, dtype=dtype)
     config = PolicyLossConfig(kl_coef=0.02, entropy_coef=0.01, dual_clip=3.0)
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
     ours, stats = policy_loss(*leaves, targets, **vars(inputs), config=config, chunk_tokens=40)
     eager = reference_policy_loss(
         *leaves, targets, tokens=inputs, config=config, dtype=torch.float32
     )
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wide = (hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
     exact = reference_policy_loss(*wide, targets, tokens=inputs, config=config)
     eager_log_probs, _ = reference_log_probs(*leaves, targets, dtype=torch.float32)
     exact_log_probs, _ = reference_log_probs(*wide, targets)
@@ -165,13 +166,13 @@ def test_flat_and_huge_logits_stay_finite_and_right(scale, dtype):
     hidden = weight[targets] * scale  # even rows: the target is the likeliest
     hidden[1::2] *= -1  # odd rows: the least likely
     config = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.1)
-    arguments = {
+    arguments: dict[str, Any] = {
         "advantages": torch.ones(12),
         "loss_weights": torch.ones(12),
         "ref_log_probs": torch.full((12,), -3.0),
         "teacher_log_probs": torch.full((12,), -3.0),
     }
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
     loss, stats = policy_loss(*leaves, targets, **arguments, config=config, chunk_tokens=5)
     loss.backward()
     assert loss.isfinite()
@@ -213,7 +214,7 @@ def test_padding_rows_take_no_part_whatever_they_hold():
     config = PolicyLossConfig(entropy_coef=0.1)
     results = []
     for W in (weight, padded):
-        leaves = [hidden.clone().requires_grad_(), W.clone().requires_grad_()]
+        leaves = (hidden.clone().requires_grad_(), W.clone().requires_grad_())
         loss, _ = policy_loss(*leaves, targets, **vars(inputs), config=config, vocab_size=33)
         results.append((loss, *gradients(loss, *leaves)))
     (loss, d_hidden, d_weight), (padded_loss, padded_d_hidden, padded_d_weight) = results

@@ -140,7 +140,7 @@ def test_tokens_without_weight_belong_to_no_response():
 
 
 def test_no_rows_are_no_error():
-    arguments = {
+    arguments: dict[str, Any] = {
         name: x[:0] if torch.is_tensor(x) and name != "weight" else x
         for name, x in problem().items()
     }

@@ -156,8 +156,8 @@ def test_an_unscored_token_keeps_its_plain_loss(unscored):
 def test_distillation_teaches_tokens_without_an_advantage():
     log_probs, inputs = random_inputs(9)
     inputs = replace(inputs, advantages=torch.zeros_like(log_probs))
-    for setting in ({"opd_coef": 1.0}, {"sdar_coef": 1.0}):
-        config = PolicyLossConfig(objective="log_prob", rlsd_lambda=0, **setting)
+    unweighted = PolicyLossConfig(objective="log_prob", rlsd_lambda=0)
+    for config in (replace(unweighted, opd_coef=1.0), replace(unweighted, sdar_coef=1.0)):
         assert needs_gradient(inputs, config).all()
         assert (token_loss(log_probs, None, inputs, config).d_log_probs != 0).all()
     assert not needs_gradient(inputs, PolicyLossConfig()).any()
@@ -250,8 +250,8 @@ def test_old_log_probs_between_the_engines_and_the_current_ones(tis_clip):
         if tis_clip is not None:
             expected *= min(math.exp(old - engine), tis_clip)
         assert float(losses.loss[t]) == pytest.approx(expected, rel=1e-12, abs=1e-14)
-    for end, old in ((0.0, inputs.rollout_log_probs), (1.0, None)):
+    for end, frozen in ((0.0, inputs.rollout_log_probs), (1.0, None)):
         at_end = replace(inputs, proximal_share=torch.full_like(share, end))
-        plain = replace(inputs, proximal_share=None, old_log_probs=old)
+        plain = replace(inputs, proximal_share=None, old_log_probs=frozen)
         ours, theirs = (token_loss(log_probs, None, each, config) for each in (at_end, plain))
         torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-12, atol=1e-14)

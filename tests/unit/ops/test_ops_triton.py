@@ -116,7 +116,7 @@ def test_more_rows_need_no_more_memory_than_their_own_gradient(triton_device):
 
     def peak(N: int) -> int:
         hidden, weight, targets = checks.random_head(N, D, V, triton_device, torch.float32)
-        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        leaves = (hidden.requires_grad_(), weight.requires_grad_())
         return peak_allocated_bytes(
             lambda: policy_loss(
                 *leaves,

@@ -1,6 +1,7 @@
 """The formula against models that transformers builds; the layout matrix counts real ranks."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import transformers
@@ -18,7 +19,7 @@ SIZES = {
     "num_key_value_heads": 4,
     "head_dim": 10,
 }
-MODELS = {
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"tie": True}),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"tie": False}),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {"tie": False}),
@@ -125,7 +126,7 @@ def test_tensor_parallel_splits_latent_projections_but_no_norm():
 def test_bytes_of_each_kind_of_state():
     _, shape = build("experts")
     held = rank_parameters(shape, ParallelConfig(expert=2), stage=0)
-    settings = {"world_size": 4, "stage": 0, "dtype": "bfloat16"}
+    settings: dict[str, Any] = {"world_size": 4, "stage": 0, "dtype": "bfloat16"}
     plain = state_bytes(shape, ParallelConfig(expert=2), **settings, distributed_optimizer=False)
     assert plain.parameters == 2 * held.total
     assert plain.gradients == 4 * held.total

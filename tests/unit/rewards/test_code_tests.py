@@ -186,14 +186,15 @@ def test_the_last_block_of_python_is_the_program() -> None:
 
 
 def test_tests_come_in_the_forms_of_known_data_sets() -> None:
-    pairs = ([("1\n2", "3"), ("4", "5")], [])
+    pairs = [("1\n2", "3"), ("4", "5")]
     apps = {"inputs": ["1\n2", "4"], "outputs": [["3"], "5"]}
     for found in (apps, json.dumps(apps), [{"input": "1\n2", "output": "3"}, TWICE[0]]):
-        assert graders.tests_of({"tests": found}, "tests")[0][0] == pairs[0][0]
+        assert graders.tests_of({"tests": found}, "tests")[0][0] == pairs[0]
     assert graders.tests_of({"t": "assert f(1)"}, "t") == ([], ["assert f(1)"])
     human = {"test": "def check(candidate):\n    assert candidate(1)", "entry_point": "f"}
     assert graders.tests_of(human, "test") == ([], [human["test"] + "\ncheck(f)"])
-    for wrong in ({}, {"tests": []}, {"tests": [1]}, {"tests": [{"in": 1}]}, {"tests": None}):
+    wrongs: list[dict[str, Any]] = [{"tests": x} for x in ([], [1], [{"in": 1}], None)]
+    for wrong in [{}, *wrongs]:
         with pytest.raises(ValueError, match="tests"):
             graders.tests_of(wrong, "tests")
 

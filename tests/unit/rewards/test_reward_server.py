@@ -72,7 +72,7 @@ def url(functions: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def remote(url: str | list[str], *, weight: float = 1, key: str = KEY, **settings: Any) -> Any:
-    entry = {"name": "http", "form": "reward_server", "url": url, "api_key": key}
+    entry: dict[str, Any] = {"name": "http", "form": "reward_server", "url": url, "api_key": key}
     entry |= {"batch_size": settings.pop("batch_size", 4), "weight": weight}
     raw = {"functions": [entry], "max_error_share": 1, **settings}
     return RewardPool(RewardConfig.model_validate(raw))

@@ -58,7 +58,7 @@ def test_columns_have_the_bits_of_each_number() -> None:
             take_ids(content, b"output_ids"),
         )
         assert found.tolist() == entries.ids.tolist() == ids
-        assert np.array_equal(entries.log_probs.view(np.int64), np.float64(values).view(np.int64))
+        assert np.array_equal(entries.log_probs.view(np.int64), np.array(values).view(np.int64))
         assert json.loads(rest) == answer_of([], ids)
 
 

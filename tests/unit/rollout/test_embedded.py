@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ FAMILIES = ["llama", "qwen2", "qwen3"]
 HFFolder = Callable[..., Path]
 
 
-def build_engine(folder: Path, max_batch_size: int = 8, **options: bool) -> EmbeddedEngine:
+def build_engine(folder: Path, max_batch_size: int = 8, **options: Any) -> EmbeddedEngine:
     """In float64, so that no uniform lies within rounding noise of a boundary between tokens."""
     return EmbeddedEngine(folder, torch.float64, max_batch_size, **options)
 
@@ -33,7 +34,7 @@ def build_engine(folder: Path, max_batch_size: int = 8, **options: bool) -> Embe
 def mixed_requests(count: int = 20) -> list[GenerationRequest]:
     """Prompts of many lengths, some shared, with sampling parameters of every kind."""
     rng = random.Random(0)
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"temperature": 1.0},
         {"temperature": 0.6, "top_p": 0.9},
         {"temperature": 1.3, "top_k": 5},

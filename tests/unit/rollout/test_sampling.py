@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def draw(
-    logits: torch.Tensor, uniforms: list[float], **params: float
+    logits: torch.Tensor, uniforms: list[float], **params: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = [SamplingParams(1, **params)] * len(uniforms)
     return sample_tokens(logits.expand(len(uniforms), -1), RowParams.of(rows, CPU), uniforms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def test_keys_reach_sglang_past_its_command_line_and_its_log(
     assert "4711" not in f"server_args={vars(read)}"
     # So it goes to SGLang's processes, which may print it, too.
     assert "4711" not in repr(pickle.loads(pickle.dumps(vars(read))))
-    assert hidden_flags.VARIABLE not in hidden_flags.os.environ
+    assert hidden_flags.VARIABLE not in os.environ
     with pytest.raises(SystemExit, match="has no flag --admin-api-key"):
         ServerArgs.from_cli_args(argparse.Namespace(api_key=None))
 

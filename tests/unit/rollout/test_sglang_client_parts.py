@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import time
+from typing import Any
 
 import httpx2
 import psutil
@@ -68,7 +69,7 @@ def span(version, start, end):
 
 def changed(path, value):
     answer = copy.deepcopy(ANSWER)
-    node = answer
+    node: Any = answer
     for key in path[:-1]:
         node = node[key]
     node[path[-1]] = value

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_rlsd.run import colocation
 from megatron_rlsd.run.colocation import Colocation
@@ -35,7 +36,7 @@ class Part:
 @pytest.fixture
 def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     meeting = threading.Barrier(RANKS, timeout=60)
-    monkeypatch.setattr(colocation.dist, "barrier", lambda group: meeting.wait())
+    monkeypatch.setattr(dist, "barrier", lambda group: meeting.wait())
 
     def run(steps: Callable[[Colocation, Part], None], *, shared: bool = True) -> list[str]:
         """What was done, in order; ``gives_back`` is the trainer's cached memory."""
@@ -77,7 +78,7 @@ def test_memory_passes_from_one_to_the_other_only_when_every_rank_has_left_it(on
 
 
 def test_a_turn_that_one_has_already_is_not_taken_again(on_two_ranks) -> None:
-    def evaluates_twice_then_trains_twice(colocation: Colocation, _: Part) -> None:
+    def evaluates_twice_then_trains_twice(colocation: Colocation, part: Part) -> None:
         for _ in range(2):
             colocation.servers_take_over()
         colocation.weights_arrived()

@@ -106,7 +106,7 @@ def test_a_parameter_that_cannot_be_exchanged_leaves_all_others_as_they_were(mon
     teacher = Teacher(TeacherConfig(mode="frozen"), parameters)
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter += 10
+            parameter.add_(10)
     real, calls = torch.empty, []
 
     def empty(*arguments, **keywords):

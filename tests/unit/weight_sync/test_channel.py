@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,11 +42,13 @@ class Group:
         return SimpleNamespace(is_completed=lambda: False)
 
 
-class Named(SimpleNamespace):
-    __hash__ = object.__hash__
+@dataclass(eq=False)
+class Named:
+    client: Any
+    name: str
 
     def __str__(self) -> str:
-        return str(self.name)
+        return self.name
 
 
 def server_of(client: Client) -> Any:

@@ -67,7 +67,7 @@ def test_pieces_may_come_in_any_order_and_end_within_a_word():
 def test_hashing_takes_a_bounded_amount_of_memory(monkeypatch):
     """Beside the pieces: no copy of the parameter, whatever its size."""
     monkeypatch.setattr(word_hash, "CHUNK_BYTES", 2**16)
-    sizes = []
+    sizes: list[int] = []
 
     class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
