@@ -77,7 +77,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
-    """What an engine returns for one request."""
+    """The answer of an engine to one request."""
 
     token_ids: IntArray
     """[T] int32 sampled tokens, the stop token included when finish_reason is ``stop``. Of an
@@ -133,7 +133,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class RewardInput:
-    """What a reward function sees of one response."""
+    """The part of one response that a reward function sees."""
 
     problem: Problem
     response: str
@@ -174,7 +174,7 @@ class RewardResult:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenCredit:
-    """What the update made of each response token, kept for the sample dump.
+    """Values that the update made of each response token, kept for the sample dump.
 
     All [T] float32; NaN where the update did not score the token (a trajectory without advantage,
     an environment's token) or, for the teacher's two, where the teacher did not.

@@ -64,7 +64,7 @@ class HttpRewardConfig(RewardFunctionConfig):
     """Regular expression whose first group is the score, in the text at ``score``; the last place
     that it matches counts. chat: ``Score: NUMBER`` unless this says otherwise."""
     verdicts: dict[str, float] = {}
-    """What the matched text means, where it is no number: ``{A: 1, B: 0}``. Upper and lower case
+    """What the matched text means, where it is not a number: ``{A: 1, B: 0}``. Upper and lower case
     are the same; any other text gives no verdict."""
     score_range: tuple[float, float] | None = None
     """A score outside of them gives no verdict."""
@@ -234,6 +234,6 @@ class RewardConfig(Section):
                 raise ValueError(
                     f"timeout_seconds={self.timeout_seconds:g} must be 1 s above code_tests' "
                     f"total_time_limit_seconds={limit:g}: a program that is too slow is wrong, and "
-                    "a call that is too slow is no verdict"
+                    "a call that is too slow gives no verdict"
                 )
         return self

@@ -221,4 +221,4 @@ def _parsed(text: str, path: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise Malformed(f"metadata ({path}) is text that is no JSON object: {error}") from None
+        raise Malformed(f"metadata ({path}) is text that is not a JSON object: {error}") from None

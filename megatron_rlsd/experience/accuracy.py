@@ -72,8 +72,8 @@ def majority_at_k(
     """Chance that the most frequent answer of k of the n judged responses is correct.
 
     answers: one a response, None where it has none, and so no vote. All correct responses have
-    the same answer, whatever they wrote. Of answers equally frequent each wins alike; where nobody
-    votes nothing is correct. ``seed`` fixes which subsets are looked at where there are many.
+    the same answer, whatever they wrote. Of answers equally frequent each wins alike; without
+    a vote nothing is correct. ``seed`` fixes which subsets are looked at where there are many.
     None where fewer than k were judged.
     """
     # True is the correct answer's own key: no text equals it.

@@ -1,4 +1,4 @@
-"""Where training batches come from: one protocol, two ways to collect."""
+"""Collects training batches: one protocol, two ways to follow it."""
 
 from __future__ import annotations
 

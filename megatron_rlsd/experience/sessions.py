@@ -146,7 +146,7 @@ class _Play:
         ]
         for each, generation in zip(waiting, self._parts.engine.generate(requests), strict=True):
             self._take_turn(each, generation)
-        # The trainer was busy: agents had less of the processors, and nobody listened to them.
+        # The trainer was busy: agents had less of the processors, and waited for the server.
         spent = time.monotonic() - began
         for each in self._sessions:
             if each.asked is None and each not in waiting:

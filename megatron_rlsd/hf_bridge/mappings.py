@@ -1,4 +1,4 @@
-"""How one Megatron parameter is made of Hugging Face tensors, in both directions.
+"""Makes one Megatron parameter of Hugging Face tensors, and the reverse.
 
 Shape letters: V vocabulary, F feed-forward, H query heads, G query groups, C head channels,
 T tensor-parallel size. A ``*`` stands for trailing dimensions that no mapping splits.

@@ -1,4 +1,4 @@
-"""How many tokens a sequence of a model may have."""
+"""Finds how many tokens a sequence of a model may have."""
 
 from __future__ import annotations
 

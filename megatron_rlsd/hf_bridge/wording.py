@@ -1,4 +1,4 @@
-"""How messages list the many names that can be wrong with a model."""
+"""Lists in messages the many names that can be wrong with a model."""
 
 
 def listed(names: list[str] | tuple[str, ...], limit: int = 12) -> str:

@@ -1,4 +1,4 @@
-"""What a training step does with each row of its batch, decided once and alike on every rank."""
+"""Plans what a training step does with each row of its batch, alike on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every backend of the fused head goes through the rows: chunk by chunk.
+"""Walks through the rows chunk by chunk, for every backend of the fused head.
 
 A backend is a class of ``Chunk``. Per-token maths reaches the loop as a function, process groups as
 a VocabShard, and the gradient of the weight is added to a buffer that the caller owns: zeros, or an
@@ -33,7 +33,7 @@ class Chunk(Protocol):
     """
 
     def chunk_rows(self, n: int, *, with_gradient: bool) -> int:
-        """How many of n rows to take at a time, the same on all ranks."""
+        """Return how many of n rows to take at a time, the same on all ranks."""
 
     def forward(self, rows_C: Tensor, *, keep: bool) -> Tensor:
         """One product, and the softmax sums [K, C] of this shard (see merge_partials).

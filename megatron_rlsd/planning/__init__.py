@@ -1,1 +1,1 @@
-"""What a run will need, computed from its configuration and config.json before it starts."""
+"""Computes what a run will need from its configuration and config.json before it starts."""

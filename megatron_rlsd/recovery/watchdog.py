@@ -1,4 +1,4 @@
-"""Who is waited for: every rank tells what it does, and none waits long for one that is gone.
+"""Detects lost ranks: each rank publishes what it is doing, and none waits long for a lost one.
 
 A thread of each rank writes a heartbeat to the processes' store: phase, step, and the collective
 its main thread was last seen in. A rank whose heartbeats end has died or was stopped. Rank 0

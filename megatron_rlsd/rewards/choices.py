@@ -36,7 +36,7 @@ def choice(sample: RewardInput, letters: str = "ABCD") -> float:
 
 
 def chosen_letter(text: str, letters: str = "ABCD") -> str | None:
-    """The last choice that is stated; None where there is none, or it is no letter of these."""
+    """The last choice that is stated; None: there is none, or it is not one of these letters."""
     chosen = None
     for match in _STATED.finditer(text):
         letter = match[1] or match[3]

@@ -127,7 +127,7 @@ def tests_of(metadata: dict[str, Any], key: str) -> tuple[list[tuple[str, str]],
     if all(isinstance(each, str) for each in found):
         name = metadata.get("entry_point")
         checks = [f"check({name})"] if name and any("def check(" in each for each in found) else []
-        # What defines the check is no test by itself.
+        # What defines the check is not a test by itself.
         return [], ["\n".join([*found, *checks])] if checks else found
     if all(isinstance(each, dict) and {"input", "output"} <= each.keys() for each in found):
         return [(_text(each["input"]), _text(each["output"])) for each in found], []

@@ -1,4 +1,4 @@
-"""What goes wrong with a reward, told apart by who has to act."""
+"""Errors of rewards, told apart by who has to act."""
 
 
 class TimeLimitExceeded(Exception):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a worker imports this package too, and has no use for pydan
 
 
 HTTP = "http"
-"""The function that is no code here."""
+"""The name of the function whose verdict an HTTP server gives, instead of code here."""
 
 
 class RewardPool(WorkerPool):

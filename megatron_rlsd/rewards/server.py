@@ -81,7 +81,7 @@ class Scorers:
     async def score(
         self, samples: list[RewardInput], wanted: Callable[[], Awaitable[bool]]
     ) -> list[RewardResult] | None:
-        """The results in the order of the samples; None where nobody waits for them any more.
+        """The results in the order of the samples; None where no request waits for them any more.
 
         ``wanted`` is awaited from time to time. Raises Full, and what RewardPool.score raises.
         """

@@ -49,5 +49,5 @@ class Verdicts:
 
 
 def _key(sample: RewardInput) -> bytes:
-    # What is no JSON is refused where the sample is scored.
+    # What is not JSON is refused where the sample is scored.
     return hashlib.sha256(json.dumps(asdict(sample), default=repr).encode()).digest()

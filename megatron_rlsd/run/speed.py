@@ -1,4 +1,4 @@
-"""What a step's speed is per GPU, counted as the planner counts it."""
+"""Measures a step's speed per GPU, counted as the planner counts it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the package stands on: the machine, files that survive a kill, how a process ends."""
+"""Describes the machine, writes files that survive a kill, and decides how a process ends."""

@@ -1,4 +1,4 @@
-"""How version numbers are read, in one place."""
+"""Reads version numbers, in one place."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def other_responses(group: Group, eligible: Sequence[bool], most: int) -> list[t
     """For each response the texts of the next eligible ones, in a circle, never its own.
 
     A teacher that has read the very response that it scores only copies, so that one of the same
-    text is no hint either. Responses without text are not hints.
+    text is not a hint either. Responses without text are not hints.
     """
     texts = [t.told.strip() for t in group.trajectories]
     count = len(texts)
@@ -74,7 +74,7 @@ def next_correct_steps(group: Group, right: Sequence[bool]) -> list[str | None]:
     """For each response the beginning of another right one, up to its first line that differs.
 
     Of several the one that agrees with it longest. So the teacher is told what the response has
-    right, and the next step. White space at the ends of lines is no difference.
+    right, and the next step. White space at the ends of lines does not count.
     """
     chosen: list[str | None] = []
     everyone = other_responses(group, right, len(group.trajectories))

@@ -1,4 +1,4 @@
-"""What goes wrong between trainer and servers."""
+"""Errors between trainer and servers."""
 
 from __future__ import annotations
 

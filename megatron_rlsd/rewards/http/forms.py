@@ -123,7 +123,7 @@ def _said(reply: Any) -> str:
         raise NoVerdict(f"the judge ended by {shown(choice['finish_reason'])}: {shown(text)}")
     if not isinstance(text, str):
         raise NoVerdict(f"the judge said no text: {shown(text)}")
-    return text.rpartition("</think>")[2]  # what it thought on the way is no verdict
+    return text.rpartition("</think>")[2]  # what it thought on the way is not a verdict
 
 
 def _sglang_reward_model(config: HttpRewardConfig) -> Form:

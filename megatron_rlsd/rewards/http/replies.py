@@ -34,16 +34,16 @@ class NoVerdict(Exception):
 
 
 class Malformed(Exception):
-    """A reply that another try may bring in order: it is no JSON, or not what was asked for."""
+    """A reply that another try may bring in order: it is not JSON, or not what was asked for."""
 
 
 def read_json(content: bytes) -> Any:
-    """Malformed for what is no JSON: NaN and Infinity are none."""
+    """Malformed for what is not JSON, such as NaN and Infinity."""
     try:
         return json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.80}"
-        raise Malformed(f"the reply is no JSON ({what}): {shown(content)}") from None
+        raise Malformed(f"the reply is not JSON ({what}): {shown(content)}") from None
 
 
 def parsed_path(text: str) -> Path:
@@ -51,7 +51,7 @@ def parsed_path(text: str) -> Path:
     plain = text.strip().removeprefix("$").removeprefix(".")
     parts = plain.replace("[", ".").replace("]", "").removeprefix(".").split(".")
     if not all(parts):
-        raise ValueError(f"score={text!r} is no path such as result.scores.0")
+        raise ValueError(f"score={text!r} is not a path such as result.scores.0")
     if parts.count("*") > 1:
         raise ValueError(f"score={text!r} may have one * only")
     return tuple(parts)
@@ -62,7 +62,7 @@ def at(data: Any, path: Path) -> Any:
     for depth, part in enumerate(path):
         if part == "*":
             if not isinstance(data, list):
-                raise NoVerdict(f"{_place(path[:depth])} is no list: {shown(data)}")
+                raise NoVerdict(f"{_place(path[:depth])} is not a list: {shown(data)}")
             return [_at_or_reason(each, path[depth + 1 :]) for each in data]
         if isinstance(data, dict) and part in data:
             data = data[part]
@@ -80,7 +80,7 @@ def number(value: Any) -> float:
     if value is None:
         raise NoVerdict("the score is null")
     if not isinstance(value, int | float):
-        raise NoVerdict(f"the score {shown(value)} is no number")
+        raise NoVerdict(f"the score {shown(value)} is not a number")
     try:
         found = float(value)
     except OverflowError:
@@ -95,7 +95,9 @@ def in_text(pattern: str, verdicts: dict[str, float]) -> Callable[[Any], float]:
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
-        raise ValueError(f"score_pattern={pattern!r} is no regular expression: {error}") from None
+        raise ValueError(
+            f"score_pattern={pattern!r} is not a regular expression: {error}"
+        ) from None
     if not compiled.groups:
         raise ValueError(f"score_pattern={pattern!r} has no group, which would be the score")
     meanings = {text.strip().lower(): value for text, value in verdicts.items()}
@@ -120,7 +122,7 @@ def in_text(pattern: str, verdicts: dict[str, float]) -> Callable[[Any], float]:
         try:
             return number(float(found))
         except ValueError:
-            raise NoVerdict(f"the score {found!r:.60} is no number") from None
+            raise NoVerdict(f"the score {found!r:.60} is not a number") from None
 
     return read
 
@@ -146,4 +148,4 @@ def _place(path: Path) -> str:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

@@ -58,7 +58,7 @@ def encoded(request: Any) -> bytes:
 
 
 def text_template(source: str) -> Render:
-    """Renders a text; ValueError where ``source`` is no template."""
+    """Renders a text; ValueError where ``source`` is not a template."""
     try:
         template = _environment().from_string(source)
     except TemplateError as error:
@@ -70,7 +70,7 @@ def template_of(data: Any) -> Render:
     """Renders JSON data whose texts are templates.
 
     A text that is one ``{{ expression }}`` gives the value of the expression, any other a text.
-    ValueError where one is no template.
+    ValueError where one is not a template.
     """
     if isinstance(data, Mapping):
         members = {str(key): template_of(value) for key, value in data.items()}
@@ -139,4 +139,4 @@ def _defined(value: Any) -> Any:
 
 def _no_json(value: Any) -> NoReturn:
     _defined(value)
-    raise TypeError(f"a template gives a {type(value).__name__}, which is no JSON")
+    raise TypeError(f"a template gives a {type(value).__name__}, which is not JSON")

@@ -213,7 +213,7 @@ def asserts(code: str) -> None:
         if "error" in answer:
             kind: Any = getattr(builtins, str(answer["error"]), None)
             known = isinstance(kind, type) and issubclass(kind, Exception)
-            # An assert of the program's own is no assert of the tests'.
+            # An assert of the program's own is not one of the tests'.
             raised: Any = kind if known else RuntimeError
             raise raised(str(answer.get("text")))
         return answer

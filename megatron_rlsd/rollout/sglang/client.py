@@ -281,7 +281,7 @@ class SGLangClient:
     ) -> Any:
         """One HTTP request within ``timeout`` seconds; the JSON of the answer, None if empty.
 
-        ServerFault for an answer that says, whatever its status, that it was no success.
+        ServerFault for an answer that says, whatever its status, that it did not succeed.
         """
         content = await self._request(method, path, body, timeout, CONTROL_BYTES)
         if not content:

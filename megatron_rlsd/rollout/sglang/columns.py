@@ -112,7 +112,7 @@ def _without(
 
 
 def _numbers(text: bytes, kind: Literal["d", "i"], dtype: type) -> Any:
-    """All numbers of a list of lists, end to end; None: it holds something else, or is no JSON."""
+    """All numbers of a list of lists, end to end; None: it holds something else, or is not JSON."""
     if not hasattr(_thread, "parser"):
         import simdjson  # not where models are built without servers
 

@@ -305,7 +305,7 @@ class Supervisor:
             raise ServerFault(f"{self._server}: expected weight_version {wanted}, got {found}")
 
     async def _watch(self) -> str:
-        """Return why the server is no use any more."""
+        """Return why the server can no longer be used."""
         server, config = self._server, self._config
         failures = 0
         next_check = time.monotonic() + config.health_interval_seconds
