@@ -150,7 +150,7 @@ def _check_sets(limits: dict[str, Any]) -> None:
     padded = torch.cat([weight, torch.full((V_local * ranks - real, 8), 1e9, dtype=weight.dtype)])
     hidden = torch.randn(rows, 8, generator=generator, dtype=torch.float64)
     targets = torch.randint(real, (rows,), generator=generator)
-    group = {"tp_group": dist.group.WORLD, "vocab_size": real}
+    group: dict[str, Any] = {"tp_group": dist.group.WORLD, "vocab_size": real}
     own = padded.chunk(ranks)[rank].clone()
 
     whole = truncated_log_probs(hidden, weight, targets, **limits)
@@ -169,7 +169,7 @@ def _check_sets(limits: dict[str, Any]) -> None:
         "config": PolicyLossConfig(entropy_coef=0.1),
         "kept": whole.kept,
     }
-    leaves = [(hidden + 0.2).requires_grad_(), weight.requires_grad_()]
+    leaves = ((hidden + 0.2).requires_grad_(), weight.requires_grad_())
     expected, _ = policy_loss(*leaves, targets, **case)
     d_hidden, d_weight = torch.autograd.grad(expected, leaves)
     d_weight = torch.cat([d_weight, torch.zeros(len(padded) - real, 8, dtype=torch.float64)])
@@ -177,12 +177,11 @@ def _check_sets(limits: dict[str, Any]) -> None:
         part = leaves[0].detach()
         if sequence_parallel:
             part, d_hidden = part.chunk(ranks)[rank], d_hidden.chunk(ranks)[rank]
-        mine = [part.requires_grad_(), own.requires_grad_()]
+        mine = (part.requires_grad_(), own.requires_grad_())
         loss, stats = policy_loss(
             *mine,
             targets,
-            **case,
-            **group,
+            **case | group,
             sequence_parallel=sequence_parallel,
             chunk_tokens=5,
         )

@@ -34,7 +34,7 @@ FILTERS = [
 ]
 
 
-def problem(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Tensor]:
+def problem(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(5)
     hidden = scale * torch.randn(N, D, generator=generator, dtype=torch.float64)
     weight = torch.randn(V, D, generator=generator, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_loss_and_gradients_over_sets_equal_full_logits(config, softcap, chunk_t
     inputs, values = problem(), loss_inputs()
     moved = inputs["hidden"] + 0.3
     kept = truncated_log_probs(**inputs | {"hidden": moved}, top_p=0.8, temperature=T).kept
-    leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight")]
+    leaves = (inputs["hidden"].requires_grad_(), inputs["weight"].requires_grad_())
     ids = torch.arange(N) // 4
     loss, stats = policy_loss(
         **inputs,
@@ -179,7 +179,7 @@ def test_loss_and_gradients_over_sets_equal_full_logits(config, softcap, chunk_t
 
 def test_sets_of_the_whole_vocabulary_are_the_plain_loss():
     inputs, values = problem(), loss_inputs()
-    leaves = [inputs[name].requires_grad_() for name in ("hidden", "weight")]
+    leaves = (inputs["hidden"].requires_grad_(), inputs["weight"].requires_grad_())
     everything = KeptTokens(torch.full((N,), V, dtype=torch.int32), torch.arange(V).int().repeat(N))
     given = {**inputs, **values, "config": CONFIGS[0], "temperature": T}
     losses = [policy_loss(**given)[0], policy_loss(**given, kept=everything)[0]]
