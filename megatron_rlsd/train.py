@@ -37,12 +37,20 @@ def train(config: Config) -> None:
             rlsd_lambda = lambda_at(step, config.algorithm)
 
             with run.phase("rollout", step):
-                groups, batch, metrics = run.rollout(step)
+                sampling, early = run.sampling(step), []
+                for arrived in sampling:  # whole groups, while servers sample the others
+                    with run.phase("early_score", step):
+                        part = run.hand_out(learner.plan(arrived, step, rlsd_lambda))
+                        early.append((part, learner.score(part)))
+                groups, batch, metrics = sampling.finished()
                 run.colocation.trainer_takes_over()  # servers on the same GPUs sleep
 
             with run.phase("score", step):
                 plan = run.hand_out(learner.plan(batch, step, rlsd_lambda))
-                scores = learner.score(plan)
+                if early:
+                    scores = learner.joined(plan, early, sampling.rows_of_parts())
+                else:
+                    scores = learner.score(plan)
                 learner.gauge_noise(plan, scores)
 
             with run.phase("update", step):

@@ -66,6 +66,25 @@ class Config(Section):
         return updates * self.train.epochs_per_rollout
 
     @property
+    def scores_while_sampling(self) -> bool:
+        """Are groups scored as they come, beside servers that sample the others?
+
+        Not where trainer and servers share devices, where a response has turns, which are sampled
+        together, and where sampling goes on beside training anyway. Nor are hidden states and the
+        sets of top-p and top-k: those of groups would have to move between ranks.
+        """
+        rollout = self.rollout
+        return (
+            rollout.score_while_sampling
+            and rollout.engine == "sglang"
+            and not rollout.colocated
+            and not rollout.asynchronous.max_staleness
+            and self.environment.name is None
+            and not self.algorithm.divergence_coef
+            and not rollout.truncates
+        )
+
+    @property
     def weight_folder(self) -> Path | None:
         """The folder through which servers get their weights; None: they get them in another way,
         or there are none."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.experience.arriving import Submits
 from megatron_rlsd.experience.groups import GroupBuilder
 from megatron_rlsd.experience.questions import Questions
-from megatron_rlsd.experience.stream import StreamCollector, Submits
+from megatron_rlsd.experience.rules import Collected
+from megatron_rlsd.experience.stream import StreamCollector
 from megatron_rlsd.experience.synchronous import StepCollector
 from megatron_rlsd.types import Group
 
@@ -23,13 +25,17 @@ class Collector(Protocol):
     def published(self, version: int) -> None:
         """The engine samples with the weights after ``version`` steps from now on."""
 
-    def collect(self, step: int) -> tuple[list[Group], dict[str, float]]:
+    def collect(self, step: int) -> Collected:
         """``rollout.prompts_per_step`` groups for step ``step`` with rewards, the teacher's prompts
         and advantages; and metrics of them.
 
         Raises UserError where too few questions fit, none has the critique that is to be the
         hint, rewards fail too often, or no response has a token; EngineError.
         """
+
+    def arriving(self, step: int) -> Generator[list[Group], None, Collected]:
+        """Bring ``collect``'s groups, each as soon as it is known to be of the batch, if only some
+        are known before the last; what ``collect`` returns is the generator's result."""
 
     def state(self) -> dict[str, Any]:
         """JSON data to go on from: the data position, and the questions under way."""
@@ -58,4 +64,4 @@ def build_collector(
     """
     if beside_training and config.rollout.asynchronous.max_staleness:
         return StreamCollector(config, questions, builder, engine, span, count)
-    return StepCollector(config, questions, builder)
+    return StepCollector(config, questions, builder, engine, count)

@@ -15,6 +15,9 @@ from megatron_rlsd.observability.leakage import leakage_metrics
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Group, Trajectory
 
+Collected = tuple[list[Group], dict[str, float]]
+"""The groups of a step, and metrics of them."""
+
 
 class BatchRules:
     """Says which groups a batch takes, gives its responses their advantages, and reports on it."""
@@ -37,10 +40,20 @@ class BatchRules:
         known = [value for value in values if value is not None]
         return bool(known) and has_signal(known)
 
-    def finish(self, groups: list[Group], counts: Counter[str], step: int) -> dict[str, float]:
-        """Give the trajectories of the batch their advantages; metrics of the batch.
+    def weigh(self, groups: list[Group]) -> None:
+        """Give the trajectories of these groups of the batch their advantages.
 
         A group whose verdicts are too few, for which no other could be found, teaches nothing.
+        """
+        for group in groups:
+            advantages = [0.0] * len(group.trajectories)
+            if self._has_enough_verdicts(group):
+                advantages = response_advantages(group, self._config.algorithm)
+            for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
+                trajectory.advantage = advantage
+
+    def finish(self, groups: list[Group], counts: Counter[str], step: int) -> dict[str, float]:
+        """Metrics of the batch, all of whose groups were weighed.
 
         ``counts``: ``groups`` that were sampled for it, and ``filtered_groups`` among them that it
         did not take; questions that were ``prompts_too_long``.
@@ -49,12 +62,6 @@ class BatchRules:
         trajectories = [t for group in groups for t in group.trajectories]
         if not any(len(t.generation.token_ids) for t in trajectories):
             raise UserError(_nothing_to_learn_from(trajectories, step))
-        for group in groups:
-            advantages = [0.0] * len(group.trajectories)
-            if self._has_enough_verdicts(group):
-                advantages = response_advantages(group, self._config.algorithm)
-            for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
-                trajectory.advantage = advantage
         return self._metrics(groups, trajectories) | {
             "rollout/group_filter_share": counts["filtered_groups"] / max(1, counts["groups"]),
             "rollout/prompts_too_long": counts["prompts_too_long"],

@@ -13,26 +13,23 @@ import statistics
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megatron_rlsd.config import Config
+from megatron_rlsd.experience.arriving import Submits
 from megatron_rlsd.experience.groups import GroupBuilder
 from megatron_rlsd.experience.questions import Questions
-from megatron_rlsd.experience.rules import BatchRules
+from megatron_rlsd.experience.rules import BatchRules, Collected
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.types import Generation, GenerationRequest, Group, Problem, Trajectory
 
 CLOSE_SECONDS = 60.0
 """For the thread that takes in the answers to end; a reward in work ends by its own limit."""
-
-
-class Submits(Protocol):
-    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class StreamCollector:
             self._version = version
         self._answered.put(None)
 
-    def collect(self, step: int) -> tuple[list[Group], dict[str, float]]:
+    def collect(self, step: int) -> Collected:
         """See Collector: the groups that were let in first among those that are ready.
 
         Waits, at most ``rollout.sglang.generate_timeout_seconds``. Raises what ended the thread.
@@ -120,6 +117,7 @@ class StreamCollector:
             under_way = len(self._under_way) + len(self._ready)
             of_data = self._questions.metrics()
         waited = time.monotonic() - waited_from
+        self._rules.weigh(chosen)
         metrics = self._rules.finish(chosen, counts, step) | of_data
         metrics |= {
             "rollout/stale_groups": counts["stale_groups"],
@@ -127,6 +125,11 @@ class StreamCollector:
             "rollout/wait_seconds": waited,
         }
         return chosen, metrics | _staleness([t for g in chosen for t in g.trajectories], step)
+
+    def arriving(self, step: int) -> Generator[list[Group], None, Collected]:
+        """See Collector: which groups a batch takes is known when it is complete."""
+        yield from ()
+        return self.collect(step)
 
     def state(self) -> dict[str, Any]:
         """JSON data: the data position, and the questions that were let in but not used.

@@ -50,9 +50,9 @@ class Learner:
         return {name: each.tensors for name, each in held.items() if each is not None}
 
     def plan(self, batch: TrainBatch, step: int, rlsd_lambda: float) -> Plan:
-        """Decide what becomes of each row of a step's batch, or of a single group.
+        """Decide what becomes of each row of a step's batch, or of some of its groups.
 
-        A group is planned so that it can be scored while others are still being sampled.
+        Groups are planned so that they can be scored while others are still being sampled.
         """
         dp = self._actor.groups.dp
         return make_plan(
@@ -70,9 +70,9 @@ class Learner:
         """
         return self._scorer.score_again(plan, scores)
 
-    def joined(self, plan: Plan, parts: list[tuple[Plan, Scores]]) -> Scores:
-        """The scores of single groups, in the order of the step's rows, as scores of the step."""
-        return joined_scores(plan, parts, self._actor.groups)
+    def joined(self, plan: Plan, parts: list[tuple[Plan, Scores]], rows: list[list[int]]) -> Scores:
+        """The scores of parts of the step as those of the step; see ``joined_scores``."""
+        return joined_scores(plan, parts, rows, self._actor.groups)
 
     def gauge_noise(self, plan: Plan, scores: Scores) -> None:
         """Make the scoring pass of a noise measurement where one is due; before the update."""

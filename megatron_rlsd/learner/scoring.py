@@ -325,38 +325,39 @@ def log_mean_exp(log_probs: Tensor) -> Tensor:
     return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
-def joined_scores(plan: Plan, parts: list[tuple[Plan, Scores]], groups: ParallelGroups) -> Scores:
-    """The scores of single groups as those of the whole step.
+def joined_scores(
+    plan: Plan, parts: list[tuple[Plan, Scores]], rows: list[list[int]], groups: ParallelGroups
+) -> Scores:
+    """The scores of some groups at a time as those of the whole step.
 
-    ``parts`` are plans of the groups in the order of the step's rows, with their scores. Ranks
-    exchange what the step's plan gives to another rank. Collective.
+    parts: plans of groups, which together are the step's, with their scores; rows: for each part
+    the numbers of its rows in the step. Ranks exchange what the step's plan gives to another rank.
+    Collective.
     """
     joined = Scores(metrics={"teacher/skipped_share": plan.teacher_skipped_share})
     joined.metrics["score/tokens"] = sum(scores.metrics["score/tokens"] for _, scores in parts)
-    first = 0
-    for part, scores in parts:
+    for (part, scores), numbers in zip(parts, rows, strict=True):
         joined.teacher_head = (
             scores.teacher_head if joined.teacher_head is None else joined.teacher_head
         )
         for kind, wanted in part.wanted.items():
-            rows = scores.rows(kind)
-            assert rows is not None
+            scored = scores.rows(kind)
+            assert scored is not None
             into = joined.rows(kind)
             if into is None:
                 into = {}
                 setattr(joined, kind, into)
             if groups.is_last_stage:
-                mine = {n - first for n in plan.by_rank(kind)[plan.dp_rank]}
+                mine = set(plan.by_rank(kind)[plan.dp_rank])
                 shared = _on_every_replica(
                     part,
                     kind,
                     sorted(wanted),
-                    rows,
+                    scored,
                     scores.teacher_head if kind == "teacher_states" else None,
                     groups,
                 )
-                into |= {first + n: row for n, row in shared.items() if n in mine}
-        first += len(part.batch)
+                into |= {numbers[n]: row for n, row in shared.items() if numbers[n] in mine}
     return joined
 
 

@@ -42,6 +42,8 @@ PHASE_TOKENS = {
     "update": "train/tokens",
 }
 """Phase -> the metric that counts the tokens it worked on."""
+EARLY_SCORE = "early_score"
+"""Scoring within a rollout, while others are being sampled; its tokens are the score's."""
 
 
 class MetricsLogger:
@@ -255,6 +257,8 @@ class MetricsLogger:
             values.setdefault("perf/tokens_per_second", tokens / seconds)
         for name, counted in PHASE_TOKENS.items():
             spent = values.get(f"time/{name}_s", 0.0)
+            if name == "score":
+                spent += values.get(f"time/{EARLY_SCORE}_s", 0.0)
             if counted in values and spent > 0:
                 values[f"perf/{name}_tokens_per_second"] = values[counted] / spent
         values |= self._derive(values)

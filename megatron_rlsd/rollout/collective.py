@@ -25,7 +25,7 @@ from megatron_rlsd.parallel.exchange import (
     unpack_message,
     unragged,
 )
-from megatron_rlsd.rollout.engine import EngineError, Part, Progress, RolloutEngine
+from megatron_rlsd.rollout.engine import Arrived, EngineError, Part, Progress, RolloutEngine
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 
 Result = TypeVar("Result")
@@ -71,7 +71,9 @@ class CollectiveEngine:
         assert answers is not None
         return [generation for answer in answers for generation in _unpack_generations(answer)]
 
-    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]:
+    def submit(
+        self, requests: list[GenerationRequest], on_arrival: Arrived | None = None
+    ) -> Future[list[Generation]]:
         """Raises EngineError: the ranks that would sample are the ones that train."""
         raise EngineError(
             "the embedded engine samples only while training waits for it; "

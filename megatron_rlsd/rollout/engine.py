@@ -13,6 +13,8 @@ from megatron_rlsd.types import Generation, GenerationRequest
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 """(responses that are finished, responses asked for); may be called in any thread."""
+Arrived = Callable[[int, Generation], None]
+"""(number of a request, its finished response); called in any thread."""
 Part = Literal["weights", "kv_cache"]
 """What a server holds of a device's memory."""
 
@@ -49,8 +51,13 @@ class TrainerEngine(RolloutEngine, Protocol):
         """Tokens of the longest prompt that it answers. None: the model's positions alone bound it;
         on ranks that do not know."""
 
-    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]:
-        """``generate`` in the background; EngineError from an engine that cannot do that."""
+    def submit(
+        self, requests: list[GenerationRequest], on_arrival: Arrived | None = None
+    ) -> Future[list[Generation]]:
+        """``generate`` in the background; EngineError from an engine that cannot do that.
+
+        ``on_arrival`` is told of each response as soon as it is there.
+        """
 
     def counted(self) -> Counter[str]:
         """Requests and faults since the start, by name; empty where none leaves this process."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_rlsd.parallel.exchange import broadcast_bytes, pack_message
-from megatron_rlsd.rollout.engine import Part, Progress
+from megatron_rlsd.rollout.engine import Arrived, Part, Progress
 from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.types import Generation, GenerationRequest
 
@@ -44,8 +44,10 @@ class ServedEngine:
     def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
         return self._rank_zero_servers.generate(requests)
 
-    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]:
-        return self._rank_zero_servers.submit_requests(requests)
+    def submit(
+        self, requests: list[GenerationRequest], on_arrival: Arrived | None = None
+    ) -> Future[list[Generation]]:
+        return self._rank_zero_servers.submit_requests(requests, on_arrival=on_arrival)
 
     def counted(self) -> Counter[str]:
         return Counter() if self._servers is None else self._servers.counted()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_rlsd.actor.actor import Actor
@@ -31,7 +32,8 @@ from megatron_rlsd.recovery.continuity import Continuity
 from megatron_rlsd.rollout.engine import TrainerEngine
 from megatron_rlsd.run.colocation import Colocation
 from megatron_rlsd.run.model_files import ModelFiles
-from megatron_rlsd.types import Group, Problem, TrainBatch
+from megatron_rlsd.run.sampling import Batch, Sampling
+from megatron_rlsd.types import Group, Problem
 from megatron_rlsd.weight_sync import Publisher
 
 
@@ -63,7 +65,7 @@ class Run:
         with self.continuity.watchdog.phase(name, step), self.log.phase(name), named(name):
             yield
 
-    def rollout(self, step: int) -> tuple[list[Group], TrainBatch, dict[str, float]]:
+    def rollout(self, step: int) -> Batch:
         """Sampled and rewarded: groups, metrics and rows on rank 0, outlines on every rank."""
 
         def work() -> tuple[list[Group], dict[str, float]]:
@@ -75,6 +77,20 @@ class Run:
         if self.process_groups.rank == 0:
             batch = train_batch(groups, mask_truncated=self.config.algorithm.mask_truncated)
         return groups, share_outlines(batch, self.process_groups), metrics
+
+    def sampling(self, step: int) -> Sampling:
+        """``rollout`` in two parts: what comes first, to be scored meanwhile, and the whole batch.
+
+        Nothing comes first where the ranks or their devices are needed to sample, and where the
+        batch is sampled beside training anyway (``Config.scores_while_sampling``).
+        """
+        return Sampling(
+            self.collector,
+            step,
+            self.process_groups,
+            None if self.config.scores_while_sampling else partial(self.rollout, step),
+            mask_truncated=self.config.algorithm.mask_truncated,
+        )
 
     def hand_out(self, plan: Plan) -> Plan:
         """The plan with the rows that this rank scores and trains on, which come from rank 0."""

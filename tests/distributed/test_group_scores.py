@@ -57,11 +57,12 @@ def compare(model: str, algorithm: dict, out: str) -> None:
         whole = learner.score(plan)
         rows = rows_of(batch)
         parts: list[tuple[Plan, Scores]] = []
-        for start in range(0, len(rows), SAMPLES):
-            group = TrainBatch.of(rows[start : start + SAMPLES])
-            part = learner.plan(group, 0, 0.5)
+        numbers = [list(range(at, at + SAMPLES)) for at in range(0, len(rows), SAMPLES)]
+        numbers = numbers[::-1]  # the last one comes first
+        for group in numbers:
+            part = learner.plan(TrainBatch.of([rows[number] for number in group]), 0, 0.5)
             parts.append((part, learner.score(part)))
-        joined = learner.joined(plan, parts)
+        joined = learner.joined(plan, parts, numbers)
         assert joined.metrics == whole.metrics
         mine = {row for each in plan.mini_batches for row in each.by_rank[plan.dp_rank]}
         teacher = "teacher_states" if "divergence_coef" in algorithm else "teacher"

@@ -12,18 +12,19 @@ from megatron_rlsd.observability.trace import read_trace
 
 STEP_TIME = "time/step_s"
 BETWEEN_STEPS = {"evaluation", "checkpoint"}
+WITHIN_OTHERS = {"early_score"}
 
 
 def phase_data(records: list[dict[str, Any]], bars: int) -> dict[str, Any]:
     """Mean seconds of each phase for at most ``bars`` groups of neighbouring steps.
 
     ``steps``: [first, last] of each group; ``seconds``: phase -> one mean a group; ``other``: what
-    the step took beyond its phases. A phase within another is not told apart from it here.
+    the step took beyond its phases. A phase within another is part of it here.
     """
     steps = [record for record in records if record.get(STEP_TIME) is not None]
     names = list(dict.fromkeys(n for r in steps for n in r if n.startswith("time/")))
     # What lies between steps is reported with the one that follows, but is not part of its time.
-    between = {f"time/{name}_s" for name in BETWEEN_STEPS}
+    between = {f"time/{name}_s" for name in BETWEEN_STEPS | WITHIN_OTHERS}
     inside = [name for name in names if name != STEP_TIME and name not in between]
     count = min(bars, len(steps))
     bounds = [round(i * len(steps) / count) for i in range(count + 1)] if count else []

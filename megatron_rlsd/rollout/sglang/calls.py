@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rlsd.rollout.engine import EngineError, Progress
+from megatron_rlsd.rollout.engine import Arrived, EngineError, Progress
 from megatron_rlsd.rollout.sglang.server import Server
 from megatron_rlsd.types import Generation, GenerationRequest
 
@@ -36,12 +36,15 @@ class ServerCall:
     """Prompt -> tokens by which its server may be busier than the others: the group's own, but no
     more than a server's fair share of the call."""
     on_progress: Progress | None = None
+    on_arrival: Arrived | None = None
 
     def finish(self, index: int, generation: Generation) -> None:
         """One request has its result."""
         assert self.results[index] is None, "a request was answered twice"
         self.results[index] = generation
         self.remaining -= 1
+        if self.on_arrival is not None:
+            self.on_arrival(index, generation)
         if self.on_progress is not None:
             self.on_progress(len(self.results) - self.remaining, len(self.results))
         if self.remaining == 0 and not self.done.done():

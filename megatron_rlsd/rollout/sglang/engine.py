@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.config.secrets import key_of
 from megatron_rlsd.rollout.checks import check_request
-from megatron_rlsd.rollout.engine import EngineError, Part, Progress
+from megatron_rlsd.rollout.engine import Arrived, EngineError, Part, Progress
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.fleet import Fleet
 from megatron_rlsd.rollout.sglang.memory import SharedMemory
@@ -117,13 +117,19 @@ class SGLangEngine:
         return self.wait(future, limit, "generate")
 
     def submit_requests(
-        self, requests: list[GenerationRequest], on_progress: Progress | None = None
+        self,
+        requests: list[GenerationRequest],
+        on_progress: Progress | None = None,
+        on_arrival: Arrived | None = None,
     ) -> Future[list[Generation]]:
-        """``generate`` while the caller goes on; waits only for the servers' first start."""
+        """``generate`` while the caller goes on; waits only for the servers' first start.
+
+        Both functions are called in the client's thread, which waits for them.
+        """
         for index, request in enumerate(requests):
             check_request(request, index, self._vocab_size, self._max_positions)
         self.wait_until_ready()
-        return self.submit(self.fleet.generate(requests, on_progress))
+        return self.submit(self.fleet.generate(requests, on_progress, on_arrival))
 
     def wait_until_ready(self) -> None:
         """Wait for the first start of every server; EngineError says which failed and why."""

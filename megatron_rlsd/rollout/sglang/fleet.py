@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_rlsd.config import SGLangConfig
-from megatron_rlsd.rollout.engine import EngineError, Progress
+from megatron_rlsd.rollout.engine import Arrived, EngineError, Progress
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.answers import ServerFault
 from megatron_rlsd.rollout.sglang.balance import choose
@@ -175,7 +175,10 @@ class Fleet:
         return min(known, default=None)
 
     async def generate(
-        self, requests: list[GenerationRequest], on_progress: Progress | None = None
+        self,
+        requests: list[GenerationRequest],
+        on_progress: Progress | None = None,
+        on_arrival: Arrived | None = None,
     ) -> list[Generation]:
         """One generation per request, in order, sampled by the weights that are current meanwhile.
 
@@ -189,6 +192,7 @@ class Fleet:
             results=[None] * len(requests),
             remaining=len(requests),
             on_progress=on_progress,
+            on_arrival=on_arrival,
         )
         if not requests:
             return []

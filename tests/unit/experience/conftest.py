@@ -17,7 +17,7 @@ from megatron_rlsd.data import PromptBuilder, build_sources, load_tokenizer
 from megatron_rlsd.experience import Collector, GroupBuilder, Questions, build_collector
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout import EmbeddedEngine
-from megatron_rlsd.rollout.engine import Progress
+from megatron_rlsd.rollout.engine import Arrived, EngineError, Progress
 from megatron_rlsd.types import Generation, GenerationRequest, Group
 
 BATCH = 2
@@ -34,6 +34,7 @@ class BackgroundEngine:
         self.asked: list[list[int]] = []
         self.held: list[tuple[Future[list[Generation]], list[GenerationRequest], int]] = []
         self.hold_next = 0
+        self.fail_after: int | None = None
         self._pool = ThreadPoolExecutor(1)
 
     @property
@@ -44,8 +45,12 @@ class BackgroundEngine:
         self.asked += [request.prompt_ids for request in requests]
         return self.sample(requests, self.version)
 
-    def submit(self, requests: list[GenerationRequest]) -> Future[list[Generation]]:
+    def submit(
+        self, requests: list[GenerationRequest], on_arrival: Arrived | None = None
+    ) -> Future[list[Generation]]:
         self.asked.append(requests[0].prompt_ids)
+        if on_arrival is not None:
+            return self._pool.submit(self.backwards, requests, on_arrival)
         if self.hold_next:
             self.hold_next -= 1
             future: Future[list[Generation]] = Future()
@@ -56,6 +61,15 @@ class BackgroundEngine:
     def sample(self, requests: list[GenerationRequest], version: int) -> list[Generation]:
         found = self.engine.generate(requests)
         return [dataclasses.replace(g, weight_version=version) for g in found]
+
+    def backwards(self, requests: list[GenerationRequest], on_arrival: Arrived) -> list[Generation]:
+        """The last response comes first; ``fail_after`` so many the servers are lost."""
+        found = self.sample(requests, self.version)
+        for number in reversed(range(len(found))):
+            if len(found) - number - 1 == self.fail_after:
+                raise EngineError("no rollout server is left")
+            on_arrival(number, found[number])
+        return found
 
     def release(self) -> None:
         for future, requests, version in self.held:

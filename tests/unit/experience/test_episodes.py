@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -85,7 +85,8 @@ def play(make_config: Callable[..., Config], tiny_model: Path, tmp_path: Path) -
                 pool = stack.enter_context(EnvironmentPool(config.environment))
                 episodes = Episodes(config, prompts, tokenizer, engine, pool)
             builder = GroupBuilder(config, prompts, tokenizer, engine, rewards, episodes)
-            yield StepCollector(config, questions, builder), engine
+            # It has no servers whose answers would come one by one.
+            yield StepCollector(config, questions, builder, cast("Any", engine)), engine
 
     return build
 
