@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rlsd.ops import PolicyLossConfig, policy_loss, token_log_probs, triton_head
+from megatron_rlsd.ops import PolicyLossConfig, policy_loss, token_log_probs
 from megatron_rlsd.ops.chunks import score_with_gradient
 from megatron_rlsd.ops.head import HeadInputs, VocabShard
 from megatron_rlsd.ops.reference import reference_log_probs, reference_policy_loss
 from megatron_rlsd.ops.token_loss import TokenInputs
+from megatron_rlsd.ops.triton_head import TritonChunk
 from tests.rlsd_vectors import NEAR_THE_CURRENT, load_case, relative_error
 
 
@@ -110,7 +111,7 @@ def check_gradients(
     inputs = HeadInputs(hidden, targets, shard, temperature, softcap, True, chunk_tokens)
     d_weight = torch.zeros(padded.shape, device=device)
     ours = score_with_gradient(
-        triton_head.Chunk,
+        TritonChunk,
         inputs,
         torch.arange(N, device=device),
         lambda log_probs, entropy, span: g[span],
@@ -273,7 +274,7 @@ def check_d_weight_is_added_to(device: torch.device, dtype: torch.dtype) -> None
     for start, chunk_tokens in ((torch.zeros_like(before), None), (before.clone(), 7)):
         inputs = HeadInputs(hidden, targets, shard, 1.0, None, False, chunk_tokens)
         result = score_with_gradient(
-            triton_head.Chunk,
+            TritonChunk,
             inputs,
             torch.arange(N, device=device),
             lambda log_probs, entropy, span: g[span],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Literal, NamedTuple
 
 import torch
 
 from megatron_rlsd.ops.chunks import Backend
+from megatron_rlsd.ops.kept_head import KeptChunk
+from megatron_rlsd.ops.torch_head import TorchChunk
 
 BackendName = Literal["torch", "triton", "auto"]
 
@@ -59,13 +60,16 @@ def load_backend(
                 "backend='triton' cannot run: its kernels sum over the whole vocabulary, and with "
                 "kept tokens too few logits are left to need them; leave backend at auto"
             )
-    elif name == "auto":
+        return KeptChunk
+    if name == "auto":
         name = backend_choice(device, dtype).name
     elif name == "triton" and (reason := _triton_reason(device, dtype)) is not None:
         raise BackendUnavailable(f"backend='triton' cannot run: {reason}")
-    module = "kept_head" if over_sets else f"{name}_head"
-    chunk: Backend = importlib.import_module(f"megatron_rlsd.ops.{module}").Chunk
-    return chunk
+    if name == "torch":
+        return TorchChunk
+    from megatron_rlsd.ops.triton_head import TritonChunk
+
+    return TritonChunk
 
 
 def _triton_reason(device: torch.device, dtype: torch.dtype | None) -> str | None:

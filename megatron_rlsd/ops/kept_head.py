@@ -46,7 +46,7 @@ class _Group(NamedTuple):
     """Derivative of the logits by h . W."""
 
 
-class Chunk:
+class KeptChunk:
     """Implements ``chunks.Chunk``."""
 
     def __init__(self, inputs: HeadInputs) -> None:

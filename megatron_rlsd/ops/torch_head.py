@@ -42,7 +42,7 @@ def _for(by_device: dict[str, int], tensor: Tensor) -> int:
     return by_device["cpu" if tensor.device.type == "cpu" else "cuda"]
 
 
-class Chunk:
+class TorchChunk:
     """Implements ``chunks.Chunk``."""
 
     def __init__(self, inputs: HeadInputs) -> None:

@@ -92,7 +92,7 @@ def _missing_product(device: torch.device) -> str | None:
     return None
 
 
-class Chunk:
+class TritonChunk:
     """Implements ``chunks.Chunk``.
 
     Products of float32 inputs that make gradients follow torch's own TF32 setting; those that make
