@@ -25,9 +25,12 @@ COMPARED = (
     "algorithm/gain_abs_mean",
     "algorithm/divergence_mean",
     "off_policy/effective_sample_share",
+    "train/kept_tokens_mean",
 )
 CORRECTED = "dr_grpo"
 """This one's masks are on: their counts, and M2PO's bound, are over all ranks."""
+LIMITED = "rlcsd"
+"""This one samples from a part of the vocabulary."""
 CORRECTIONS = (
     "algorithm.off_policy.token_mask=[0.5, 5]",
     "algorithm.off_policy.sequence_mask=[0.9, 1.1]",
@@ -43,6 +46,9 @@ OTHERS = {
         "algorithm.tis=token",
         "train.global_batch_size=8",
     ),
+    # As its authors sample; the second update's policy has moved from the one that said which
+    # tokens could be drawn.
+    LIMITED: ("rollout.top_p=0.95", "rollout.top_k=100", "train.global_batch_size=8"),
 }
 
 
@@ -79,6 +85,7 @@ def test_two_processes_take_the_steps_of_one(name, layout, runs):
     assert max(step["train/grad_norm"] for step in expected) > 1e-4
     compared = [key for key in COMPARED if key in expected[0]]
     assert ("off_policy/effective_sample_share" in compared) == (name == CORRECTED)
+    assert ("train/kept_tokens_mean" in compared) == (name == LIMITED)
     for step in (*expected, *measured):
         assert [key for key in COMPARED if key in step] == compared
     assert_same_two_steps(expected, measured, counts=["rollout/reward_mean"], compared=compared)

@@ -38,7 +38,7 @@ def make_batch() -> TrainBatch:
     return TrainBatch.of(rows)
 
 
-def compare(model: str, algorithm: dict, out: str) -> None:
+def compare(model: str, algorithm: dict, top_p: float, out: str) -> None:
     """On every rank: the same scores, and the same update, whole and by groups."""
     config = parse_config(
         {
@@ -48,7 +48,11 @@ def compare(model: str, algorithm: dict, out: str) -> None:
             "reward": {"functions": [{"name": "exact_match"}]},
             "algorithm": algorithm,
             "train": {"max_tokens_per_microbatch": 64, "global_batch_size": 6},
-            "rollout": {"prompts_per_step": GROUPS, "n_samples_per_prompt": SAMPLES},
+            "rollout": {
+                "prompts_per_step": GROUPS,
+                "n_samples_per_prompt": SAMPLES,
+                "top_p": top_p,
+            },
         }
     )
     with actor_of(config, 4, seconds=60) as actor:
@@ -67,6 +71,7 @@ def compare(model: str, algorithm: dict, out: str) -> None:
         mine = {row for each in plan.mini_batches for row in each.by_rank[plan.dp_rank]}
         teacher = "teacher_states" if "divergence_coef" in algorithm else "teacher"
         assert plan.wanted.keys() >= {"old", teacher}
+        assert ("kept" in plan.wanted) == (top_p < 1)
         for kind, wanted in plan.wanted.items():
             one, other = whole.rows(kind), joined.rows(kind)
             assert one is not None
@@ -79,10 +84,10 @@ def compare(model: str, algorithm: dict, out: str) -> None:
 
 def test_scores_of_groups_are_those_of_the_step(tmp_path: Path) -> None:
     model = str(save_models(tmp_path / "models")["untied"])
-    for algorithm in (
-        {"kl_coef": 0.1, "tis": "sequence"},
-        {"name": "grpo_opsd", "rlsd_lambda": 0.0, "divergence_coef": 0.1},
+    for algorithm, top_p in (
+        ({"kl_coef": 0.1, "tis": "sequence"}, 0.6),
+        ({"name": "grpo_opsd", "rlsd_lambda": 0.0, "divergence_coef": 0.1}, 1.0),
     ):
-        run_on_ranks(compare, 2, model, algorithm, str(tmp_path), seconds=120)
+        run_on_ranks(compare, 2, model, algorithm, top_p, str(tmp_path), seconds=120)
         first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
         assert first == second

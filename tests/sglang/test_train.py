@@ -45,13 +45,16 @@ def make_served(
 ) -> Callable[..., Config]:
     """TP2 x PP2 beside the two servers, compared after every publication."""
 
-    def make(steps: int, transport: str, **sections: Any) -> Config:
+    def make(
+        steps: int, transport: str, limits: dict[str, float] | None = None, **sections: Any
+    ) -> Config:
         return make_config(
             run_dir=str(tmp_path / "run"),
             parallel={"tensor": 2, "pipeline": 2},
             rollout={
                 "engine": "sglang",
                 "prompts_per_step": 4,
+                **(limits or {}),
                 "sglang": {
                     "urls": left_urls,
                     "api_key": "env:ROLLOUT_KEY",
@@ -86,9 +89,13 @@ def check_steps(lines: list[dict[str, float]]) -> None:
 def test_training_on_four_ranks_and_two_servers_agrees_on_every_log_probability(
     make_served: Callable[..., Config], tmp_path: Path
 ) -> None:
-    lines = train(make_served(STEPS, "disk"), tmp_path)
+    """Also where a token is drawn from a part of the vocabulary, which the trainer finds again."""
+    lines = train(make_served(STEPS, "disk", {"top_p": 0.8, "top_k": 90}), tmp_path)
     assert len(lines) == STEPS
     check_steps(lines)
+    for line in lines:
+        assert 1 < line["train/kept_tokens_mean"] < 91
+        assert line["train/kept_disagreement_share"] < 0.01
     # The key is nowhere in what the run left behind, nor are weights for the servers.
     assert "a key" not in (tmp_path / "run/config.yaml").read_text()
     assert not list((tmp_path / "run/weight_sync").iterdir())
