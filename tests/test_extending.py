@@ -29,6 +29,7 @@ from tests.test_algorithms import Scorer, sampled
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples/extensions"
 CONCISE = EXAMPLES / "algorithm/concise.py"
+HASTY = EXAMPLES / "algorithm/hasty.py"
 PHI3 = EXAMPLES / "model_family/phi3.py"
 
 
@@ -191,6 +192,35 @@ def test_a_run_with_an_algorithm_and_a_model_family_of_ones_own(phi3: Path, tmp_
     assert all(torch.equal(before.slice(name), after.slice(name)) for name in before.tensors)
 
 
+def test_a_run_whose_rule_chooses_hints_and_credits_tokens(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The loss by its formula; both prompts have the hint that the file says."""
+    settings = (f"plugins=[{HASTY}]", "algorithm.name=hasty", "reward.solved_threshold=0.5")
+    config = small(tmp_path / "run", tiny_model, *settings)
+    train.train(config)
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    measured = next(line for line in lines if "train/loss" in line)
+    rows = plain_rows(read_step(tmp_path / "run", 0).batch)
+    score, terms, credited = Scorer(tiny_model), [], 0
+    for row in rows:
+        A, response = row.advantage, row.response_ids
+        assert len(row.contrast_prompts) == (row.teacher_prompt_ids is not None)
+        A_hat = torch.full((len(response),), A, dtype=torch.float64)
+        if A and row.contrast_prompts:
+            prompts = (row.teacher_prompt_ids, *row.contrast_prompts)
+            with torch.no_grad():
+                one, other = (sampled(score(prompt, response), response) for prompt in prompts)
+            A_hat = A * (1 + 0.5 * ((1 if A > 0 else -1) * (one - other) / 0.5).tanh())
+            credited += 1
+        terms.append(-A_hat)
+    assert credited > 1
+    loss = torch.cat(terms).mean().item()
+    assert measured["train/loss"] == pytest.approx(loss, abs=2e-5)
+    flat = torch.cat([torch.full((len(r.response_ids),), -r.advantage) for r in rows]).mean()
+    assert abs(loss - flat.item()) > 1e-4
+
+
 def test_a_family_of_ones_own_is_converted(
     phi3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,7 +242,7 @@ def test_a_family_of_ones_own_is_converted(
 def test_the_guide_shows_the_examples_as_they_are() -> None:
     shown = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL)
     sources = [path.read_text() for path in EXAMPLES.rglob("*.py")]
-    assert len(shown) == len(sources) == 3
+    assert len(shown) == len(sources) == 4
     for block in shown:
         assert any(block in source for source in sources), block[:80]
 
