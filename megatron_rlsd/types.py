@@ -213,6 +213,8 @@ class Trajectory:
     solved: bool | None = None
     """Is the response right, as ``reward.correctness`` says? None: not known."""
     advantage: float = 0.0
+    token_advantages: FloatArray | None = None
+    """[T] float32, the advantages of single tokens. None: ``advantage`` is every token's."""
     contrast_prompts: tuple[IntArray, ...] = ()
     """[P''] int32 each: the prompts with wrong hints. Empty: there is none, or none is asked
     for."""
@@ -321,8 +323,9 @@ class TrainRow:
     rollout_log_probs: FloatArray
     """[T] float32, the engine's. Means nothing where loss_mask is False."""
     advantage: float
+    token_advantages: FloatArray | None = None
     solved: bool | None = None
-    """As in Trajectory."""
+    """Both as in Trajectory."""
     group_solved_share: float | None = None
     """Share of right responses among those of its group of which that is known; None: of none."""
     teacher_prompt_ids: IntArray | None = None

@@ -121,6 +121,8 @@ def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
         r = lam * ((lp_T - second_score(row, Q)) / 0.02).tanh()
         moved = (A + r).clamp(min=0) if A > 0 else (A + r).clamp(max=0)
         A_hat = torch.where(r.abs() > 0.02, moved, A)
+    elif name == "prefix_baseline":
+        A_hat = torch.tensor(of_tokens(row))
     elif name == "opd":
         A_hat = A_hat - algorithm.opd_coef * (lp.detach() - lp_T)
     elif name == "sdar":
@@ -129,6 +131,24 @@ def token_terms(config: Config, row: Row, S: Scorer, Q: Scorer) -> Tensor:
     if name in ("rloo", "cispo"):
         return -A_hat * lp
     return -A_hat * (lp - lp.detach()).exp() + extra
+
+
+def of_tokens(row: Row) -> list[float]:
+    """[T]: a group in which all fare alike has no advantages of tokens."""
+    return row.token_advantages or [row.advantage] * len(row.response_ids)
+
+
+def less_the_baselines(group: list[Row], i: int) -> Tensor:
+    """[T] A^ of ``prefix_baseline``: the mean, over those that go on alike, of A less the baseline
+    of the others that began alike."""
+    own, found = group[i].response_ids, []
+    for t in range(len(own)):
+        there = [row for row in group if row.response_ids[:t] == own[:t]]
+        alike = [row for row in there if row.response_ids[: t + 1] == own[: t + 1]]
+        sums = [sum(other.advantage for other in there if other is not row) for row in alike]
+        less = [row.advantage - s / len(there) for row, s in zip(alike, sums, strict=True)]
+        found.append(sum(less) / len(less))
+    return torch.tensor(found)
 
 
 def divergence(config: Config, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -211,6 +231,12 @@ def test_a_step_has_the_loss_and_the_gradient_of_the_formula(
         assert {(True, True), (False, True)} <= hinted
     if name == "rlcsd":
         assert max(len(row.contrast_prompts) for row in rows) > 1
+    if name == "prefix_baseline":
+        groups = [rows[start : start + 4] for start in range(0, len(rows), 4)]
+        expected = torch.cat([less_the_baselines(group, i) for group in groups for i in range(4)])
+        found = torch.tensor([each for row in rows for each in of_tokens(row)])
+        torch.testing.assert_close(found, expected)
+        assert not torch.equal(found[1:], found[:-1])
     student = Scorer(tiny_model)
     teacher = Scorer(other_model) if name == "opd" else student
     loss = expected_loss(config, rows, student, teacher)

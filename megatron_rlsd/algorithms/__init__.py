@@ -16,6 +16,7 @@ from megatron_rlsd.algorithms.registry import (
     own_functions,
     register_algorithm,
     response_advantages,
+    token_advantages,
 )
 from megatron_rlsd.algorithms.schedules import lambda_at
 from megatron_rlsd.algorithms.spans import evidence_span
@@ -51,6 +52,7 @@ __all__ = [
     "part_factors",
     "register_algorithm",
     "response_advantages",
+    "token_advantages",
     "token_loss_weights",
     "turns_of",
 ]

@@ -14,6 +14,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_rlsd.algorithms.advantages import group_advantages
@@ -38,6 +41,12 @@ usual, and 1 where the teacher did not score the token. Called on every rank of 
 its device."""
 
 
+TokenAdvantages = Callable[[Group, Sequence[float], AlgorithmConfig], Sequence[Tensor]]
+"""(the responses to one question that have a verdict, their [G] advantages, the settings) -> G
+tensors [T], an advantage for each of a response's tokens; those of an environment are not looked
+at. Called on rank 0. A response of advantage 0 has no gradient all the same."""
+
+
 Reads = Literal["policy", "teacher_entropy"]
 """policy: the log-probabilities of the policy before the update, which cost a pass.
 teacher_entropy: that of the teacher's distribution at each token, which comes with its pass."""
@@ -49,6 +58,7 @@ class OwnFunctions:
     """What an algorithm computes by itself; None: as the settings say."""
 
     advantages: Advantages | None = None
+    token_advantages: TokenAdvantages | None = None
     evidence_weight: EvidenceWeight | None = None
     token_credit: TokenCreditRule | None = None
     """Called on every rank of the last stage, on its device, with each response that the teacher
@@ -69,6 +79,7 @@ def register_algorithm(
     variant: Variant,
     *,
     advantages: Advantages | None = None,
+    token_advantages: TokenAdvantages | None = None,
     evidence_weight: EvidenceWeight | None = None,
     token_credit: TokenCreditRule | None = None,
     reads: Collection[Reads] = POLICY,
@@ -78,17 +89,22 @@ def register_algorithm(
     """Make ``variant`` known as ``algorithm.name`` ``name``.
 
     With ``advantages`` the key ``algorithm.advantage`` is fixed at ``own``. ``token_credit`` takes
-    the place of the evidence weight, so that one of the two is given; of what it ``reads`` the rest
-    is not computed. A ``gate`` needs ``teacher_entropy`` to be read. With ``score_group`` the
-    variant fixes the key ``evidence`` at ``own_hints`` where the readings hold contrasts, and
-    ``teacher.hint`` at ``own`` where they choose the hint as well.
+    the place of the evidence weight and of ``token_advantages``, so that it is given without them;
+    of what it ``reads`` the rest is not computed. A ``gate`` needs ``teacher_entropy`` to be read.
+    With ``score_group`` the variant fixes the key ``evidence`` at ``own_hints`` where the readings
+    hold contrasts, and ``teacher.hint`` at ``own`` where they choose the hint as well.
     Raises UserError for a name that is taken and for keys that a section does not have.
     """
-    if evidence_weight is not None and token_credit is not None:
-        raise UserError(
-            f"algorithm {name!r}: it has an evidence_weight and a token_credit, which takes its "
-            "place; expected one of them"
-        )
+    for other, given in (
+        ("evidence_weight", evidence_weight),
+        ("token_advantages", token_advantages),
+    ):
+        if given is not None and token_credit is not None:
+            article = "an" if other[0] in "aeiou" else "a"
+            raise UserError(
+                f"algorithm {name!r}: it has {article} {other} and a token_credit, which takes its "
+                "place; expected one of them"
+            )
     if gate is not None and "teacher_entropy" not in reads:
         raise UserError(
             f"algorithm {name!r}: it has a gate, which observes the teacher's entropy, but does "
@@ -114,7 +130,13 @@ def register_algorithm(
         variant = replace(variant, fixed={**variant.fixed, **own})
     VARIANTS[name] = variant
     _OWN[name] = OwnFunctions(
-        advantages, evidence_weight, token_credit, frozenset(reads), gate, score_group
+        advantages=advantages,
+        token_advantages=token_advantages,
+        evidence_weight=evidence_weight,
+        token_credit=token_credit,
+        reads=frozenset(reads),
+        gate=gate,
+        score_group=score_group,
     )
 
 
@@ -151,3 +173,31 @@ def _judged_advantages(group: Group, algorithm: AlgorithmConfig) -> list[float]:
             f"expected {len(group.trajectories)} finite numbers"
         )
     return found
+
+
+def token_advantages(
+    group: Group, advantages: Sequence[float], algorithm: AlgorithmConfig
+) -> list[NDArray[np.float32] | None]:
+    """[G] the advantages of each response's tokens; None: all have the response's own.
+
+    ``advantages``: [G], as ``response_advantages`` found them.
+    Raises UserError where a user's function returns anything but T finite numbers for each.
+    """
+    function = own_functions(algorithm).token_advantages
+    places = [i for i, each in enumerate(group.trajectories) if each.has_verdict]
+    if function is None or not any(advantages):
+        return [None] * len(advantages)
+    judged = group.judged
+    found = function(judged, [advantages[i] for i in places], algorithm)
+    lengths = [len(each.generation.token_ids) for each in judged.trajectories]
+    if [each.shape for each in found] != [(length,) for length in lengths] or not all(
+        each.isfinite().all() for each in found
+    ):
+        raise UserError(
+            f"algorithm.name={algorithm.name}: its token_advantages of {group.problem.id} are "
+            f"{found!r:.200}, expected finite numbers for responses of {lengths} tokens"
+        )
+    of_all: list[NDArray[np.float32] | None] = [None] * len(advantages)
+    for i, each in zip(places, found, strict=True):
+        of_all[i] = each.to("cpu", torch.float32).numpy()
+    return of_all

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 
-from megatron_rlsd.algorithms import has_signal, response_advantages
+from megatron_rlsd.algorithms import has_signal, response_advantages, token_advantages
 from megatron_rlsd.config import Config
 from megatron_rlsd.experience.episodes import episode_metrics
 from megatron_rlsd.experience.groups import GroupBuilder
@@ -49,8 +49,11 @@ class BatchRules:
             advantages = [0.0] * len(group.trajectories)
             if self._has_enough_verdicts(group):
                 advantages = response_advantages(group, self._config.algorithm)
-            for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
-                trajectory.advantage = advantage
+            by_token = token_advantages(group, advantages, self._config.algorithm)
+            for trajectory, advantage, own in zip(
+                group.trajectories, advantages, by_token, strict=True
+            ):
+                trajectory.advantage, trajectory.token_advantages = advantage, own
 
     def finish(self, groups: list[Group], counts: Counter[str], step: int) -> dict[str, float]:
         """Metrics of the batch, all of whose groups were weighed.

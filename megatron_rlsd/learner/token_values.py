@@ -67,7 +67,7 @@ class TokenValueMaker:
 
     def make(self) -> TokenValues:
         """All values, each [R] float32."""
-        advantages = self._of_each_row([row.advantage for row in self._rows])
+        advantages = self._end_to_end([_advantages(row) for row in self._rows])
         weights = self._of_each_row([self._mini_batch.loss_weights[n] for n in self.numbers])
         rollout = self._end_to_end([row.rollout_log_probs[row.loss_mask] for row in self._rows])
         from_trainer = self._algorithm.off_policy.old_log_probs == "trainer"
@@ -259,6 +259,13 @@ class TokenValueMaker:
                 confidence=self._algorithm.divergence_confidence,
             ),
         )
+
+
+def _advantages(row: TrainRow) -> np.ndarray:
+    """[T'] float32 of the row's trained tokens."""
+    if row.token_advantages is not None:
+        return row.token_advantages[row.loss_mask]
+    return np.full(int(row.loss_mask.sum()), row.advantage, np.float32)
 
 
 def _inside_span(row: TrainRow) -> np.ndarray:

@@ -37,6 +37,7 @@ def train_batch_tensors(batch: TrainBatch) -> dict[str, torch.Tensor]:
         | {"advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float64)}
         | _optional("teacher_prompt_ids", [row.teacher_prompt_ids for row in rows])
         | _optional("weight_versions", [row.weight_versions for row in rows])
+        | _optional("token_advantages", [row.token_advantages for row in rows], np.float32)
         | _several("contrast_prompt_ids", [row.contrast_prompts for row in rows])
     )
     if solved := _present(row.solved for row in rows):
@@ -64,9 +65,11 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
     masks = _masks(tensors, responses)
     teacher = _read_optional("teacher_prompt_ids", tensors)
     contrast = _read_several("contrast_prompt_ids", tensors)
-    versions: dict[int, np.ndarray] = {}
-    if "weight_versions.rows" in tensors:  # release 0.1 has none
-        versions = _read_optional("weight_versions", tensors)
+    versions, by_token = (
+        # Release 0.1 has neither.
+        _read_optional(name, tensors) if f"{name}.rows" in tensors else {}
+        for name in ("weight_versions", "token_advantages")
+    )
     spans = _read_spans(tensors)
     solved, shares = _read_values("solved", tensors), _read_values("group_solved_share", tensors)
     episodes = _read_values("episodes", tensors)
@@ -81,6 +84,7 @@ def train_batch_of(tensors: dict[str, torch.Tensor]) -> TrainBatch:
                 loss_mask=masks[number],
                 rollout_log_probs=log_probs[number],
                 advantage=advantage,
+                token_advantages=by_token.get(number),
                 solved=solved.get(number),
                 group_solved_share=shares.get(number),
                 teacher_prompt_ids=teacher.get(number),
@@ -99,10 +103,12 @@ def _present(column: Iterable[Value | None]) -> dict[int, Value]:
     return {number: value for number, value in enumerate(column) if value is not None}
 
 
-def _optional(name: str, column: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
+def _optional(
+    name: str, column: list[np.ndarray | None], dtype: type[np.generic] = np.int32
+) -> dict[str, torch.Tensor]:
     present = _present(column)
     rows = torch.tensor(list(present), dtype=torch.int64)
-    return {f"{name}.rows": rows} | ragged(name, list(present.values()))
+    return {f"{name}.rows": rows} | ragged(name, list(present.values()), dtype)
 
 
 def _several(name: str, column: list[tuple[np.ndarray, ...]]) -> dict[str, torch.Tensor]:

@@ -15,11 +15,13 @@ from megatron_rlsd.algorithms import (
     has_signal,
     register_algorithm,
     response_advantages,
+    token_advantages,
     token_loss_weights,
 )
 from megatron_rlsd.algorithms.registry import _OWN
 from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.config.variants import VARIANTS
+from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, Group, Problem, RewardResult
 from tests.batches import trajectory
 
@@ -194,3 +196,34 @@ def test_bad_lengths_and_aggregation_are_refused():
         token_loss_weights([1], cast(Any, "mean"))
     with pytest.raises(ValueError, match="needs a length"):
         token_loss_weights([1], "fixed_length")
+
+
+def test_token_advantages_are_those_of_judged_responses():
+    """A response without a verdict has none, nor has a group in which nothing is learned."""
+    algorithm = AlgorithmConfig(name="prefix_baseline", params={"prior": 3.0})
+    group = scored(1, None, 0, 0)
+    found = token_advantages(group, [2.0, 0.0, -1.0, -1.0], algorithm)
+    # All begin with the same token: (3 + 3) 0 - 0 = 0 for a mean of 0.
+    assert [None if each is None else each.tolist() for each in found] == [[0], None, [0], [0]]
+    assert token_advantages(group, [0.0] * 4, algorithm) == [None] * 4
+    assert token_advantages(group, [1.0] * 4, AlgorithmConfig(name="grpo")) == [None] * 4
+    with pytest.raises(UserError, match="expected prior > 0, got 0"):
+        token_advantages(
+            group, [1.0] * 4, AlgorithmConfig(name=algorithm.name, params={"prior": 0})
+        )
+
+
+def test_a_users_token_advantages_are_checked():
+    def one_too_many(group, advantages, algorithm):
+        return [torch.tensor([each, each]) for each in advantages]
+
+    register_algorithm("one_too_many", Variant(), token_advantages=one_too_many)
+    try:
+        with pytest.raises(UserError, match=r"finite numbers for responses of \[1, 1\] tokens"):
+            token_advantages(scored(1, 0), [1.0, -1.0], AlgorithmConfig(name="one_too_many"))
+        with pytest.raises(UserError, match="a token_advantages and a token_credit"):
+            register_algorithm(
+                "both", Variant(), token_advantages=one_too_many, token_credit=lambda r, a: None
+            )
+    finally:
+        del VARIANTS["one_too_many"], _OWN["one_too_many"]

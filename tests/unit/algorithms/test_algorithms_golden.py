@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from megatron_rlsd.config import AlgorithmConfig
 from megatron_rlsd.learner.plan import policy_loss_config
 from megatron_rlsd.learner.scoring import log_mean_exp
 from megatron_rlsd.ops import DivergenceConfig, divergence_loss, policy_loss
+from megatron_rlsd.types import Generation, Group, Problem, RewardResult, Trajectory
 
 D, V = 5, 31
 REWARDS = [[1.0, 0.0, 0.0, 0.25], [0.5, 1.0, 0.0]]
@@ -308,6 +310,31 @@ def cscr(data: Data) -> Tensor:
     return token_mean(each(data, term))
 
 
+def begins_alike(data: Data) -> list[tuple[int, ...]]:
+    """Tokens of the responses for rules that look at what they share: of two kinds, by parity."""
+    return [tuple((ids % 2).tolist()) for ids in data.targets.split(LENGTHS)]
+
+
+def prefix_baseline(data: Data) -> Tensor:
+    """Each response's A less the baseline of the others there, averaged over those that go on
+    alike."""
+    A, ids, terms = by_group("group_std"), begins_alike(data), []
+    shared = 0
+    for i, lp in enumerate(data.log_probs()):
+        group = range(4) if i < 4 else range(4, 7)
+        A_hat = []
+        for t in range(len(lp)):
+            node = [j for j in group if ids[j][:t] == ids[i][:t]]
+            alike = [j for j in node if ids[j][: t + 1] == ids[i][: t + 1]]
+            less = [A[j] - sum(A[o] for o in node if o != j) / (len(node) + 0.5) for j in alike]
+            A_hat.append(sum(less) / len(less))
+            shared += len(alike) > 1
+        rho = (lp - data.old[i]).exp()
+        terms.append(clip_loss(torch.tensor(A_hat, dtype=torch.float64), rho, 0.2, 0.28, 3.0))
+    assert 3 < shared < T - 3
+    return token_mean(terms)
+
+
 def rlcsd(data: Data) -> Tensor:
     A = by_group("group_std")
     apart: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -370,6 +397,7 @@ CASES: dict[str, tuple[dict[str, object], Callable[[Data], Tensor]]] = {
     ),
     "antisd": ({"rlsd_lambda": 0.6}, antisd),
     "cscr": ({"rlsd_lambda": 0.8, "params": {"damping": 2.0}}, cscr),
+    "prefix_baseline": ({"params": {"prior": 1.5}}, prefix_baseline),
     "sdar": ({"sdar_coef": 0.3}, sdar),
     "opd": ({"opd_coef": 0.7}, opd),
     "opsd": ({"divergence": "jsd", "jsd_beta": 0.3}, lambda d: divergence(d, "jsd")),
@@ -423,6 +451,22 @@ def scored(data: Data, name: str, i: int, A: float, lam: float) -> ScoredRespons
     )
 
 
+def scored_group(tokens: list[tuple[int, ...]], rewards: list[float]) -> Group:
+    problem = Problem("1", ({"role": "user", "content": "?"},), "7")
+    return Group(
+        problem,
+        [
+            Trajectory(
+                problem=problem,
+                prompt_ids=np.zeros(1, np.int32),
+                generation=Generation.of(ids, [0.0] * len(ids), "stop", 0),
+                reward=RewardResult(reward, {}),
+            )
+            for ids, reward in zip(tokens, rewards, strict=True)
+        ],
+    )
+
+
 def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) -> Tensor:
     """The same loss as the learner forms it: advantages, weights, and the operators of ops."""
     lengths = torch.tensor(LENGTHS)
@@ -430,6 +474,12 @@ def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) 
     A = torch.cat([group_advantages(rewards, algorithm.advantage) for rewards in REWARDS])
     advantages = list(A.repeat_interleave(lengths).split(LENGTHS))
     lam = 0.0 if algorithm.name == "grpo" else algorithm.rlsd_lambda
+    if (spread := own_functions(algorithm).token_advantages) is not None:
+        ids, of_tokens = begins_alike(data), []
+        for places, rewards in ((range(4), REWARDS[0]), (range(4, 7), REWARDS[1])):
+            group = scored_group([ids[i] for i in places], rewards)
+            of_tokens += spread(group, [float(A[i]) for i in places], algorithm)
+        advantages = of_tokens
     if (rule := own_functions(algorithm).token_credit) is not None:
         responses = (scored(data, algorithm.name, i, float(A[i]), lam) for i in range(B))
         credits = [rule(each, algorithm) for each in responses]

@@ -16,6 +16,7 @@ ROWS = [
     train_row([3], [2], 0.5, solved=True, group_solved_share=1 / 3),
     train_row([3], [2], 0.5, episode=0),
     train_row([4], [2], 0.5, episode=0),
+    train_row([3], [2, 5], 0.5, token_advantages=np.array([0.25, -1], np.float32)),
     train_row([3], [2, 2], weight_versions=np.array([0, 1], np.int32)),
 ]
 
