@@ -214,7 +214,8 @@ class Trajectory:
     """Is the response right, as ``reward.correctness`` says? None: not known."""
     advantage: float = 0.0
     token_advantages: FloatArray | None = None
-    """[T] float32, the advantages of single tokens. None: ``advantage`` is every token's."""
+    """[T] float32, the advantages of single tokens. None: ``advantage`` is every token's, as in the
+    later rows of an episode."""
     contrast_prompts: tuple[IntArray, ...] = ()
     """[P''] int32 each: the prompts with wrong hints. Empty: there is none, or none is asked
     for."""

@@ -71,7 +71,7 @@ def _row(
         loss_mask=mask,
         rollout_log_probs=generation.log_probs,
         advantage=trajectory.advantage,
-        token_advantages=trajectory.token_advantages,
+        token_advantages=part.token_advantages,
         solved=trajectory.solved,
         group_solved_share=group_solved_share,
         teacher_prompt_ids=part.teacher_prompt_ids,

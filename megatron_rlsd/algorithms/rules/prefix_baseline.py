@@ -10,6 +10,9 @@ the others there, drawn to the group's (0) as if k more responses had it. b does
 token or on the response's own reward, so that the policy gradient stays unbiased and only its noise
 falls. A token that all take gets k / (n - 1 + k) of their mean; where a response is alone, A^ = A.
 
+Prompts are compared as well, since agents may begin otherwise. Of an episode of several training
+rows the later ones keep A.
+
 No teacher and no pass: it costs nothing. Where responses part at once, as long ones in free prose
 do, it is GRPO. The rule is ours; values of prefixes from the tree of a group are TEMPO's
 (arXiv:2509.18314), which adds differences of them at branches to GRPO's advantage, without leaving
@@ -43,7 +46,10 @@ def prefix_advantages(
         torch.full((len(ids),), A, dtype=torch.float64)
         for ids, A in zip(tokens, advantages, strict=True)
     ]
-    open_nodes = [(0, list(range(len(tokens))))]
+    by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, each in enumerate(group.trajectories):
+        by_prompt[tuple(each.prompt_ids.tolist())].append(number)
+    open_nodes = [(0, members) for members in by_prompt.values()]
     while open_nodes:
         place, members = open_nodes.pop()
         count = len(members)

@@ -4,6 +4,7 @@ import math
 import statistics
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -211,6 +212,14 @@ def test_token_advantages_are_those_of_judged_responses():
         token_advantages(
             group, [1.0] * 4, AlgorithmConfig(name=algorithm.name, params={"prior": 0})
         )
+
+
+def test_responses_to_other_prompts_do_not_begin_alike():
+    """As an agent may have asked for them: alone, each keeps its own advantage."""
+    group = scored(1, 0)
+    group.trajectories[1].prompt_ids = np.array([2], np.int32)
+    found = token_advantages(group, [0.5, -0.5], AlgorithmConfig(name="prefix_baseline"))
+    assert [each.tolist() for each in found if each is not None] == [[0.5], [-0.5]]
 
 
 def test_a_users_token_advantages_are_checked():
