@@ -47,8 +47,8 @@ def prefix_advantages(
         for ids, A in zip(tokens, advantages, strict=True)
     ]
     by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, each in enumerate(group.trajectories):
-        by_prompt[tuple(each.prompt_ids.tolist())].append(number)
+    for number, trajectory in enumerate(group.trajectories):
+        by_prompt[tuple(trajectory.prompt_ids.tolist())].append(number)
     open_nodes = [(0, members) for members in by_prompt.values()]
     while open_nodes:
         place, members = open_nodes.pop()

@@ -475,7 +475,8 @@ def operators(data: Data, algorithm: AlgorithmConfig, without: tuple[int, ...]) 
     advantages = list(A.repeat_interleave(lengths).split(LENGTHS))
     lam = 0.0 if algorithm.name == "grpo" else algorithm.rlsd_lambda
     if (spread := own_functions(algorithm).token_advantages) is not None:
-        ids, of_tokens = begins_alike(data), []
+        ids = begins_alike(data)
+        of_tokens: list[Tensor] = []
         for places, rewards in ((range(4), REWARDS[0]), (range(4, 7), REWARDS[1])):
             group = scored_group([ids[i] for i in places], rewards)
             of_tokens += spread(group, [float(A[i]) for i in places], algorithm)
