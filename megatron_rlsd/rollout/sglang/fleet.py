@@ -40,6 +40,7 @@ from megatron_rlsd.rollout.sglang.server import (
     new_client,
 )
 from megatron_rlsd.rollout.sglang.update import PauseMode, Update
+from megatron_rlsd.runtime.warn import warn
 from megatron_rlsd.types import Generation, GenerationRequest
 
 
@@ -107,6 +108,8 @@ class Fleet:
         self._updating = False
         self._name = uuid.uuid4().hex[:12]
         self._closing = False
+        self._told: set[Server] = set()
+        """Those that the user knows to be given up."""
 
     async def start(self) -> None:
         """Begin to start or find all servers; ``wait_until_ready`` says how it went."""
@@ -410,12 +413,25 @@ class Fleet:
 
     def _server_changed(self) -> None:
         self._changed.set()
+        self._tell_of_given_up()
         try:
             self._raise_if_none_is_left()
         except EngineError as error:
             for call in list(self._calls):
                 call.fail(error)
         self._pump()
+
+    def _tell_of_given_up(self) -> None:
+        """The run goes on with the servers that are left, slower."""
+        left = sum(server.state is not State.GIVEN_UP for server in self.servers)
+        for server in self.servers:
+            was_ready = server.max_tokens is not None
+            if server.state is State.GIVEN_UP and was_ready and server not in self._told and left:
+                warn(
+                    f"{server} is given up, and the run goes on with {left} of "
+                    f"{len(self.servers)} servers: {server.reason}"
+                )
+                self._told.add(server)
 
     def _whereabouts(self, call: ServerCall) -> str:
         places = Counter(str(stay.server) for stay in call.running)

@@ -37,8 +37,10 @@ POLL_SECONDS = 0.25
 MAX_FAULTS = 3
 """Faults without a good answer in between after which even a healthy server is restarted."""
 MAX_FAILED_LOADS = 2
-"""Times in a row that a server that came back may fail on the current weights: they may be at
-fault, and would end it again and again."""
+"""Times in a row that a server that came back may refuse the current weights, or hold others after
+them: they may be at fault."""
+ENDING_SECONDS = 2.0
+"""Between a server's last word and the end of its process."""
 MAX_PAUSE_SECONDS = 60.0
 
 
@@ -296,13 +298,26 @@ class Supervisor:
             return
         wanted = client.label(self._weights.version)
         if await self._is_stale():
-            self._server.failed_loads += 1
-            await self._weights.load_current(self._server)
+            try:
+                await self._weights.load_current(self._server)
+            except EngineError:
+                # One that died, of whatever, is started as often as any other.
+                self._server.failed_loads += not await self._ends()
+                raise
             self._server.failed_loads = 0
             self._server.holds = self._weights.publications
         found = await client.weight_version(timeout=seconds)
         if found != wanted:
             raise ServerFault(f"{self._server}: expected weight_version {wanted}, got {found}")
+
+    async def _ends(self) -> bool:
+        """Has our own process ended, or does it within ENDING_SECONDS?"""
+        process = self._server.process
+        for _ in range(round(ENDING_SECONDS / POLL_SECONDS)):
+            if process is None or not process.running:
+                break
+            await asyncio.sleep(POLL_SECONDS)
+        return process is not None and not process.running
 
     async def _watch(self) -> str:
         """Return why the server can no longer be used."""

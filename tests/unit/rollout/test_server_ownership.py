@@ -143,10 +143,10 @@ def test_a_server_that_another_run_takes_meanwhile_drops_out_of_the_next_update(
     run(work())
 
 
-def starting_fleet(port: int, python: Path, run_dir: Path) -> Fleet:
-    """A fleet of one server, which it starts by itself with ``python``."""
+def starting_fleet(port: int, python: Path, run_dir: Path, servers: int = 1) -> Fleet:
+    """A fleet whose servers it starts by itself with ``python``."""
     return Fleet(
-        SGLangConfig(port=port, python=str(python), device="cpu"),
+        SGLangConfig(port=port, python=str(python), device="cpu", num_servers=servers),
         model="unused",
         dtype="float32",
         vocab_size=40,
