@@ -127,11 +127,16 @@ class RecordingEngine:
         return found
 
 
-def check_rows(rows: list[Any], batches: list[list[tuple[GenerationRequest, Generation]]]) -> None:
-    """Every turn in a row is one that the engine gave, for exactly the tokens before it; and no
-    turn that it gave is missing, or in two rows.
+def check_rows(
+    rows: list[Any],
+    batches: list[list[tuple[GenerationRequest, Generation]]],
+    *,
+    complete: bool = True,
+) -> None:
+    """Every turn in a row is one that the engine gave, for exactly the tokens before it, in no
+    other row; and with ``complete`` no turn that it gave is missing.
 
-    rows: with prompt_ids, response_ids, loss_mask and rollout_log_probs as lists.
+    rows: with prompt_ids, response_ids, loss_mask, rollout_log_probs and weight_versions as lists.
     """
     given: dict[tuple[int, ...], list[Generation]] = {}
     for request, found in (exchange for batch in batches for exchange in batch):
@@ -148,6 +153,7 @@ def check_rows(rows: list[Any], batches: list[list[tuple[GenerationRequest, Gene
                 for each in answers
                 if each.token_ids.tolist() == ids
                 and np.array_equal(each.log_probs, np.float32(log_probs))
+                and set(row.weight_versions[start:stop]) == {each.weight_version}
             ][:1]
             answers.remove(turn)
-    assert not any(given.values())
+    assert not complete or not any(given.values())

@@ -11,6 +11,13 @@ from transformers import Qwen3Config
 from tests.models import save_random_model
 from tests.unit.data.hf_folders import byte_level, write_folder
 
+SHORT = (
+    "{% if tools %}<|system|>Tools:{% for each in tools %} {{ each.function.name }}{% endfor %}"
+    "<|end|>{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""Of a sentencepiece model; it names the tools."""
+
 QWEN3 = """\
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}

@@ -216,21 +216,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_environment(self) -> Config:
-        name, staleness = self.environment.name, self.rollout.asynchronous.max_staleness
+        name = self.environment.name
         problems = []
         if name is None and any(each.name == "environment" for each in self.reward.functions):
             problems.append("reward environment needs environment.name, whose own reward it is")
-        if name is not None and staleness:
-            problems.append(
-                f"environment.name={name!r} needs rollout.asynchronous.max_staleness=0, not "
-                f"{staleness}: episodes are played between two weight updates"
-            )
-        if name is not None and self.algorithm.routing_replay != "none":
-            problems.append(
-                f"environment.name={name!r} does not go with algorithm.routing_replay="
-                f"{self.algorithm.routing_replay}: the environment's tokens were not routed by one "
-                "request"
-            )
         if name == SESSIONS and (self.prompts.system or self.prompts.format_instruction):
             problems.append(
                 f"environment.name={name} needs prompts.system and prompts.format_instruction "

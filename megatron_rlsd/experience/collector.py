@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from megatron_rlsd.config import Config
 from megatron_rlsd.experience.arriving import Submits
 from megatron_rlsd.experience.groups import GroupBuilder
+from megatron_rlsd.experience.playing import BackgroundPlayer
 from megatron_rlsd.experience.questions import Questions
 from megatron_rlsd.experience.rules import Collected
 from megatron_rlsd.experience.stream import StreamCollector
@@ -56,12 +57,13 @@ def build_collector(
     count: Callable[[int, int, str], None],
     *,
     beside_training: bool,
+    player: BackgroundPlayer | None = None,
 ) -> Collector:
     """What ``rollout.asynchronous`` asks for.
 
-    ``span`` and ``count``: as for StreamCollector.
+    ``span``, ``count`` and ``player``: as for StreamCollector.
     ``beside_training`` False: nothing is trained, so that there is nothing to sample beside.
     """
     if beside_training and config.rollout.asynchronous.max_staleness:
-        return StreamCollector(config, questions, builder, engine, span, count)
+        return StreamCollector(config, questions, builder, engine, span, count, player)
     return StepCollector(config, questions, builder, engine, count)

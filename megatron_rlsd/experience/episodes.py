@@ -11,9 +11,12 @@ it is. Only an environment's answers are made into tokens (``data.ChatTurns``).
 from __future__ import annotations
 
 import statistics
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_rlsd.config import Config
@@ -29,6 +32,13 @@ from megatron_rlsd.types import (
     SamplingParams,
     Trajectory,
 )
+
+STOP_SECONDS = 1.0
+"""So often it is looked whether episodes are still wanted."""
+
+
+class PlayStopped(Exception):
+    """The run ends, and nobody wants these episodes any more."""
 
 
 @dataclass
@@ -47,7 +57,7 @@ class Episode:
     mask: list[int] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     routed_experts: Tensor | None = None
-    """The last turn's, whose prompt was everything before it."""
+    """Of each token those with which it was sampled, or first read: see Generation."""
     turns: list[str] = field(default_factory=list)
     """The model's, decoded."""
     last_turn: str | None = None
@@ -74,7 +84,13 @@ class Episode:
         self.turns.append(text)
         self.last_turn = whole
         self.turn_reason = generation.finish_reason
-        self.routed_experts = generation.routed_experts
+        if generation.routed_experts is not None:
+            known = self.routed_experts
+            self.routed_experts = (
+                generation.routed_experts
+                if known is None
+                else torch.cat([known, generation.routed_experts[len(known) :]])
+            )
 
     def add_answer(self, ids: list[int]) -> None:
         self.token_ids += ids
@@ -116,9 +132,17 @@ class Episode:
             finish_reason=self.finish_reason,
             weight_version=first,
             token_versions=self.versions if set(self.versions) - {first} else None,
-            routed_experts=self.routed_experts,
+            routed_experts=self._routes(),
             loss_mask=self.mask if 0 in self.mask else None,
         )
+
+    def _routes(self) -> Tensor | None:
+        """For all tokens; -1 for an answer at the end, which the model has not read."""
+        routes = self.routed_experts
+        if routes is None:
+            return None
+        missing = len(self.prompt_ids) + len(self.token_ids) - 1 - len(routes)
+        return torch.cat([routes, routes.new_full((missing, *routes.shape[1:]), -1)])
 
     def transcript(self, role: str) -> tuple[dict[str, str], ...]:
         """The messages after the prompt, the answers under ``role``."""
@@ -140,33 +164,40 @@ class Episodes:
         tokenizer: Tokenizer,
         engine: RolloutEngine,
         pool: EnvironmentPool,
+        stopped: threading.Event | None = None,
     ) -> None:
-        """Raises UserError where the chat template cannot show ``environment.role``."""
+        """``stopped``: once it is set, ``play`` ends with PlayStopped at its next turn.
+
+        Raises UserError where the chat template cannot show ``environment.role``.
+        """
         self._seed, self._config = config.train.seed, config.environment
         self._prompts, self._tokenizer = prompts, tokenizer
         self._engine, self._pool = engine, pool
         self._between = ChatTurns(tokenizer, config.environment.role).between
         self._texts = TurnText(tokenizer)
+        self._stopped = stopped or threading.Event()
 
     def play(
-        self, problems: list[Problem], n: int, params: SamplingParams, label: str
+        self, problems: list[Problem], n: int, params: SamplingParams, labels: Sequence[str]
     ) -> list[Trajectory]:
-        """``n`` trajectories of each problem, in order; ``label`` and the seed fix the samples.
+        """``n`` trajectories of each problem, in order; its label and the seed fix the samples.
 
         ``params.max_new_tokens`` bounds all tokens after the prompt. An episode that reaches it, or
         ``environment.max_turns``, ends with the finish_reason ``length``; one that the environment
         ends with that of its last turn; one whose environment fails with ``abort``.
 
-        Raises UserError (see EnvironmentPool.answer) and EngineError.
+        Raises UserError (see EnvironmentPool.answer), EngineError, and PlayStopped.
         """
         episodes = [
-            Episode(index * n + sample, problem, f"{label}/{index}", sample)
-            for index, problem in enumerate(problems)
+            Episode(index * n + sample, problem, label, sample)
+            for index, (problem, label) in enumerate(zip(problems, labels, strict=True))
             for sample in range(n)
         ]
         self._pool.begin(len(episodes))
         self._open(episodes, n)
         while going := [e for e in episodes if e.finish_reason is None]:
+            if self._stopped.is_set():
+                raise PlayStopped
             most = self._config.max_turn_tokens
             requests = [each.request(self._seed, params, most) for each in going]
             for each, generation in zip(going, self._engine.generate(requests), strict=True):

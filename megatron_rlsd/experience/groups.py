@@ -102,6 +102,13 @@ class GroupBuilder:
             prompt_ids = np.asarray(requests[0].prompt_ids, np.int32)  # one array for all of them
             found = [self._trajectory(problem, prompt_ids, each) for each in generations]
             groups.append(Group(problem, found))
+        return self.finish(groups)
+
+    def finish(self, groups: list[Group]) -> list[Group]:
+        """Training groups of responses that nobody has judged yet; they are scored together.
+
+        Raises UserError as ``build`` does.
+        """
         trajectories = [each for group in groups for each in group.trajectories]
         self._reward(trajectories, self.sampling.max_new_tokens)
         for group in groups:
@@ -114,7 +121,8 @@ class GroupBuilder:
         """``n`` scored responses to each problem, for no teacher to read; ``label`` and the seed
         fix the samples."""
         if self._episodes is not None:
-            trajectories = self._episodes.play(problems, n, params, label)
+            labels = [f"{label}/{index}" for index in range(len(problems))]
+            trajectories = self._episodes.play(problems, n, params, labels)
         else:
             requests = [
                 request

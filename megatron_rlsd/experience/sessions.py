@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from megatron_rlsd.environments.sessions import chat
 from megatron_rlsd.environments.sessions.agents import AgentPool, Ended
 from megatron_rlsd.environments.sessions.chat import Refused
 from megatron_rlsd.environments.sessions.server import Asked, Rewarded, SessionServer
-from megatron_rlsd.experience.episodes import most_tokens
+from megatron_rlsd.experience.episodes import STOP_SECONDS, PlayStopped, most_tokens
 from megatron_rlsd.experience.session import TOO_LONG, Question, Requests, Session
 from megatron_rlsd.rollout.engine import RolloutEngine
 from megatron_rlsd.types import Generation, Problem, SamplingParams, Trajectory
@@ -47,38 +48,41 @@ class Sessions:
         engine: RolloutEngine,
         server: SessionServer,
         agents: AgentPool,
+        stopped: threading.Event,
     ) -> None:
+        """``stopped``: once it is set, ``play`` ends with PlayStopped."""
         settings, seed = config.environment, config.train.seed
         requests = Requests(settings, prompts, tokenizer, ChatTurns(tokenizer, "user"))
         texts = TurnText(tokenizer)
         self._parts = _Parts(
             settings, seed, prompts, tokenizer, engine, server, agents, requests, texts
         )
+        self._stopped = stopped
 
     def wait_until_ready(self) -> None:
         """Wait until the agent is loaded; UserError where it cannot be."""
         self._parts.agents.wait_until_ready()
 
     def play(
-        self, problems: list[Problem], n: int, params: SamplingParams, label: str
+        self, problems: list[Problem], n: int, params: SamplingParams, labels: Sequence[str]
     ) -> list[Trajectory]:
-        """``n`` trajectories of each problem, in order; ``label`` and the seed fix the samples.
+        """``n`` trajectories of each problem, in order; its label and the seed fix the samples.
 
         Limits are those of ``Episodes.play``. An episode fails, so that it has no verdict, where
         its agent raises, dies, is silent for ``environment.timeout_seconds``, ends without a turn,
         or asks for what is refused; not where it asks for more than there is room or turns for,
         which ends the trajectory as cut off.
 
-        Raises UserError (see Failures.add and AgentPool.begin) and EngineError.
+        Raises UserError (see Failures.add and AgentPool.begin), EngineError, and PlayStopped.
         """
         sessions = [
-            Session(secrets.token_urlsafe(16), question, f"{label}/{index}", sample)
-            for index, problem in enumerate(problems)
+            Session(secrets.token_urlsafe(16), question, label, sample)
+            for problem, label in zip(problems, labels, strict=True)
             for question in [Question(problem)]
             for sample in range(n)
         ]
         server, agents = self._parts.server, self._parts.agents
-        play = _Play(self._parts, sessions, params)
+        play = _Play(self._parts, sessions, params, self._stopped)
         server.open_sessions(each.key for each in sessions)
         try:
             agents.begin(server.url, [(each.key, each.question.problem) for each in sessions])
@@ -94,8 +98,15 @@ class Sessions:
 class _Play:
     """One batch of episodes."""
 
-    def __init__(self, parts: _Parts, sessions: list[Session], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        parts: _Parts,
+        sessions: list[Session],
+        params: SamplingParams,
+        stopped: threading.Event,
+    ) -> None:
         self._parts, self._config, self._params = parts, parts.config, params
+        self._stopped = stopped
         self._sessions, self._by_key = sessions, {each.key: each for each in sessions}
         self._failures = Failures(parts.config, len(sessions))
         self._generate_at = 0.0
@@ -106,6 +117,8 @@ class _Play:
         for each in self._sessions:
             each.silent_until = now + self._config.timeout_seconds
         while going := [each for each in self._sessions if not each.ended]:
+            if self._stopped.is_set():
+                raise PlayStopped
             waiting = [each for each in going if each.asked is not None]
             now = time.monotonic()
             if waiting and (now >= self._generate_at or not any(s.talks for s in going)):
@@ -113,7 +126,8 @@ class _Play:
                 continue
             limits = [each.silent_until for each in going if each.asked is None]
             limit = min([*limits, *([self._generate_at] if waiting else [])])
-            ends = self._parts.agents.wait(limit - now, self._parts.server.wake)
+            seconds = min(limit - now, STOP_SECONDS)
+            ends = self._parts.agents.wait(seconds, self._parts.server.wake)
             # Taken before anything is dealt with: what arrived in time counts.
             now = time.monotonic()
             for event in self._parts.server.take():
@@ -257,13 +271,20 @@ class _Play:
 
 @contextmanager
 def open_sessions(
-    config: Config, prompts: PromptBuilder, tokenizer: Tokenizer, engine: RolloutEngine
+    config: Config,
+    prompts: PromptBuilder,
+    tokenizer: Tokenizer,
+    engine: RolloutEngine,
+    stopped: threading.Event | None = None,
 ) -> Iterator[Sessions]:
-    """The endpoint and the agents' processes, until the block ends.
+    """The endpoint and the agents' processes, until the block ends; ``stopped``: as in Sessions.
 
     Raises UserError for an agent that cannot be found, and an address that cannot be bound.
     """
     settings = config.environment.sessions
     pool = AgentPool(config.environment)
     with SessionServer(settings.host, settings.port) as server, pool as agents:
-        yield Sessions(config, prompts, tokenizer, engine, server, agents)
+        yield Sessions(
+            *(config, prompts, tokenizer, engine, server, agents),
+            stopped or threading.Event(),
+        )

@@ -23,6 +23,7 @@ import numpy as np
 from megatron_rlsd.config import Config
 from megatron_rlsd.experience.arriving import Submits
 from megatron_rlsd.experience.groups import GroupBuilder
+from megatron_rlsd.experience.playing import BackgroundPlayer
 from megatron_rlsd.experience.questions import Questions
 from megatron_rlsd.experience.rules import BatchRules, Collected
 from megatron_rlsd.rollout.engine import EngineError
@@ -36,7 +37,10 @@ CLOSE_SECONDS = 60.0
 class _Ticket:
     number: int
     problem: Problem
+    """As it was drawn: an environment may add to its question."""
+    label: str
     requests: list[GenerationRequest]
+    """Empty where episodes are played."""
 
 
 class StreamCollector:
@@ -57,19 +61,24 @@ class StreamCollector:
         engine: Submits,
         span: Callable[[str, int, int, int, int], None] = lambda *_: None,
         count: Callable[[int, int, str], None] = lambda *_: None,
+        player: BackgroundPlayer | None = None,
     ) -> None:
+        """``player``: where a response has several turns; None: it is one turn."""
+        self._player = player
         self._config, self._engine, self._span, self._count = config, engine, span, count
         self._questions, self._builder = questions, builder
         self._rules = BatchRules(config, builder)
         self._batch = config.rollout.prompts_per_step
         self._staleness = config.rollout.asynchronous.max_staleness
         self._changed = threading.Condition()
-        self._answered: queue.SimpleQueue[tuple[_Ticket, Future[list[Generation]]] | None]
+        self._answered: queue.SimpleQueue[tuple[_Ticket, Future[Any]] | None]
         self._answered = queue.SimpleQueue()
         self._waiting: deque[Problem] = deque()
         """Questions to be asked (again) before new ones are drawn."""
         self._under_way: dict[int, _Ticket] = {}
         self._ready: dict[int, Group] = {}
+        self._drawn: dict[int, Problem] = {}
+        """The question of each ready group, as it was drawn."""
         self._counts: Counter[str] = Counter()
         self._first = self._version = -1
         self._let_in = self._replaced = self._filtered_in_row = 0
@@ -111,7 +120,10 @@ class StreamCollector:
                         f"{len(self._under_way)} are under way"
                     )
                 self._changed.wait(left)
-            chosen = [self._ready.pop(number) for number in sorted(self._ready)[: self._batch]]
+            numbers = sorted(self._ready)[: self._batch]
+            chosen = [self._ready.pop(number) for number in numbers]
+            for number in numbers:
+                del self._drawn[number]
             counts = self._counts.copy()
             self._counts.clear()
             under_way = len(self._under_way) + len(self._ready)
@@ -138,7 +150,7 @@ class StreamCollector:
         """
         with self._changed:
             unused = {n: t.problem for n, t in self._under_way.items()}
-            unused |= {number: group.problem for number, group in self._ready.items()}
+            unused |= self._drawn
             problems = [unused[number] for number in sorted(unused)] + list(self._waiting)
             return {
                 "source": self._questions.state(),
@@ -158,6 +170,8 @@ class StreamCollector:
         """Ask no more; what is under way is left to the engine's close."""
         self._closed = True
         self._answered.put(None)
+        if self._player is not None:
+            self._player.close()
         if self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
 
@@ -188,28 +202,39 @@ class StreamCollector:
                 else:
                     (problem,) = self._questions.draw(1, self._counts)
                 label = f"{self._first}/stream/{self._let_in}"
-                ticket = _Ticket(self._let_in, problem, self._builder.requests(problem, label))
+                requests = [] if self._player else self._builder.requests(problem, label)
+                ticket = _Ticket(self._let_in, problem, label, requests)
                 self._under_way[self._let_in] = ticket
                 self._began.setdefault(self._let_in // self._batch, time.time_ns())
                 self._let_in += 1
                 new.append(ticket)
         for ticket in new:
-            future = self._engine.submit(ticket.requests)
-            future.add_done_callback(functools.partial(self._answer, ticket))
+            self._begin(ticket).add_done_callback(functools.partial(self._answer, ticket))
 
-    def _answer(self, ticket: _Ticket, future: Future[list[Generation]]) -> None:
+    def _begin(self, ticket: _Ticket) -> Future[Any]:
+        if self._player is None:
+            return self._engine.submit(ticket.requests)
+        n, params = self._config.rollout.n_samples_per_prompt, self._builder.sampling
+        return self._player.submit([ticket.problem], n, params, [ticket.label])
+
+    def _answer(self, ticket: _Ticket, future: Future[Any]) -> None:
         self._answered.put((ticket, future))
 
-    def _take_in(self, answered: list[tuple[_Ticket, Future[list[Generation]]]]) -> None:
+    def _take_in(self, answered: list[tuple[_Ticket, Future[Any]]]) -> None:
         if answered:
-            asked = [(t.problem, t.requests, future.result()) for t, future in answered]
-            groups = self._builder.build(asked)
+            if self._player is None:
+                asked = [(t.problem, t.requests, future.result()) for t, future in answered]
+                groups = self._builder.build(asked)
+            else:
+                played = [future.result() for _, future in answered]
+                groups = self._builder.finish([Group(found[0].problem, found) for found in played])
             for (ticket, _), group in zip(answered, groups, strict=True):
                 self._keep(ticket, group)
 
     def _keep(self, ticket: _Ticket, group: Group) -> None:
         with self._changed:
             del self._under_way[ticket.number]
+            self._drawn[ticket.number] = ticket.problem
             self._questions.answered(group.problem, self._builder.solved_share(group))
             self._counts["groups"] += 1
             most = self._config.algorithm.max_refills * self._batch
@@ -217,6 +242,7 @@ class StreamCollector:
                 self._filtered_in_row = 0
                 self._ready[ticket.number] = group
             elif self._filtered_in_row < most:
+                del self._drawn[ticket.number]
                 self._counts["filtered_groups"] += 1
                 self._filtered_in_row += 1
                 self._replaced += 1
@@ -232,18 +258,19 @@ class StreamCollector:
 
     def _drop_stale(self, step: int) -> None:
         for number, group in list(self._ready.items()):
-            oldest = min(t.generation.weight_version for t in group.trajectories)
+            rows = [row for t in group.trajectories for row in t.rows]
+            oldest = min(row.generation.weight_version for row in rows)
             if oldest < step - self._staleness:
                 del self._ready[number]
                 self._counts["stale_groups"] += 1
                 self._replaced += 1
-                self._waiting.append(group.problem)
+                self._waiting.append(self._drawn.pop(number))
                 self._answered.put(None)
 
 
 def _staleness(trajectories: list[Trajectory], step: int) -> dict[str, float]:
     """How many versions before the one that learns from it each token was sampled."""
-    generations = [trajectory.generation for trajectory in trajectories]
+    generations = [row.generation for t in trajectories for row in t.rows]
     versions = np.concatenate(
         [
             np.full(len(each.token_ids), each.weight_version)

@@ -19,7 +19,7 @@ from megatron_rlsd.data import (
 )
 from megatron_rlsd.data.positions import build_prompts
 from megatron_rlsd.experience import GroupBuilder, Questions, build_collector
-from megatron_rlsd.experience.playing import open_player
+from megatron_rlsd.experience.playing import BackgroundPlayer, open_player
 from megatron_rlsd.experience.questions import fitting
 from megatron_rlsd.hf_bridge import family_for, load_hf_config
 from megatron_rlsd.observability import MetricsLogger
@@ -122,7 +122,9 @@ def assemble(
             )
             for note in source.notes():
                 print(note, flush=True)
-            episodes = stack.enter_context(open_player(config, prompts, tokenizer, engine))
+            beside = program == "train" and config.rollout.asynchronous.max_staleness > 0
+            submit = engine.submit if beside else None
+            episodes = stack.enter_context(open_player(config, prompts, tokenizer, engine, submit))
             builder = GroupBuilder(config, prompts, tokenizer, engine, rewards, episodes)
             collector = build_collector(
                 config,
@@ -132,6 +134,7 @@ def assemble(
                 log.span,
                 log.count,
                 beside_training=program == "train",
+                player=episodes if isinstance(episodes, BackgroundPlayer) else None,
             )
             stack.callback(collector.close)
             eval_problems = {

@@ -124,11 +124,6 @@ def test_colocated_servers_need_an_arrangement_that_can_take_turns(write, overri
         load_config(write(), [*colocated, *overrides])
 
 
-def test_routes_are_not_replayed_where_no_engine_sampled_the_response(write):
-    with pytest.raises(UserError, match=r"routing_replay=rollout: the environment's tokens"):
-        load_config(write(), ["algorithm.routing_replay=rollout", "environment.name=guessing"])
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -82,7 +82,7 @@ def test_tokens_and_mask_are_those_of_the_environments_trajectory(name, tokenize
             turns = [m["content"] for m in conversation.demonstration if m["role"] == "assistant"]
             engine = Speaker(tokenizer, turns)
             episodes: Any = Episodes(config, prompts, tokenizer, engine, pool)
-            (trajectory,) = episodes.play([problem], 1, SamplingParams(512), "test")
+            (trajectory,) = episodes.play([problem], 1, SamplingParams(512), ["test"])
             ids, mask = conversations.target(conversation)
             generation = trajectory.generation
             assert ids == generation.token_ids.tolist()

@@ -15,6 +15,7 @@ import torch
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, build_sources, load_tokenizer
 from megatron_rlsd.experience import Collector, GroupBuilder, Questions, build_collector
+from megatron_rlsd.experience.playing import BackgroundPlayer, open_player
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout import EmbeddedEngine
 from megatron_rlsd.rollout.engine import Arrived, EngineError, Progress
@@ -32,6 +33,7 @@ class BackgroundEngine:
         self.engine = EmbeddedEngine(folder, torch.float32, 16)
         self.version = 0
         self.asked: list[list[int]] = []
+        self.exchanges: list[list[tuple[GenerationRequest, Generation]]] = []
         self.held: list[tuple[Future[list[Generation]], list[GenerationRequest], int]] = []
         self.hold_next = 0
         self.fail_after: int | None = None
@@ -60,7 +62,9 @@ class BackgroundEngine:
 
     def sample(self, requests: list[GenerationRequest], version: int) -> list[Generation]:
         found = self.engine.generate(requests)
-        return [dataclasses.replace(g, weight_version=version) for g in found]
+        named = [dataclasses.replace(g, weight_version=version) for g in found]
+        self.exchanges.append(list(zip(requests, named, strict=True)))
+        return named
 
     def backwards(self, requests: list[GenerationRequest], on_arrival: Arrived) -> list[Generation]:
         """The last response comes first; ``fail_after`` so many the servers are lost."""
@@ -106,12 +110,17 @@ def start(
         prompts = PromptBuilder(config.prompts, config.teacher, tokenizer)
         source = build_sources(config.data.train, 0, curriculum=config.data.curriculum)
         engine = BackgroundEngine(tiny_model)
-        with RewardPool(config.reward) as rewards:
-            builder = GroupBuilder(config, prompts, tokenizer, engine, rewards)
+        submit = engine.submit if staleness else None
+        with (
+            RewardPool(config.reward) as rewards,
+            open_player(config, prompts, tokenizer, engine, submit) as player,
+        ):
+            builder = GroupBuilder(config, prompts, tokenizer, engine, rewards, player)
             questions = Questions(source, prompts)
             collector = build_collector(
                 *(config, questions, builder, engine, lambda *_: None, lambda *_: None),
                 beside_training=True,
+                player=player if isinstance(player, BackgroundPlayer) else None,
             )
             try:
                 yield collector, engine

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_rlsd.experience import train_batch
 from megatron_rlsd.rollout import EngineError
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.types import RewardInput, RewardResult
+from megatron_rlsd.types import Group, RewardInput, RewardResult
+from tests.agent_files import CHANGING, TALKER
+from tests.batches import plain_rows
+from tests.environment_runs import check_rows
+from tests.tool_models import SHORT as TEMPLATE
 from tests.unit.experience.conftest import BATCH, publish, questions
 
 pytestmark = pytest.mark.process
@@ -150,3 +157,50 @@ def test_what_comes_in_while_others_are_scored_is_scored_together(start, monkeyp
             stream.collect(step)
             publish(stream, engine, step + 1)
     assert sizes[1] >= 4
+
+
+def agents(tmp_path: Path, code: str, function: str) -> dict[str, Any]:
+    (tmp_path / "agent.py").write_text(code)
+    return {
+        "environment": {
+            "name": "openai_sessions",
+            "sessions": {"agent": f"{tmp_path}/agent.py:{function}", "batch_wait_seconds": 0.05},
+            "workers": 1,
+            "max_turn_tokens": 4,
+            "timeout_seconds": 60,
+            "on_error": "stop",
+        },
+        "prompts": {"format_instruction": ""},
+        "rollout": {"max_response_tokens": 160},
+        "tokenizer": {"chat_template": TEMPLATE},
+    }
+
+
+def test_agents_ask_while_training_goes_on(start, tmp_path: Path) -> None:
+    used, groups = list[str](), list[Group]()
+    with start(1, **agents(tmp_path, CHANGING, "change")) as (stream, engine):
+        for step in range(4):
+            publish(stream, engine, step)
+            found, metrics = stream.collect(step)
+            used += questions(found)
+            groups += found
+            assert metrics["rollout/staleness_max"] <= 1
+            assert metrics["rollout/split_episode_share"] == 1
+            asked_again = stream.state()["in_flight_rollouts"]
+            assert not any(question["chat_template_kwargs"] for question in asked_again)
+        stream.close()
+        # Those that were let in ahead are played, or were stopped; all others are in a row, once.
+        rows = plain_rows(train_batch(groups))
+        check_rows(rows, engine.exchanges, complete=False)
+    assert len(used) == len(set(used)) == 4 * BATCH
+    assert max(version for row in rows for version in row.weight_versions) >= 2
+
+
+def test_an_agent_that_waits_for_an_engine_ends_with_the_run(start, tmp_path: Path) -> None:
+    with start(1, **agents(tmp_path, TALKER, "talk_in_a_loop")) as (stream, engine):
+        engine.hold_next = 1
+        publish(stream, engine, 0)
+        wait_until(lambda: engine.held)
+        stream.close()
+        assert not stream._player._thread.is_alive()
+        assert not stream._thread.is_alive()

@@ -31,13 +31,9 @@ from tests.agent_files import CHANGING, FAILING, TALKER
 from tests.batches import plain_rows
 from tests.conftest import ROOT
 from tests.environment_runs import RecordingEngine, check_rows
+from tests.tool_models import SHORT as TEMPLATE
 from tests.tool_models import save_calling_model
 
-TEMPLATE = (
-    "{% if tools %}<|system|>Tools:{% for each in tools %} {{ each.function.name }}{% endfor %}"
-    "<|end|>{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 Open = Callable[..., Any]
 
 
@@ -60,7 +56,7 @@ class Stand:
     def play(self, sessions: Sessions, *does: str, **metadata: str) -> list[Any]:
         problem = self.problems[0]
         problems = [replace(problem, id=each, metadata={"does": each, **metadata}) for each in does]
-        return sessions.play(problems, 1, self.params, "t")
+        return sessions.play(problems, 1, self.params, [f"t/{n}" for n in range(len(does))])
 
 
 @pytest.fixture
