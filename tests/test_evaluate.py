@@ -15,6 +15,8 @@ from megatron_rlsd.checkpoint.manifest import Manifest, write_manifest
 from megatron_rlsd.commands import prepare
 from megatron_rlsd.conversion.convert import Sizes, to_megatron
 from megatron_rlsd.evaluate import main
+from tests.agent_files import TALKER
+from tests.tool_models import SHORT
 
 
 @pytest.fixture
@@ -179,3 +181,36 @@ def test_a_run_folder_is_no_model(
     (tmp_path / "run" / "hf" / "final").symlink_to(tiny_model, target_is_directory=True)
     assert main([f"--model={tmp_path}/run"]) == 2
     assert f"name one of its models: {tmp_path}/run/hf/final" in capsys.readouterr().err
+
+
+def test_agents_play_the_problems(
+    make_config: Any, tiny_model: Path, problems: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "agent.py").write_text(TALKER)
+    config = make_config(
+        environment={
+            "name": "openai_sessions",
+            "sessions": {"agent": f"{tmp_path}/agent.py:talk"},
+            "workers": 1,
+            "max_turn_tokens": 8,
+            "timeout_seconds": 120,
+            "on_error": "stop",
+        },
+        prompts={"format_instruction": ""},
+        tokenizer={"chat_template": SHORT},
+        teacher={"hint": "answer"},
+        reward={"solved_threshold": 0.5},
+    )
+    path, out = tmp_path / "config.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    given = [f"--model={tiny_model}", f"--out={out}", f"--data={problems}/gsm8k/test.jsonl"]
+    assert main([str(path), *given, "--samples=2", "--max-tokens=160"]) == 0
+    found = results(out)["sets"]["gsm8k-test"]
+    rows = [json.loads(line) for line in (out / "responses/gsm8k-test.jsonl").open()]
+    for kind, count in (("greedy", 6), ("sampled", 12)):
+        mine = [row for row in rows if row["kind"] == kind]
+        assert len(mine) == count
+        assert all("Go on." in row["response"] for row in mine)
+        share = sum(row["solved"] for row in mine) / count
+        assert found[kind]["accuracies"]["pass@1"]["value"] == pytest.approx(share)
+        assert found[kind]["reward_error_share"] == 0

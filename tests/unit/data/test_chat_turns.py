@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 
 from megatron_rlsd.config import TokenizerConfig
 from megatron_rlsd.data import ChatTurns, Tokenizer, load_tokenizer
 from megatron_rlsd.runtime.errors import UserError
+from tests.tool_models import LLAMA3_TOKENS, TEMPLATES
+from tests.unit.data.hf_folders import byte_level, write_folder
 
 TOOL_HIDDEN = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>"
@@ -43,6 +46,33 @@ def test_the_pieces_put_together_are_the_whole_conversation(tokenizer, role, tex
     assert prompt + turn + turns.between(turn, text) == whole
     # A turn that was cut gets its end from the template.
     assert prompt + turn[:-1] + turns.between(turn[:-1], text) == whole
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_results_of_several_tools_in_a_row_are_those_of_the_whole_conversation(
+    family: str, tmp_path: Path
+) -> None:
+    """In the layouts of Qwen3, which shows them as one turn, and of Llama 3."""
+    backend = byte_level()
+    backend.add_special_tokens([AddedToken(name, special=True) for name in LLAMA3_TOKENS])
+    end = "<|eot_id|>" if family == "llama3" else "<|im_end|>"
+    folder = write_folder(tmp_path / "m", backend, template=TEMPLATES[family], eos_token=end)
+    tokenizer = load_tokenizer(TokenizerConfig(), folder)
+    turns = ChatTurns(tokenizer, "tool")
+    options = {"tools": [{"type": "function", "function": {"name": "add"}}]}
+    question, said = {"role": "user", "content": "12 * 7?"}, "I call two."
+    results = [{"role": "tool", "content": text} for text in ("84", f'{end} "b"', "")]
+    turn = [*tokenizer.encode(said), tokenizer.end_of_turn_id]
+    prompt = tokenizer.apply_chat_template([question], options=options)
+    assert '"add"' in tokenizer.decode(prompt).replace(": ", ":").replace('"name":', "")
+    for count in (1, 2, 3):
+        told = [question, {"role": "assistant", "content": said}, *results[:count]]
+        whole = tokenizer.apply_chat_template(told, options=options)
+        assert prompt + turn + turns.between_turns(turn, results[:count], options) == whole
+        # A result cannot end its turn.
+        shown = whole[len(prompt) + len(turn) :]
+        ends = shown.count(tokenizer.end_of_turn_id)
+        assert ends == (1 if family == "qwen3" else count)
 
 
 def test_a_model_that_ends_with_another_stop_token_still_gets_the_templates(hf_folder):
