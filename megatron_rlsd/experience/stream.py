@@ -27,7 +27,7 @@ from megatron_rlsd.experience.playing import BackgroundPlayer
 from megatron_rlsd.experience.questions import Questions
 from megatron_rlsd.experience.rules import BatchRules, Collected
 from megatron_rlsd.rollout.engine import EngineError
-from megatron_rlsd.types import Generation, GenerationRequest, Group, Problem, Trajectory
+from megatron_rlsd.types import GenerationRequest, Group, Problem, Trajectory
 
 CLOSE_SECONDS = 60.0
 """For the thread that takes in the answers to end; a reward in work ends by its own limit."""
