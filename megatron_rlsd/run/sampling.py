@@ -34,8 +34,9 @@ class Sampling:
         *,
         mask_truncated: bool,
     ) -> None:
-        self._collector, self._step, self._groups = collector, step, groups
-        self._at_once, self._mask_truncated = at_once, mask_truncated
+        self._arriving = None if collector is None else collector.arriving(step)
+        self._groups, self._at_once, self._mask_truncated = groups, at_once, mask_truncated
+        self._batch: TrainBatch | None = None
         self._parts: list[list[Group]] = []
         self._found: list[Group] = []
         self._metrics: dict[str, float] = {}
@@ -45,28 +46,23 @@ class Sampling:
         on ranks other than 0. What came while the loop's body was at work comes together."""
         if self._at_once is not None:
             return
-        if self._groups.rank:
-            while len(told := share_outlines(None, self._groups)):
-                yield told
-            return
-        for batch in self._batches():
-            yield share_outlines(batch, self._groups)
-        # A batch without rows ends it.
-        share_outlines(TrainBatch.of([]), self._groups)
+        # Raised on every rank, so that none waits for rank 0 and one of them says it.
+        while from_rank_zero(self._hear, self._groups.control):
+            yield share_outlines(self._batch, self._groups)
 
-    def _batches(self) -> Iterator[TrainBatch]:
-        assert self._collector is not None
-        arriving = self._collector.arriving(self._step)
+    def _hear(self) -> bool:
+        """On rank 0: wait for the next groups with a token; False: there are no more."""
+        assert self._arriving is not None
         while True:
             try:
-                part = next(arriving)
+                part = next(self._arriving)
             except StopIteration as end:
                 self._found, self._metrics = end.value
-                return
-            batch = train_batch(part, mask_truncated=self._mask_truncated)
-            if len(batch):
+                return False
+            self._batch = train_batch(part, mask_truncated=self._mask_truncated)
+            if len(self._batch):
                 self._parts.append(part)
-                yield batch
+                return True
 
     def finished(self) -> Batch:
         """The whole batch, after the loop."""
