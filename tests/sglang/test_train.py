@@ -90,11 +90,11 @@ def test_training_on_four_ranks_and_two_servers_agrees_on_every_log_probability(
     make_served: Callable[..., Config], tmp_path: Path
 ) -> None:
     """Also where a token is drawn from a part of the vocabulary, which the trainer finds again."""
-    lines = train(make_served(STEPS, "disk", {"top_p": 0.8, "top_k": 90}), tmp_path)
+    lines = train(make_served(STEPS, "disk", {"top_p": 0.35, "top_k": 90}), tmp_path)
     assert len(lines) == STEPS
     check_steps(lines)
     for line in lines:
-        assert 1 < line["train/kept_tokens_mean"] < 91
+        assert 1 < line["train/kept_tokens_mean"] < 90  # so both limits take part
         assert line["train/kept_disagreement_share"] < 0.01
     # The key is nowhere in what the run left behind, nor are weights for the servers.
     assert "a key" not in (tmp_path / "run/config.yaml").read_text()
