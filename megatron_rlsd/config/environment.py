@@ -53,8 +53,8 @@ class EnvironmentConfig(Section):
     between an answer and its next request, and to its end; waiting for an answer does not count."""
     workers: int = Field(2, ge=1)
     on_error: OnError = "leave_out"
-    """What an exception or a reply that is none does: the episode ends without a verdict, or the
-    run stops."""
+    """What an exception does, or something that is not a reply: the episode ends without a verdict,
+    or the run stops."""
     max_error_share: float = Field(0.5, ge=0, le=1)
     """With on_error=leave_out the run still stops when more than this share of a batch of episodes
     fail."""
