@@ -32,6 +32,7 @@ import megatron_rlsd.sft
 import megatron_rlsd.train
 from examples.experiments import claims_design, claims_report, modular_chain, shuffled_evidence
 from megatron_rlsd.config import Config, load_config
+from megatron_rlsd.runtime.lifecycle import EXIT_PREEMPTED, Preempted
 
 HERE = Path(__file__).parent
 ROOT = Path("runs/claims")
@@ -254,4 +255,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
