@@ -2,7 +2,7 @@
 library, which also sends what the openai package would not."""
 
 CLIENT = '''
-import json, os, sys, threading, time, asyncio
+import json, os, socket, sys, threading, time, asyncio
 import urllib.error, urllib.request
 
 
@@ -67,6 +67,12 @@ async def talk_in_a_loop(base_url, key, problem):
 FAILING = (
     CLIENT
     + '''
+def wait_for(path):
+    limit = time.monotonic() + 30
+    while not os.path.exists(path) and time.monotonic() < limit:
+        time.sleep(0.01)
+
+
 def fail(base_url, key, problem):
     """In the way that problem.metadata says; ``fine`` and ``over`` do not fail."""
     url, question = base_url + "/chat/completions", [{"role": "user", "content": "Say."}]
@@ -88,6 +94,23 @@ def fail(base_url, key, problem):
         question[0]["content"] = [{"type": "image_url", "image_url": {"url": "x"}}]
     if does == "long_prompt":
         question[0]["content"] = "word " * 3000
+    if does in ("impatient", "broken"):
+        # Closes the connection, in the middle of a request or once the turn is being generated.
+        data = json.dumps({"messages": question}).encode()
+        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {key}"]
+        head = "\\r\\n".join([*lines, f"Content-Length: {len(data)}", "", ""]).encode()
+        address = base_url.split("/")[2].split(":")
+        with socket.create_connection(address, timeout=30) as connection:
+            connection.sendall(head + data[:: 1 if does == "impatient" else 2])
+            if does == "impatient":
+                wait_for(problem.metadata["file"])
+    if does == "twice":
+        threading.Thread(target=post, args=(url, key, {"messages": question}), daemon=True).start()
+        time.sleep(0.2)
+        # No turn is generated before.
+        threading.Timer(0.5, open, (problem.metadata["file"], "w")).start()
+    if does == "wait":
+        wait_for(problem.metadata["file"])
     fields = {"temperature": 0.1} if does == "temperature" else {}
     fields |= {"tools": [{"type": "function"}]} if does == "tools" else {}
     said = ask(base_url, key, question, **fields)

@@ -39,7 +39,7 @@ async def solve(
     conversation is begun anew.
     """
     # An answer may take as long as a training step does; the trainer bounds it.
-    client = AsyncOpenAI(base_url=base_url, api_key=session_key, timeout=3600, max_retries=0)
+    client = AsyncOpenAI(base_url=base_url, api_key=session_key, timeout=3600)
     messages: list[Any] = list(problem.messages)
     results: list[str] = []
     said: dict[str, Any] = {}

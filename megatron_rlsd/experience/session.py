@@ -87,6 +87,8 @@ class Session:
     """The request that waits for a turn."""
     request: chat.ChatRequest | None = None
     """The same, read."""
+    unheard: chat.Reply | None = None
+    """The last turn, if the client had gone when it came: who asks again is told it."""
     reward: float | None = None
     """The last that was posted."""
     error: str = ""

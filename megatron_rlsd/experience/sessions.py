@@ -199,7 +199,9 @@ class _Play:
         message = chat.spoken(text, turn, bool(request.tools))
         row.history = [*request.messages, chat.normal(len(request.messages), message)]
         name = f"chatcmpl-{session.key}-{turn}"
-        asked.answer(chat.Reply(request, name, message, cut, prompt_tokens, len(ids)))
+        reply = chat.Reply(request, name, message, cut, prompt_tokens, len(ids))
+        asked.answer(reply)
+        session.unheard = reply if asked.gone.is_set() else None
 
     def _take_reward(self, session: Session, event: Rewarded) -> None:
         if event.reward is None:
@@ -213,11 +215,11 @@ class _Play:
             asked.answer((410, chat.error(f"this episode is over: {why}")))
             return
         try:
-            if session.asked is not None:
-                raise Refused("the session's earlier request is not answered yet")
             if asked.problem:
                 raise Refused(asked.problem)
             request = chat.read(asked.body, self._params)
+            if self._is_repeated(session, request, asked):
+                return
             self._parts.requests.take(session, request, self._params)
         except Refused as refused:
             asked.answer((400, chat.error(str(refused), refused.code)))
@@ -230,6 +232,24 @@ class _Play:
         if not any(each.asked for each in self._sessions):
             self._generate_at = time.monotonic() + self._config.sessions.batch_wait_seconds
         session.asked, session.request = asked, request
+
+    def _is_repeated(self, session: Session, request: chat.ChatRequest, asked: Asked) -> bool:
+        """Is this the last request again, from a client that did not wait? Then it gets that turn.
+
+        Raises Refused for another request while one is not answered.
+        """
+        if session.asked is not None:
+            if request != session.request:
+                raise Refused("the session's earlier request is not answered yet")
+            session.asked.answer((409, chat.error("the session has asked again")))
+            session.asked = asked
+            return True
+        unheard, session.unheard = session.unheard, None
+        if unheard is None or unheard.request != request:
+            return False
+        asked.answer(unheard)
+        session.silent_until = time.monotonic() + self._config.timeout_seconds
+        return True
 
     def _take_end(self, session: Session, end: Ended) -> None:
         if session.ended:

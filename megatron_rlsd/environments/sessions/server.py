@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import uvicorn
@@ -52,6 +52,8 @@ class Asked:
     """May be called in any thread."""
     problem: str = ""
     """Why there is no ``body``."""
+    gone: threading.Event = field(default_factory=threading.Event)
+    """Set once the client has closed its connection without an answer."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +180,21 @@ class SessionServer:
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(settle, value)
 
-        body, problem = await _json(request)
-        if not self._put(Asked(key.strip(), body, answer, problem)):
+        try:
+            body, problem = await _json(request)
+        except ClientDisconnect:
+            return Response()  # to no one
+        asked = Asked(key.strip(), body, answer, problem)
+        if not self._put(asked):
             return _refusal(410, GONE)
-        found = await told
+        leaving = asyncio.ensure_future(request.receive())
+        either: set[asyncio.Future[Any]] = {told, leaving}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not told.done():
+            asked.gone.set()
+            return Response()
+        found = told.result()
         if not isinstance(found, chat.Reply):
             status, refusal = found
             return JSONResponse(refusal, status_code=status)
@@ -190,7 +203,10 @@ class SessionServer:
         return JSONResponse(found.whole())
 
     async def _reward(self, request: Request) -> Response:
-        body, problem = await _json(request)
+        try:
+            body, problem = await _json(request)
+        except ClientDisconnect:
+            return Response()
         value = body.get("reward") if isinstance(body, dict) else None
         reward = math.nan
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -216,7 +232,7 @@ async def _events(reply: chat.Reply) -> AsyncIterator[str]:
 
 
 async def _json(request: Request) -> tuple[Any, str]:
-    """The body's JSON data; or None and why there is none."""
+    """The body's JSON data; or None and why there is none. Raises ClientDisconnect."""
     content = bytearray()
     try:
         async for chunk in request.stream():
@@ -224,8 +240,6 @@ async def _json(request: Request) -> tuple[Any, str]:
             if len(content) > MAX_REQUEST_BYTES:
                 return None, f"a request of more than {MAX_REQUEST_BYTES} bytes"
         return json.loads(content), ""
-    except ClientDisconnect:
-        return None, "the request broke off"
     except (ValueError, RecursionError) as error:
         return None, f"the request is not JSON: {error}"
 

@@ -19,14 +19,14 @@ import pytest
 from megatron_rlsd.config import Config
 from megatron_rlsd.data import PromptBuilder, build_sources, load_tokenizer
 from megatron_rlsd.diagnosis.inputs import check_environment
-from megatron_rlsd.environments.sessions.server import GONE
+from megatron_rlsd.environments.sessions.server import GONE, Asked, SessionServer
 from megatron_rlsd.experience import GroupBuilder, train_batch
 from megatron_rlsd.experience.episodes import episode_metrics
 from megatron_rlsd.experience.seeds import sample_seed
 from megatron_rlsd.experience.sessions import Sessions, open_sessions
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.runtime.errors import UserError
-from megatron_rlsd.types import SamplingParams
+from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 from tests.agent_files import CHANGING, FAILING, TALKER
 from tests.batches import plain_rows
 from tests.conftest import ROOT
@@ -255,6 +255,42 @@ def test_every_way_to_fail_ends_the_episode_without_a_verdict(stand: Open, tmp_p
     for each in (over, again):
         assert (each.environment_error, each.generation.finish_reason) == ("", "length")
         assert len(each.transcript) == 1
+
+
+def test_a_client_that_asks_again_gets_the_turn_that_it_did_not_wait_for(
+    stand: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As clients do that lose a connection or have a time limit of their own."""
+    played = stand(FAILING, "fail", template=None)
+    played.config.environment.sessions.batch_wait_seconds = 30
+    asked, begun = tmp_path / "asked", tmp_path / "begun"
+    heard: list[Asked] = []
+    put, generate = SessionServer._put, played.engine.generate
+
+    def remember(server: SessionServer, event: Asked) -> bool:
+        heard.append(event)
+        return put(server, event)
+
+    def once_it_has_gone(requests: list[GenerationRequest]) -> list[Generation]:
+        if not begun.exists():
+            begun.touch()
+            assert heard[0].gone.wait(30)
+        return generate(requests)
+
+    monkeypatch.setattr(SessionServer, "_put", remember)
+    with played.sessions() as sessions:
+        others = played.play(sessions, "broken", "twice", "wait", file=str(asked))
+        heard.clear()
+        monkeypatch.setattr(played.engine, "generate", once_it_has_gone)
+        (impatient,) = played.play(sessions, "impatient", file=str(begun))
+    assert len(heard) == 3
+    for each in (*others, impatient):
+        assert each.environment_error == ""
+        assert [m["role"] for m in each.transcript] == ["assistant", "user", "assistant"]
+        assert not each.further
+    # The seed of the second turn is that of a session that asked once.
+    seeds = [[r.seed for r, _ in batch] for batch in played.engine.batches[-2:]]
+    assert seeds == [[sample_seed(0, "t/0", 0)], [sample_seed(0, "t/0", 0, 1)]]
 
 
 def test_agents_that_hang_or_die_are_replaced(stand: Open) -> None:
