@@ -57,7 +57,7 @@ class Episode:
     mask: list[int] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     routed_experts: Tensor | None = None
-    """Of each token those with which it was sampled, or first read: see Generation."""
+    """For each token those with which it was sampled, or first read: see Generation."""
     turns: list[str] = field(default_factory=list)
     """The model's, decoded."""
     last_turn: str | None = None

@@ -96,8 +96,3 @@ def test_contradictory_configurations_are_refused(make_config):
         make_config(data={"train": [{**game_source, "low": 5, "high": 5}]})
     with pytest.raises(UserError, match=r"reward environment needs environment\.name"):
         make_config(reward={"functions": [{"name": "environment"}]})
-    with pytest.raises(UserError, match=r"calculator.*needs rollout\.asynchronous\.max_stale"):
-        make_config(
-            environment={"name": "calculator"},
-            rollout={"engine": "sglang", "asynchronous": {"max_staleness": 1}},
-        )
