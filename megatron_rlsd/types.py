@@ -45,6 +45,9 @@ class Problem:
     and between two of them what answered the first. Empty for a problem to be solved."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """The source's variables for the chat template, over those of the configuration."""
+    environment: str | None = None
+    """Which of ``environment.others`` answers the model; ``none``: nothing does; None:
+    ``environment.name`` does."""
     privileged: bool | None = None
     """Is it a demonstration whose author knew the hint, to be imitated under the privileged
     prompt? None: ``sft.privileged_share`` decides."""

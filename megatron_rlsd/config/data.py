@@ -30,6 +30,9 @@ class _Weighted(Section):
     chat_template_kwargs: dict[str, Any] = {}
     """Variables of the chat template for this source's questions, over
     ``tokenizer.chat_template_kwargs``, such as ``enable_thinking: false``."""
+    environment: str | None = None
+    """Which of ``environment.others`` answers the model on this source's questions; ``none``: a
+    response is one turn. Default: ``environment.name`` does."""
 
     @model_validator(mode="after")
     def _check_schedule(self) -> _Weighted:

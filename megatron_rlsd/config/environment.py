@@ -29,6 +29,19 @@ class SessionsConfig(Section):
     where all episodes that go on have asked."""
 
 
+ONE_TURN = "none"
+"""What a data source says in place of an environment's name whose responses are one turn."""
+
+
+class OtherEnvironment(Section):
+    """An environment for some sources; its limits are those of ``environment``."""
+
+    name: str
+    """A registered environment, or ``path/to/file.py:Class``."""
+    params: Named = {}
+    """Keyword arguments of its class."""
+
+
 class EnvironmentConfig(Section):
     """What answers the model after each of its turns (docs/environments.md)."""
 
@@ -38,6 +51,9 @@ class EnvironmentConfig(Section):
     without an answer."""
     params: Named = {}
     """Keyword arguments of the environment's class, or of the agent."""
+    others: dict[str, OtherEnvironment] = {}
+    """Further environments by names of your own, for the sources of ``data`` that say
+    ``environment: NAME``; ``name`` is for those that say nothing."""
     sessions: SessionsConfig = SessionsConfig()
     role: Literal["user", "tool"] = "user"
     """The role of its messages; the chat template must know it."""
@@ -66,4 +82,31 @@ class EnvironmentConfig(Section):
                 f"name={SESSIONS} and sessions.agent=path/to/file.py:function go together, got "
                 f"name={self.name} and sessions.agent={self.sessions.agent}"
             )
+        if self.others and self.name == SESSIONS:
+            raise ValueError(f"name={SESSIONS} plays every source; others must be empty")
+        if ONE_TURN in self.others or SESSIONS in {each.name for each in self.others.values()}:
+            raise ValueError(
+                f"others may have none called {ONE_TURN!r}, which means one turn, and no {SESSIONS}"
+            )
         return self
+
+    @property
+    def plays(self) -> bool:
+        """Have some responses several turns?"""
+        return self.name is not None or bool(self.others)
+
+    def answers(self, problem_environment: str | None) -> bool:
+        """Does something answer the model where a problem has this ``environment``?"""
+        if problem_environment is None:
+            return self.name is not None
+        return problem_environment != ONE_TURN
+
+    def classes(self) -> dict[str, tuple[str, Named]]:
+        """Name and params of each class, by what a problem's ``environment`` says; "" for None."""
+        own = {} if self.name is None else {"": (self.name, self.params)}
+        return own | {key: (each.name, each.params) for key, each in self.others.items()}
+
+    @property
+    def label(self) -> str:
+        """The names of all of them, for messages."""
+        return ", ".join(name for name, _ in self.classes().values())

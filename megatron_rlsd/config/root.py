@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from megatron_rlsd.config.alarms import AlarmsConfig
 from megatron_rlsd.config.data import DataConfig, PromptConfig
-from megatron_rlsd.config.environment import SESSIONS, EnvironmentConfig
+from megatron_rlsd.config.environment import ONE_TURN, SESSIONS, EnvironmentConfig
 from megatron_rlsd.config.model import ModelConfig, ParallelConfig, TokenizerConfig
 from megatron_rlsd.config.operation import CheckpointConfig, DistributedConfig, ObservabilityConfig
 from megatron_rlsd.config.precision import fp8_parameter_problems, tp_overlap_problems
@@ -79,7 +79,7 @@ class Config(Section):
             and rollout.engine == "sglang"
             and not rollout.colocated
             and not rollout.asynchronous.max_staleness
-            and self.environment.name is None
+            and not self.environment.plays
             and not self.algorithm.divergence_coef
             and not rollout.truncates
         )
@@ -216,9 +216,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_environment(self) -> Config:
-        name = self.environment.name
-        problems = []
-        if name is None and any(each.name == "environment" for each in self.reward.functions):
+        name, problems = self.environment.name, []
+        known = [ONE_TURN, *self.environment.others]
+        for source in (*self.data.train, *self.data.eval):
+            if source.environment not in (None, *known):
+                problems.append(
+                    f"a source of data says environment={source.environment}; environment.others "
+                    f"has: {', '.join(known[1:]) or 'none'}"
+                )
+            elif source.environment is not None and name == SESSIONS:
+                problems.append(
+                    f"environment.name={name} plays every source, but one of data says "
+                    f"environment={source.environment}"
+                )
+        if not self.environment.plays and any(
+            each.name == "environment" for each in self.reward.functions
+        ):
             problems.append("reward environment needs environment.name, whose own reward it is")
         if name == SESSIONS and (self.prompts.system or self.prompts.format_instruction):
             problems.append(

@@ -55,7 +55,7 @@ class Conversations:
 
     def _check_turn(self, place: str, number: int, num_tokens: int) -> None:
         environment = self._environment
-        if environment.name is None:
+        if not environment.plays:
             return
         if number > environment.max_turns:
             raise UserError(
@@ -71,9 +71,9 @@ class Conversations:
 
     def _turns_with(self, role: str, place: str) -> ChatTurns:
         environment = self._environment
-        if environment.name is not None and role != environment.role:
+        if environment.plays and role != environment.role:
             raise UserError(
-                f"{place}: the environment {environment.name} speaks as environment.role="
+                f"{place}: the environment {environment.label} speaks as environment.role="
                 f"{environment.role}; the model would learn another form of its answers"
             )
         if role not in self._between:

@@ -10,6 +10,7 @@ import random
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from megatron_rlsd.config import (
@@ -81,13 +82,13 @@ class MixedSource:
         weights_at: Callable[[float], Sequence[float]] | None = None,
         questions_per_step: int = 1,
         easy: EasyQuestions | None = None,
-        template_options: Sequence[dict[str, Any]] = (),
+        asked: Sequence[Callable[[Problem], Problem]] = (),
     ) -> None:
         """One weight (> 0) and one shuffle flag per table; at least one table.
 
         weights_at: in place of the weights, those at a step, where ``questions_per_step`` questions
-        make one. easy: decides which turns are passed over. template_options: the chat template's
-        variables for each table's questions.
+        make one. easy: decides which turns are passed over. asked: for each
+        table what becomes of its questions, see ``asked_as``.
         """
         if not tables:
             raise UserError("at least one problem source is needed")
@@ -96,7 +97,7 @@ class MixedSource:
         self._shuffle = shuffle
         self._weights_at, self._questions_per_step = weights_at, questions_per_step
         self._easy = easy
-        self._template_options = template_options or [{}] * len(tables)
+        self._as_asked = asked or [lambda problem: problem] * len(tables)
         self._drawn = [0] * len(tables)
         """Turns of each table so far."""
         self._passed = [0] * len(tables)
@@ -204,7 +205,7 @@ class MixedSource:
         epoch, offset = divmod(turn, len(self._tables[chosen]))
         problem = self._tables[chosen][self._order(chosen, epoch)[offset]]
         self._drawn[chosen] += 1
-        return with_options(problem, self._template_options[chosen]), turn
+        return self._as_asked[chosen](problem), turn
 
     def _furthest_behind(self) -> int:
         asked = self._asked()
@@ -256,7 +257,7 @@ def build_sources(
         weights_at=(lambda step: [each.weight_at(step) for each in sources]) if scheduled else None,
         questions_per_step=questions_per_step,
         easy=curriculum_of(curriculum, seed),
-        template_options=[source.chat_template_kwargs for source in sources],
+        asked=[asked_as(source) for source in sources],
     )
 
 
@@ -268,12 +269,16 @@ def evaluation_problems(source: Source, n: int | None) -> list[Problem]:
     table = open_table(source)
     count = len(table) if n is None else min(n, len(table))
     problems = (refuse_demonstration(table[index]) for index in range(count))
-    return [with_options(problem, source.chat_template_kwargs) for problem in problems]
+    return list(map(asked_as(source), problems))
 
 
-def with_options(problem: Problem, options: dict[str, Any]) -> Problem:
-    """The problem, asked with these variables of the chat template."""
-    return replace(problem, chat_template_kwargs=options) if options else problem
+def asked_as(source: Source) -> Callable[[Problem], Problem]:
+    """A problem of the source -> the same with what its configuration says of all: variables of
+    the chat template, and the environment."""
+    options, environment = source.chat_template_kwargs, source.environment
+    if not options and environment is None:
+        return lambda problem: problem
+    return partial(replace, chat_template_kwargs=options, environment=environment)
 
 
 def refuse_demonstration(problem: Problem) -> Problem:

@@ -86,7 +86,7 @@ class Doctor:
         yield "processes", lambda: machine.check_processes(config, self._local)
         yield "run_dir", lambda: machine.check_space(config, self._model)
         yield "data", lambda: self._check_data(config)
-        if config.environment.name is not None:
+        if config.environment.plays:
             yield "environment", lambda: self._check_environment(config)
         yield "rewards", lambda: self._check_rewards(config)
         yield "hidden text", lambda: check_hidden_text(config, _tokenizer(config))

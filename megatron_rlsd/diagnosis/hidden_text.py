@@ -38,8 +38,8 @@ def check_hidden_text(config: Config, tokenizer: Tokenizer) -> str:
                 f"reward {function.name} names {tag}, {why}: sample.response lacks it, sample.turn "
                 "has it"
             )
-    if (name := config.environment.name) is not None:
-        for tag, why in _named(hidden, _source(ENVIRONMENTS, name, config.environment.params)):
+    for name, params in config.environment.classes().values():
+        for tag, why in _named(hidden, _source(ENVIRONMENTS, name, params)):
             doubts.append(f"environment {name} names {tag}, {why}: the turns it is given lack it")
     target = config.prompts.sft_response
     if prefill.strip() and target.lstrip().startswith(prefill.strip()):

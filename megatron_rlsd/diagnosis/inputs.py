@@ -75,8 +75,8 @@ def first_problems(config: Config) -> list[Problem]:
 
 def check_environment(config: Config, tokenizer: Tokenizer, problem: Problem | None) -> str:
     """Starts the workers, which load the environment, and begins an episode."""
-    name = config.environment.name
-    if name == SESSIONS:
+    name = config.environment.label
+    if config.environment.name == SESSIONS:
         with AgentPool(config.environment) as agents:
             agents.wait_until_ready()
         return f"{config.environment.sessions.agent}: loaded"
@@ -87,7 +87,7 @@ def check_environment(config: Config, tokenizer: Tokenizer, problem: Problem | N
     )
     with EnvironmentPool(settings) as pool:
         pool.wait_until_ready()
-        if problem is None:
+        if problem is None or not settings.answers(problem.environment):
             return f"{name}: loaded"
         pool.begin(1)
         (opening,) = pool.answer([Call(0, problem, [], [])])
@@ -151,7 +151,7 @@ def responses(config: Config, problem: Problem, answer: str) -> list[str]:
 
 def _sample(config: Config, problem: Problem, response: str) -> RewardInput:
     limit = config.rollout.max_response_tokens
-    played = None if config.environment.name is None else 0.0
+    played = 0.0 if config.environment.answers(problem.environment) else None
     return RewardInput(problem, response, 1, limit, "stop", environment_reward=played)
 
 

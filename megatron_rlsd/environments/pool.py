@@ -62,13 +62,15 @@ class EnvironmentPool(WorkerPool):
     def __init__(
         self, config: EnvironmentConfig, *, memory_limit_bytes: int = WORKER_MEMORY_BYTES
     ) -> None:
-        assert config.name is not None
         self._config = config
         self._batch = _Batch(0, Failures(config, 0))
-        reference = ENVIRONMENTS.locate(config.name, config.params)
+        classes = {
+            key: {"reference": asdict(ENVIRONMENTS.locate(name, params)), "params": params}
+            for key, (name, params) in config.classes().items()
+        }
         super().__init__(
-            {"reference": asdict(reference), "params": config.params},
-            load_failure=f"a worker could not load environment {config.name!r}",
+            {"environments": classes},
+            load_failure=f"a worker could not load environment {config.label!r}",
             workers=config.workers,
             timeout_seconds=config.timeout_seconds,
             memory_limit_bytes=memory_limit_bytes,

@@ -11,10 +11,11 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_rlsd.environments.protocol import Environment, Observation
-from megatron_rlsd.environments.registry import ENVIRONMENTS, EnvironmentClass
+from megatron_rlsd.environments.registry import ENVIRONMENTS
 from megatron_rlsd.plugins import Reference
 from megatron_rlsd.workers import Calls, Progress, problem_of, serve
 
@@ -32,8 +33,9 @@ class OpenEpisode:
 class Player:
     """The episodes under way in this process."""
 
-    def __init__(self, environment: EnvironmentClass, params: dict[str, Any]) -> None:
-        self._environment, self._params = environment, params
+    def __init__(self, classes: dict[str, Callable[[], Environment]]) -> None:
+        """classes: by the ``environment`` of a problem, "" for None."""
+        self._classes = classes
         self._batch: int | None = None
         self._episodes: dict[int, OpenEpisode] = {}
 
@@ -60,8 +62,9 @@ class Player:
         return observation
 
     def _begin(self, call: dict[str, Any]) -> tuple[OpenEpisode, str]:
-        environment = self._environment(**self._params)
-        opening = environment.reset(problem_of(call))
+        problem = problem_of(call)
+        environment = self._classes[problem.environment or ""]()
+        opening = environment.reset(problem)
         if opening is None:
             opening = ""
         if not isinstance(opening, str):
@@ -103,8 +106,11 @@ def checked(answer: Any) -> Observation:
 
 
 def load(setup: dict[str, Any]) -> Calls:
-    params = setup["params"]
-    player = Player(ENVIRONMENTS.load(Reference(**setup["reference"]), params), params)
+    classes: dict[str, Callable[[], Environment]] = {}
+    for key, told in setup["environments"].items():
+        code = ENVIRONMENTS.load(Reference(**told["reference"]), told["params"])
+        classes[key] = partial(code, **told["params"])
+    player = Player(classes)
 
     def calls(request: dict[str, Any], progress: Progress) -> list[Callable[[], dict[str, Any]]]:
         return [lambda: vars(player.answer(request, progress))]

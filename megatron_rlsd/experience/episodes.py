@@ -65,7 +65,7 @@ class Episode:
     answers: list[str] = field(default_factory=list)
     """The opening, and what was answered to each turn."""
     reward: float | None = 0.0
-    """The sum of the environment's; None once it has failed."""
+    """The sum of the environment's; None once it has failed, and without one."""
     error: str = ""
     turn_reason: FinishReason = "stop"
     """How the last turn ended."""
@@ -193,19 +193,24 @@ class Episodes:
             for index, (problem, label) in enumerate(zip(problems, labels, strict=True))
             for sample in range(n)
         ]
-        self._pool.begin(len(episodes))
+        self._pool.begin(sum(map(self._is_answered, episodes)))
         self._open(episodes, n)
         while going := [e for e in episodes if e.finish_reason is None]:
             if self._stopped.is_set():
                 raise PlayStopped
             most = self._config.max_turn_tokens
-            requests = [each.request(self._seed, params, most) for each in going]
+            requests = [
+                each.request(self._seed, params, most if self._is_answered(each) else None)
+                for each in going
+            ]
             for each, generation in zip(going, self._engine.generate(requests), strict=True):
                 options = each.problem.chat_template_kwargs
                 each.add_turn(generation, *self._texts.of(generation.token_ids.tolist(), options))
-                if generation.finish_reason == "abort" or (
-                    generation.finish_reason == "length"
-                    and len(each.token_ids) >= most_tokens(each, self._prompts, params)
+                full = len(each.token_ids) >= most_tokens(each, self._prompts, params)
+                if (
+                    generation.finish_reason == "abort"
+                    or (generation.finish_reason == "length" and full)
+                    or not self._is_answered(each)
                 ):
                     each.finish_reason = generation.finish_reason
             judged = [e for e in going if e.finish_reason is None]
@@ -219,6 +224,11 @@ class Episodes:
 
     def _open(self, episodes: list[Episode], n: int) -> None:
         """Every episode's first observation and prompt; those of one problem are the same."""
+        for each in episodes:
+            if not self._is_answered(each):
+                each.prompt_ids, each.reward = self._prompts.student(each.problem), None
+                each.answers = [""]
+        episodes = [each for each in episodes if self._is_answered(each)]
         replies = self._ask(episodes)
         for start in range(0, len(episodes), n):
             group = range(start, start + n)
@@ -237,6 +247,9 @@ class Episodes:
                     # Its question stays without the opening: the teacher's prompt is made of it.
                     each.prompt_ids = self._prompts.student(each.problem)
                     each.fail(f"reset: {error}")
+
+    def _is_answered(self, episode: Episode) -> bool:
+        return self._config.answers(episode.problem.environment)
 
     def _ask(self, episodes: list[Episode]) -> list[Observation | Failure]:
         return self._pool.answer([Call(e.number, e.problem, e.turns, e.answers) for e in episodes])

@@ -51,12 +51,12 @@ def open_player(
     engine: RolloutEngine,
     submit: Submit | None = None,
 ) -> Iterator[Player | None]:
-    """What ``environment.name`` asks for; its processes run until the block ends. None: without a
-    name, a response is one turn.
+    """What ``environment`` asks for; its processes run until the block ends. None: every response
+    is one turn.
 
     submit: as TrainerEngine has it; the player is a BackgroundPlayer then.
     """
-    if config.environment.name is None:
+    if not config.environment.plays:
         yield None
         return
     with ExitStack() as stack:

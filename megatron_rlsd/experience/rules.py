@@ -97,7 +97,7 @@ class BatchRules:
             "teacher/without_hint_share": statistics.fmean(map(self._without_hint, trajectories)),
             "teacher/hint_cut_share": statistics.fmean(t.hint_cut for t in trajectories),
         }
-        if self._config.environment.name is not None:
+        if self._config.environment.plays:
             metrics |= episode_metrics(trajectories)
         metrics |= leakage_metrics(trajectories)
         metrics |= self._by_source(trajectories)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -101,6 +102,54 @@ def turns_of(trajectory: Trajectory) -> list[tuple[int, list[int]]]:
             pieces.append((own, []))
         pieces[-1][1].append(token)
     return pieces
+
+
+def test_each_source_has_its_own_environment_or_none(play, tmp_path):
+    def source(name: str, environment: str | None) -> dict[str, Any]:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"prompt": "1 + 1?", "answer": "2"}) + "\n")
+        return {"kind": "jsonl", "path": str(path), "environment": environment}
+
+    data = {
+        "train": [source("own", None), source("other", "ends"), source("alone", "none")],
+        "eval": [],
+    }
+    others = {"ends": {"name": f"{tmp_path}/failing.py:Ends"}}
+    environment = {"name": "digits.py:Digits", "others": others}
+    rollout = {"prompts_per_step": 3, "n_samples_per_prompt": 2}
+    reward = {"functions": [{"name": "format", "params": {"pattern": "x"}}]}
+    with play(environment, data=data, rollout=rollout, reward=reward) as (collector, engine):
+        groups, metrics = collector.collect(0)
+    assert [g.problem.source for g in groups] == ["own", "other", "alone"]
+    own, other, alone = (group.trajectories for group in groups)
+    assert any(len(each.transcript) > 1 for each in own)
+    assert {(each.environment_reward, len(each.transcript)) for each in other} == {(2.0, 1)}
+    # Nothing answered there, so that nothing was earned; its one turn has the room of all.
+    assert {(each.environment_reward, len(each.transcript)) for each in alone} == {(None, 1)}
+    assert [request.params.max_new_tokens for request, _ in engine.batches[0]] == 4 * [8] + 2 * [
+        160
+    ]
+    assert len(engine.batches[0]) == 6
+    assert metrics["rollout/environment_error_share"] == 0
+
+
+def test_an_environment_that_a_source_names_must_be_there(make_config):
+    def config(said: str, **environment: Any) -> Config:
+        return make_config(
+            data={"train": [{"kind": "guessing_game", "environment": said}], "eval": []},
+            environment=environment,
+        )
+
+    others = {"game": {"name": "guessing_game"}}
+    assert config("game", others=others).environment.plays
+    with pytest.raises(UserError, match=r"environment=gaem; environment\.others has: game"):
+        config("gaem", others=others)
+    with pytest.raises(UserError, match=r"environment=game; environment\.others has: none"):
+        config("game")
+    with pytest.raises(UserError, match="none called 'none'"):
+        config("none", others={"none": {"name": "guessing_game"}})
+    with pytest.raises(UserError, match="plays every source"):
+        config("none", name="openai_sessions", sessions={"agent": "a.py:f"})
 
 
 def test_a_trajectory_is_what_the_engine_returned_with_the_answers_between(play, tiny_model):
