@@ -23,6 +23,7 @@ from megatron_rlsd.types import RewardInput
 from tests.batches import plain_rows
 from tests.conftest import ROOT
 from tests.environment_runs import TELLING
+from tests.reward_servers import reward_server
 from tests.tool_models import save_calling_model
 from tests.unit.rewards.judge_server import Answer, JudgeServer, Request, reply
 
@@ -111,6 +112,34 @@ def test_programs_are_tested_as_shown(tmp_path: Path, monkeypatch: pytest.Monkey
     samples = [RewardInput(problem, text, 5, 100, "stop") for text in texts]
     with RewardPool(RewardConfig.model_validate(shown["reward"])) as pool:
         assert [result.value for result in pool.score(samples)] == [1, 0.5, 0]
+
+
+def test_three_steps_on_programs_that_another_process_tests(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model writes none: what it gets is from the other function of that server."""
+    monkeypatch.chdir(tmp_path)
+    exec(example("python", "programs.jsonl"), {})
+    shown = yaml.safe_load(example("yaml", "code_tests"))
+    (tests,) = shown["reward"]["functions"]
+    if shutil.which("bwrap") is None:
+        tests["params"]["unsafe"] = True
+    own = make_config(data={**shown["data"], "eval": []}).reward.functions[0].name
+    functions = [tests, {"name": own, "weight": 0.5}]
+    with reward_server(tmp_path, {"functions": functions, "server": {"port": 0}}) as line:
+        remote = {"name": "http", "form": "reward_server", "deadline_seconds": 50}
+        remote["url"] = line.split()[-1]
+        judged = {"functions": [remote], "workers": 1, "max_error_share": 0}
+        config = make_config(data={**shown["data"], "eval": []}, reward=judged)
+        train.train(config)
+    run = Path(config.run_dir)
+    steps = [line for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
+    assert [step["step"] for step in steps] == [0, 1, 2]
+    assert any(step["train/grad_norm"] > 0 for step in steps)
+    for sample in map(json.loads, (run / "samples/step_000001.jsonl").open()):
+        digits = [character for character in sample["response"] if character.isdigit()]
+        even = sum(each in "02468" for each in digits) / max(1, len(digits))
+        assert sample["reward"] == pytest.approx(0.5 * even)
 
 
 def test_two_steps_with_the_agent(

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron_rlsd.commands import main
 from megatron_rlsd.config import RewardConfig
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rewards.http import asking
 from megatron_rlsd.types import RewardInput
-from tests.conftest import ROOT
+from tests.reward_servers import reward_server
 
 pytestmark = pytest.mark.process
 
@@ -49,26 +44,11 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def url(functions: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("server") / "rewards.yaml"
     server = {"port": 0, "api_key": "env:REWARD_KEY", "max_queued": 50}
-    path.write_text(yaml.safe_dump({"reward": {**functions, "server": server}}))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_rlsd", "reward-server", str(path)],
-        env={**os.environ, "REWARD_KEY": KEY, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
+    folder = tmp_path_factory.mktemp("server")
+    with reward_server(folder, {**functions, "server": server}, REWARD_KEY=KEY) as line:
         assert line.startswith("scoring with rule, exact_match in 3 workers at http://127.0.0.1:")
         yield line.split()[-1]
-        process.send_signal(signal.SIGTERM)
-        assert "has ended" in process.communicate(timeout=SECONDS)[0]
-        assert process.returncode == 0
-    finally:
-        process.kill()
-        process.wait(SECONDS)
 
 
 def remote(url: str | list[str], *, weight: float = 1, key: str = KEY, **settings: Any) -> Any:
