@@ -17,6 +17,7 @@ from megatron_rlsd.config import Config
 from megatron_rlsd.observability import read_metrics
 from megatron_rlsd.observability.trace import read_trace
 from megatron_rlsd.rollout.sglang import SGLangEngine
+from tests.agent_files import CLIENT
 
 STEPS = 3
 MakeConfig = Callable[..., Config]
@@ -37,6 +38,16 @@ def train(config: Config, folder: Path) -> list[dict[str, float]]:
     )
     assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[:3000]
     return [x for x in read_metrics(folder / "run/metrics.jsonl") if "train/loss" in x]
+
+
+ASKS_TWICE = (
+    CLIENT
+    + '''
+def ask_twice(base_url, key, problem):
+    said = ask(base_url, key, list(problem.messages))
+    ask(base_url, key, [*problem.messages, said, {"role": "user", "content": "Again."}])
+'''
+)
 
 
 @pytest.fixture
@@ -104,11 +115,28 @@ def test_training_on_four_ranks_and_two_servers_agrees_on_every_log_probability(
 def test_a_resumed_run_publishes_what_it_resumed_over_either_stream(
     engine: SGLangEngine, make_served: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """The servers still have the first run's last version, under the number that comes next."""
-    check_steps(train(make_served(2, "broadcast", checkpoint={"interval": 2}), tmp_path))
-    lines = train(make_served(4, "ipc", checkpoint={"interval": 2}), tmp_path)
+    """The servers still have the first run's last version, under the number that comes next.
+
+    Responses are an agent's, which asks over HTTP.
+    """
+    (tmp_path / "agent.py").write_text(ASKS_TWICE)
+    sections: dict[str, Any] = {
+        "checkpoint": {"interval": 2},
+        "prompts": {"format_instruction": ""},
+        "environment": {
+            "name": "openai_sessions",
+            "sessions": {"agent": f"{tmp_path}/agent.py:ask_twice"},
+            "max_turn_tokens": 12,
+            "timeout_seconds": 60,
+            "on_error": "stop",
+        },
+    }
+    limits = {"max_response_tokens": 60}
+    check_steps(train(make_served(2, "broadcast", limits, **sections), tmp_path))
+    lines = train(make_served(4, "ipc", limits, **sections), tmp_path)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     check_steps(lines)
+    assert {line["rollout/turns_mean"] for line in lines} == {2}
     versions = [
         engine.call(server.client.weight_version(timeout=30), 60) for server in engine.fleet.servers
     ]
