@@ -42,11 +42,11 @@ def train(config: Config, folder: Path) -> list[dict[str, float]]:
 
 ASKS_TWICE = (
     CLIENT
-    + '''
+    + """
 def ask_twice(base_url, key, problem):
     said = ask(base_url, key, list(problem.messages))
     ask(base_url, key, [*problem.messages, said, {"role": "user", "content": "Again."}])
-'''
+"""
 )
 
 
