@@ -15,7 +15,7 @@ from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Group, RewardInput, RewardResult
 from tests.agent_files import CHANGING, TALKER
 from tests.batches import plain_rows
-from tests.environment_runs import check_rows
+from tests.environment_runs import DIGITS, check_rows
 from tests.tool_models import SHORT as TEMPLATE
 from tests.unit.experience.conftest import BATCH, publish, questions
 
@@ -194,6 +194,30 @@ def test_agents_ask_while_training_goes_on(start, tmp_path: Path) -> None:
         check_rows(rows, engine.exchanges, complete=False)
     assert len(used) == len(set(used)) == 4 * BATCH
     assert max(version for row in rows for version in row.weight_versions) >= 2
+
+
+def test_environments_answer_while_training_goes_on(start, tmp_path: Path) -> None:
+    (tmp_path / "digits.py").write_text(DIGITS)
+    environment = {
+        "name": f"{tmp_path}/digits.py:Digits",
+        "workers": 1,
+        "max_turns": 3,
+        "max_turn_tokens": 8,
+        "on_error": "stop",
+    }
+    used, groups = list[str](), list[Group]()
+    sections = {"environment": environment, "rollout": {"max_response_tokens": 160}}
+    with start(1, **sections) as (stream, engine):
+        for step in range(3):
+            publish(stream, engine, step)
+            found, metrics = stream.collect(step)
+            used += questions(found)
+            groups += found
+            assert metrics["rollout/staleness_max"] <= 1
+    assert len(used) == len(set(used)) == 3 * BATCH
+    trajectories = [each for group in groups for each in group.trajectories]
+    assert max(len(each.transcript) for each in trajectories) == 5
+    assert all(each.environment_reward is not None for each in trajectories)
 
 
 def test_an_agent_that_waits_for_an_engine_ends_with_the_run(start, tmp_path: Path) -> None:
