@@ -51,7 +51,7 @@ def train(config: Config) -> None:
         source = build_sources(
             config.data.train, config.train.seed, questions_per_step=config.sft.batch_size
         )
-        progress = Progress(source)
+        progress = SftProgress(source)
         conversations = Conversations(config, run.tokenizer)
         start = run.continuity.resume(run.actor, {}, progress)
         run.colocation.servers_take_over()
@@ -87,7 +87,7 @@ def train(config: Config) -> None:
         run.log.summary()
 
 
-class Progress:
+class SftProgress:
     """Where the warm start stands: in its data, and by the evaluation after the last step."""
 
     def __init__(self, source: ProblemSource) -> None:

@@ -15,7 +15,7 @@ from examples.experiments.scripted_play import play
 from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.data import build_sources
 from megatron_rlsd.rollout.embedded import EmbeddedEngine
-from megatron_rlsd.rollout.engine import Progress
+from megatron_rlsd.rollout.engine import ResponsesDone
 from megatron_rlsd.types import Generation, GenerationRequest
 
 CONFIGS = Path(__file__).parent.parent / "examples/configs/environments"
@@ -114,7 +114,7 @@ def conversations_config(run_dir: Path, model: Path, *overrides: str) -> Config:
 class RecordingEngine:
     """A real engine that also keeps what it was asked and what it gave."""
 
-    on_progress: Progress | None = None
+    on_progress: ResponsesDone | None = None
 
     def __init__(self, model: Path) -> None:
         self.engine = EmbeddedEngine(model, torch.float32, 64)

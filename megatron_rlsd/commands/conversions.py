@@ -20,8 +20,7 @@ from rich.progress import (
 from megatron_rlsd.checkpoint.checksums import damages, damages_by_block
 from megatron_rlsd.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from megatron_rlsd.conversion.compare import compare, open_checkpoint
-from megatron_rlsd.conversion.convert import Progress as ProgressCallback
-from megatron_rlsd.conversion.convert import Sizes, to_hf, to_megatron
+from megatron_rlsd.conversion.convert import BytesDone, Sizes, to_hf, to_megatron
 from megatron_rlsd.conversion.describe import check_hashes, describe, hashes
 from megatron_rlsd.conversion.megatron_weights import MegatronWeights
 from megatron_rlsd.data import plain_encoder
@@ -239,7 +238,7 @@ def log_prob_difference(
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[ProgressCallback]:
+def _progress(label: str) -> Iterator[BytesDone]:
     columns = (
         "{task.description}",
         BarColumn(),

@@ -9,7 +9,7 @@ from megatron_rlsd.config import Config, load_config
 from megatron_rlsd.hf_bridge import ModelDims, family_for, load_hf_config
 from megatron_rlsd.parallel.layout import LayoutError
 from megatron_rlsd.planning.memory import GIB
-from megatron_rlsd.planning.plan import Machine, Plan, make_plan, remedies
+from megatron_rlsd.planning.plan import Machine, RunPlan, make_plan, remedies
 from megatron_rlsd.planning.rates import Rates
 from megatron_rlsd.planning.report import layout_line, plan_text, remedy_lines
 from megatron_rlsd.planning.search import overrides, search
@@ -95,7 +95,7 @@ def print_search(
     return 0
 
 
-def print_plans(plans: list[Plan], config: Config, machine: Machine) -> None:
+def print_plans(plans: list[RunPlan], config: Config, machine: Machine) -> None:
     """Each with the overrides that make it of ``config``."""
     for number, plan in enumerate(plans, 1):
         print(
@@ -106,7 +106,7 @@ def print_plans(plans: list[Plan], config: Config, machine: Machine) -> None:
         print(f"   {' '.join(overrides(plan, config)) or '(the configuration as it is)'}")
 
 
-def refusal(smallest: Plan | None, machine: Machine) -> str:
+def refusal(smallest: RunPlan | None, machine: Machine) -> str:
     if smallest is None:
         return f"no layout divides this model over {machine.gpus} GPUs"
     return (

@@ -15,7 +15,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_rlsd.observability.report import Limits, report, short_names
+from megatron_rlsd.observability.report import ReportLimits, report, short_names
 from megatron_rlsd.runtime.durable import write_whole
 from megatron_rlsd.runtime.errors import UserError, mendable, tell
 from megatron_rlsd.runtime.terminal_text import visible
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--out", type=Path, help="default: report.html in the first run's folder")
-    defaults = {field.name: field.default for field in fields(Limits)}
+    defaults = {field.name: field.default for field in fields(ReportLimits)}
     for name, text in SETTABLE.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=_positive, default=defaults[name], help=text
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     out = options.out or options.runs[0] / "report.html"
-    limits = Limits(**{name: getattr(options, name) for name in SETTABLE})
+    limits = ReportLimits(**{name: getattr(options, name) for name in SETTABLE})
     live = options.every if options.live else None
     try:
         made = report(options.runs, limits, live=live)

@@ -45,7 +45,7 @@ BUCKET_BYTES = 32 * 2**20
 """How much is read at once of what is cast before it is put in place."""
 FILE_BYTES = 2 * 2**30
 """Size at which a rank's next file of a Megatron checkpoint begins: what an interruption costs."""
-Progress = Callable[[int, int], None]
+BytesDone = Callable[[int, int], None]
 """(bytes done, bytes in all)."""
 
 
@@ -90,7 +90,7 @@ def to_megatron(
     allow_pickle: bool = False,
     finish: Callable[[Path], None] = lambda folder: None,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: BytesDone = lambda done, total: None,
     file_bytes: int = FILE_BYTES,
 ) -> list[str]:
     """Write a Hugging Face folder's weights as a Megatron checkpoint in torch_dist format.
@@ -160,7 +160,7 @@ def to_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: BytesDone = lambda done, total: None,
 ) -> list[str]:
     """Write the weights of a Megatron checkpoint, of any layout, as a Hugging Face folder.
 

@@ -20,7 +20,7 @@ from megatron_rlsd.data.records import Malformed, problem_of
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.runtime.json_text import parse_json
 
-Row = dict[str, Any]
+BenchmarkRow = dict[str, Any]
 LETTERS = "ABCDEFGHIJ"
 NO_OPTION = "N/A"
 """What MMLU-Pro writes in place of an option that is not there."""
@@ -41,15 +41,15 @@ class Benchmark:
 
     problems: int
     """How many its published set has."""
-    convert: Callable[[Row], Row]
+    convert: Callable[[BenchmarkRow], BenchmarkRow]
     """From a published row to a record of ours; KeyError for a column that is missing."""
     format_instruction: str
-    reward: Row
+    reward: BenchmarkRow
     """An entry of ``reward.functions``."""
-    evaluation: Row
+    evaluation: BenchmarkRow
     """Keys of ``eval``."""
 
-    def settings(self) -> dict[str, Row]:
+    def settings(self) -> dict[str, BenchmarkRow]:
         """Sections of a configuration that evaluates it."""
         return {
             "prompts": {"format_instruction": self.format_instruction},
@@ -58,7 +58,7 @@ class Benchmark:
         }
 
 
-def _gsm8k(row: Row) -> Row:
+def _gsm8k(row: BenchmarkRow) -> BenchmarkRow:
     """``answer`` ends with ``#### N``, and has its calculations in ``<<1+1=2>>``."""
     solution, mark, answer = row["answer"].rpartition("####")
     if not mark:
@@ -70,7 +70,7 @@ def _gsm8k(row: Row) -> Row:
     }
 
 
-def _math500(row: Row) -> Row:
+def _math500(row: BenchmarkRow) -> BenchmarkRow:
     metadata = {key: row[key] for key in ("subject", "level", "unique_id") if key in row}
     return {
         "prompt": row["problem"],
@@ -80,7 +80,7 @@ def _math500(row: Row) -> Row:
     }
 
 
-def _aime(row: Row) -> Row:
+def _aime(row: BenchmarkRow) -> BenchmarkRow:
     """Publishers write ``problem``, ``Problem`` or ``question``; answers are whole numbers."""
     named = {key.lower(): value for key, value in row.items()}
     answer = str(named["answer"]).strip()
@@ -93,7 +93,7 @@ def _aime(row: Row) -> Row:
     }
 
 
-def _gpqa(row: Row) -> Row:
+def _gpqa(row: BenchmarkRow) -> BenchmarkRow:
     """Its file has the right answer first: choices are shuffled, each question's in its own way."""
     right = row["Correct Answer"].strip()
     choices = [right, *(row[f"Incorrect Answer {number}"].strip() for number in (1, 2, 3))]
@@ -110,7 +110,7 @@ def _gpqa(row: Row) -> Row:
     }
 
 
-def _mmlu_pro(row: Row) -> Row:
+def _mmlu_pro(row: BenchmarkRow) -> BenchmarkRow:
     """Up to ten options in their published order."""
     options, answer = row["options"], row["answer"]
     # Text would be taken apart into its characters.
@@ -132,7 +132,7 @@ def _with_choices(question: str, choices: list[str]) -> str:
     return "\n".join([question, "", *lines])
 
 
-_MATH: Row = {"name": "math_verify"}
+_MATH: BenchmarkRow = {"name": "math_verify"}
 _AIME = (_aime, BOXED, _MATH, {**REASONING, "n_samples": 32, "pass_at_k": [1, 32]})
 BENCHMARKS = {
     "gsm8k": Benchmark(
@@ -174,14 +174,14 @@ def benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def prepared(name: str, path: Path) -> list[Row]:
+def prepared(name: str, path: Path) -> list[BenchmarkRow]:
     """The records of a published file, in its order, each with an id of the benchmark's name.
 
     Raises UserError by file and row for what is not in the published layout.
     """
     convert = benchmark(name).convert
-    records: list[Row] = []
-    row: Row = {}
+    records: list[BenchmarkRow] = []
+    row: BenchmarkRow = {}
     try:
         for row in _rows(path):
             record = {key: value for key, value in convert(row).items() if value is not None}
@@ -202,7 +202,7 @@ def prepared(name: str, path: Path) -> list[Row]:
     return records
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> Iterator[BenchmarkRow]:
     if not path.is_file():
         raise UserError(f"data file {path} does not exist or is not a file")
     if path.suffix == ".parquet":
@@ -223,7 +223,7 @@ def _rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _object(line: str) -> Row:
+def _object(line: str) -> BenchmarkRow:
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -233,5 +233,5 @@ def _object(line: str) -> Row:
     return row
 
 
-def as_jsonl(records: list[Row]) -> str:
+def as_jsonl(records: list[BenchmarkRow]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_rlsd.environments.protocol import Environment, Observation
 from megatron_rlsd.environments.registry import ENVIRONMENTS
 from megatron_rlsd.plugins import Reference
-from megatron_rlsd.workers import Calls, Progress, problem_of, serve
+from megatron_rlsd.workers import Calls, StillAlive, problem_of, serve
 
 
 class NotAnAnswer(TypeError):
@@ -30,7 +30,7 @@ class OpenEpisode:
     steps: int
 
 
-class Player:
+class OpenEpisodes:
     """The episodes under way in this process."""
 
     def __init__(self, classes: dict[str, Callable[[], Environment]]) -> None:
@@ -39,7 +39,7 @@ class Player:
         self._batch: int | None = None
         self._episodes: dict[int, OpenEpisode] = {}
 
-    def answer(self, call: dict[str, Any], progress: Progress) -> Observation:
+    def answer(self, call: dict[str, Any], progress: StillAlive) -> Observation:
         """The opening, or the answer to the last turn; what the environment raises passes through.
 
         An episode that this process does not know, or not so far, is played again up to here.
@@ -72,7 +72,7 @@ class Player:
         opening.encode()
         return OpenEpisode(environment, 0), opening
 
-    def _replay(self, call: dict[str, Any], progress: Progress) -> OpenEpisode:
+    def _replay(self, call: dict[str, Any], progress: StillAlive) -> OpenEpisode:
         episode, text = self._begin(call)
         for number, (turn, given) in enumerate(zip(call["turns"], call["answers"], strict=True)):
             if text != given:
@@ -110,9 +110,9 @@ def load(setup: dict[str, Any]) -> Calls:
     for key, told in setup["environments"].items():
         code = ENVIRONMENTS.load(Reference(**told["reference"]), told["params"])
         classes[key] = partial(code, **told["params"])
-    player = Player(classes)
+    player = OpenEpisodes(classes)
 
-    def calls(request: dict[str, Any], progress: Progress) -> list[Callable[[], dict[str, Any]]]:
+    def calls(request: dict[str, Any], progress: StillAlive) -> list[Callable[[], dict[str, Any]]]:
         return [lambda: vars(player.answer(request, progress))]
 
     return calls

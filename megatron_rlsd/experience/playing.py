@@ -14,7 +14,7 @@ from megatron_rlsd.config import SESSIONS, Config
 from megatron_rlsd.data import PromptBuilder, Tokenizer
 from megatron_rlsd.environments import EnvironmentPool
 from megatron_rlsd.experience.episodes import STOP_SECONDS, Episodes, PlayStopped
-from megatron_rlsd.rollout.engine import Progress, RolloutEngine
+from megatron_rlsd.rollout.engine import ResponsesDone, RolloutEngine
 from megatron_rlsd.types import (
     Generation,
     GenerationRequest,
@@ -82,7 +82,7 @@ class _Beside:
     """An engine for a thread beside training: its progress is not that of the trainer's phase, and
     waiting for it ends with PlayStopped."""
 
-    on_progress: Progress | None = None
+    on_progress: ResponsesDone | None = None
 
     def __init__(self, engine: RolloutEngine, submit: Submit, stopped: threading.Event) -> None:
         self._engine, self._submit, self._stopped = engine, submit, stopped

@@ -27,7 +27,7 @@ TOO_LONG = "context_length_exceeded"
 
 
 @dataclass
-class Row:
+class SessionRow:
     """Tokens each of whose turns was sampled behind all the ones before it."""
 
     episode: Episode
@@ -75,9 +75,9 @@ class Session:
     question: Question
     label: str
     sample: int
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SessionRow] = field(default_factory=list)
     """In the order in which they began."""
-    current: Row | None = None
+    current: SessionRow | None = None
     """Whose next turn is asked for, or was last."""
     silent_until: float = 0.0
     """When the agent has taken too long, on the clock ``time.monotonic``."""
@@ -186,7 +186,7 @@ class Requests:
         session.current = row
         session.told += [{"role": m["role"], "content": m["content"]} for m in new]
 
-    def _first(self, session: Session, request: chat.ChatRequest) -> Row:
+    def _first(self, session: Session, request: chat.ChatRequest) -> SessionRow:
         question = session.question
         opening = question.opening
         if opening is None:
@@ -211,7 +211,7 @@ class Requests:
             raise Refused(str(error)) from None
         return Opening(request.messages, request.tools, problem, ids)
 
-    def _further(self, session: Session, request: chat.ChatRequest) -> Row:
+    def _further(self, session: Session, request: chat.ChatRequest) -> SessionRow:
         if request.messages[-1]["role"] == "assistant":
             raise Refused("the last message must not be the assistant's: turns are not continued")
         problem = self._with_messages(session.question.problem, request)
@@ -235,7 +235,7 @@ class Requests:
         options = {**problem.chat_template_kwargs, "tools": list(request.tools)}
         return replace(problem, chat_template_kwargs=options)
 
-    def _extend(self, row: Row, new: list[chat.Message], params: SamplingParams) -> None:
+    def _extend(self, row: SessionRow, new: list[chat.Message], params: SamplingParams) -> None:
         episode = row.episode
         options = episode.problem.chat_template_kwargs
         try:
@@ -254,12 +254,12 @@ class Requests:
 
 def _row(
     session: Session, problem: Problem, prompt_ids: list[int], request: chat.ChatRequest
-) -> Row:
+) -> SessionRow:
     episode = Episode(0, problem, session.label, session.sample, prompt_ids)
-    return Row(episode, request.tools)
+    return SessionRow(episode, request.tools)
 
 
-def _unheard(rows: Sequence[Row], messages: Sequence[chat.Message]) -> list[chat.Message]:
+def _unheard(rows: Sequence[SessionRow], messages: Sequence[chat.Message]) -> list[chat.Message]:
     """The messages that no row has, but for the assistant's: the model did not say those."""
     heard = [message for row in rows for message in row.history]
     return [each for each in messages if each["role"] != "assistant" and each not in heard]

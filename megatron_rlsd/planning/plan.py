@@ -49,7 +49,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The layout of one configuration on one machine."""
 
     config: Config
@@ -111,7 +111,7 @@ class Plan:
         return found
 
 
-def make_plan(config: Config, model: ModelDims, machine: Machine, lengths: Lengths) -> Plan:
+def make_plan(config: Config, model: ModelDims, machine: Machine, lengths: Lengths) -> RunPlan:
     """Raises LayoutError for a layout that is not possible for this model and number of GPUs."""
     check_layout(config.parallel, machine.gpus, model)
     check_eight_bit(model, config.parallel, config.model.precision)
@@ -154,7 +154,7 @@ def make_plan(config: Config, model: ModelDims, machine: Machine, lengths: Lengt
         kernels=machine.kernels,
         servers=servers,
     )
-    return Plan(config, machine, ranks, timer, tokens, work, servers, server)
+    return RunPlan(config, machine, ranks, timer, tokens, work, servers, server)
 
 
 def changed(config: Config, overrides: dict[str, Any]) -> Config | None:
@@ -172,7 +172,9 @@ def changed(config: Config, overrides: dict[str, Any]) -> Config | None:
         return None
 
 
-def remedies(plan: Plan, model: ModelDims, lengths: Lengths) -> list[tuple[dict[str, Any], Plan]]:
+def remedies(
+    plan: RunPlan, model: ModelDims, lengths: Lengths
+) -> list[tuple[dict[str, Any], RunPlan]]:
     """Single changes to the configuration after which it fits, the fastest step first."""
     found = []
     for overrides in [*_single_changes(plan.config), *_smaller_servers(plan)]:
@@ -211,7 +213,7 @@ def _single_changes(config: Config) -> Iterator[dict[str, Any]]:
         yield {"rollout.engine": "sglang"}
 
 
-def _smaller_servers(plan: Plan) -> Iterator[dict[str, Any]]:
+def _smaller_servers(plan: RunPlan) -> Iterator[dict[str, Any]]:
     """The largest share of the GPUs, in steps of 0.05, that is left to colocated servers."""
     excess = plan.fullest.peak - plan.machine.usable
     if plan.server is None or excess <= 0:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.planning.memory import GIB, RankMemory, model_parameters
-from megatron_rlsd.planning.plan import Machine, Plan
+from megatron_rlsd.planning.plan import Machine, RunPlan
 from megatron_rlsd.planning.work import Lengths, StepTokens
 
 
@@ -34,7 +34,7 @@ def layout_line(config: Config, gpus: int) -> str:
     return " ".join(parts)
 
 
-def plan_text(plan: Plan, model: ModelDims, lengths: Lengths) -> str:
+def plan_text(plan: RunPlan, model: ModelDims, lengths: Lengths) -> str:
     """Everything about one plan, the answer first, assumptions included."""
     config, machine = plan.config, plan.machine
     lines = [
@@ -56,7 +56,7 @@ def plan_text(plan: Plan, model: ModelDims, lengths: Lengths) -> str:
     return "\n".join(lines)
 
 
-def answer_lines(plan: Plan) -> list[str]:
+def answer_lines(plan: RunPlan) -> list[str]:
     """The verdict, the servers, what a step costs and what it gets done."""
     if plan.problems:
         verdict = f"DOES NOT FIT: {'; '.join(plan.problems)}"
@@ -104,7 +104,7 @@ def batch_line(tokens: StepTokens) -> str:
     )
 
 
-def memory_table(plan: Plan) -> list[str]:
+def memory_table(plan: RunPlan) -> list[str]:
     """Parts by stage: the first, the fullest and the last one."""
     last = len(plan.ranks) - 1
     stages = sorted({0, plan.fullest.stage, last})
@@ -136,7 +136,7 @@ def memory_table(plan: Plan) -> list[str]:
     return lines
 
 
-def time_lines(plan: Plan) -> list[str]:
+def time_lines(plan: RunPlan) -> list[str]:
     time = plan.time
     rollout = "unknown (servers that run already)"
     if time.rollout is not None:
@@ -162,7 +162,7 @@ def assumption_lines(machine: Machine, lengths: Lengths) -> list[str]:
     ]
 
 
-def remedy_lines(found: list[tuple[dict[str, Any], Plan]]) -> list[str]:
+def remedy_lines(found: list[tuple[dict[str, Any], RunPlan]]) -> list[str]:
     if not found:
         return ["no single change makes it fit; changed together:"]
     lines = ["each of these makes it fit:"]

@@ -12,7 +12,7 @@ from megatron_rlsd.config import Config, ParallelConfig, PrecisionConfig
 from megatron_rlsd.hf_bridge import ModelDims
 from megatron_rlsd.parallel.eight_bit import check_eight_bit
 from megatron_rlsd.parallel.layout import LayoutError, check_layout
-from megatron_rlsd.planning.plan import Machine, Plan, make_plan
+from megatron_rlsd.planning.plan import Machine, RunPlan, make_plan
 from megatron_rlsd.planning.work import Lengths
 
 RECOMPUTES: tuple[dict[str, Any], ...] = (
@@ -28,18 +28,18 @@ MOST_CHUNKS = 8
 class Found:
     """What the search saw."""
 
-    plans: list[Plan]
+    plans: list[RunPlan]
     """Those that fit, the fastest training step first."""
     tried: int
     """Layouts that the model and the GPUs allow."""
-    smallest: Plan | None
+    smallest: RunPlan | None
     """Among those that do not fit, the one with the lowest peak."""
 
 
 def search(config: Config, model: ModelDims, machine: Machine, lengths: Lengths) -> Found:
     """Over tensor, pipeline, virtual pipeline, context, expert parallelism, recompute and the
     distributed optimizer; sequence parallelism is on wherever tensor parallelism is."""
-    fitting: list[Plan] = []
+    fitting: list[RunPlan] = []
     tried, smallest = 0, None
     for parallel in _layouts(model, machine, config.model.precision):
         for recompute in RECOMPUTES:
@@ -65,12 +65,12 @@ def search(config: Config, model: ModelDims, machine: Machine, lengths: Lengths)
     return Found(fitting, tried, smallest)
 
 
-def _training_seconds(plan: Plan) -> tuple[float, int]:
+def _training_seconds(plan: RunPlan) -> tuple[float, int]:
     """To a millisecond; among equals the one that needs the least memory comes first."""
     return round(plan.timer.step(with_rollout=False).training, 3), plan.fullest.peak
 
 
-def overrides(plan: Plan, base: Config) -> list[str]:
+def overrides(plan: RunPlan, base: Config) -> list[str]:
     """``key=value`` texts that turn ``base`` into the plan's configuration."""
     changes = []
     for section in ("parallel", "model", "optimizer"):

@@ -12,7 +12,7 @@ from megatron_rlsd.plugins import Reference
 from megatron_rlsd.rewards.errors import TimeLimitExceeded
 from megatron_rlsd.rewards.registry import REWARDS, RewardFunction
 from megatron_rlsd.types import RewardInput
-from megatron_rlsd.workers import Calls, Progress, problem_of, serve
+from megatron_rlsd.workers import Calls, StillAlive, problem_of, serve
 
 
 def load(setup: dict[str, Any]) -> Calls:
@@ -21,7 +21,7 @@ def load(setup: dict[str, Any]) -> Calls:
         params = described["params"]
         functions.append((REWARDS.load(Reference(**described["reference"]), params), params))
 
-    def calls(request: dict[str, Any], progress: Progress) -> list[Callable[[], float]]:
+    def calls(request: dict[str, Any], progress: StillAlive) -> list[Callable[[], float]]:
         sample = sample_of(request)
         return [partial(call, function, params, sample) for function, params in functions]
 

@@ -25,7 +25,7 @@ from megatron_rlsd.parallel.exchange import (
     unpack_message,
     unragged,
 )
-from megatron_rlsd.rollout.engine import Arrived, EngineError, Part, Progress, RolloutEngine
+from megatron_rlsd.rollout.engine import Arrived, EngineError, Part, ResponsesDone, RolloutEngine
 from megatron_rlsd.types import Generation, GenerationRequest, SamplingParams
 
 Result = TypeVar("Result")
@@ -38,12 +38,12 @@ class CollectiveEngine:
         self._engine, self._control = engine, control
 
     @property
-    def on_progress(self) -> Progress | None:
+    def on_progress(self) -> ResponsesDone | None:
         """Rank 0's: told of its own slice of the requests."""
         return self._engine.on_progress
 
     @on_progress.setter
-    def on_progress(self, progress: Progress | None) -> None:
+    def on_progress(self, progress: ResponsesDone | None) -> None:
         self._engine.on_progress = progress
 
     @property

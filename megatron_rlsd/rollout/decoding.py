@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from megatron_rlsd.rollout.engine import EngineError, Progress
+from megatron_rlsd.rollout.engine import EngineError, ResponsesDone
 from megatron_rlsd.rollout.kv_cache import RowCache, cache_name
 from megatron_rlsd.rollout.routes import RouteRecorder
 from megatron_rlsd.rollout.sampling import RowParams, request_uniforms, sample_tokens
@@ -31,7 +31,7 @@ batches, and a prompt again for each of its samples."""
 
 
 @dataclass
-class Row:
+class DecodedRow:
     """A request on its way."""
 
     request: GenerationRequest
@@ -44,7 +44,7 @@ class Row:
     """[tokens, layers, experts per token] of each forward pass that this row was in."""
 
     @classmethod
-    def of(cls, request: GenerationRequest) -> Row:
+    def of(cls, request: GenerationRequest) -> DecodedRow:
         params = request.params
         uniforms = (
             [0.0] * params.max_new_tokens
@@ -89,10 +89,10 @@ class DecodingBatch:
     ) -> None:
         self.model, self.recorder = model, recorder
         self.device = device
-        self.results = [Row.of(request) for request in requests]
+        self.results = [DecodedRow.of(request) for request in requests]
         # Equal prompts side by side, to be prefilled together; the next to join is at the end.
         self.waiting = sorted(self.results, key=_prompt_order, reverse=True)
-        self.rows: list[Row] = []
+        self.rows: list[DecodedRow] = []
         self.capacity = min(max_rows, len(requests))
         self.cache_name = cache_name(model)
         self.cache = RowCache(
@@ -106,7 +106,7 @@ class DecodingBatch:
         self.columns = torch.empty(0, dtype=torch.int64)
 
     @torch.inference_mode()
-    def run(self, on_progress: Progress | None = None) -> list[Row]:
+    def run(self, on_progress: ResponsesDone | None = None) -> list[DecodedRow]:
         """Decode to the end; the rows in the order of the requests, all finished."""
         left = len(self.results)
         while self.rows or self.waiting:
@@ -128,7 +128,7 @@ class DecodingBatch:
         joining = [self.waiting.pop() for _ in range(count)]
         # One length at a time: no padding, so plain causal attention without a mask.
         for length, group in itertools.groupby(joining, key=lambda r: len(r.request.prompt_ids)):
-            samples: dict[tuple[int, ...], list[Row]] = {}
+            samples: dict[tuple[int, ...], list[DecodedRow]] = {}
             for row in group:
                 samples.setdefault(tuple(row.request.prompt_ids), []).append(row)
             prompts = list(samples)
@@ -138,7 +138,7 @@ class DecodingBatch:
                 self._prefill(chunk, [samples[prompt] for prompt in chunk])
         self.params = None
 
-    def _prefill(self, prompts: list[tuple[int, ...]], samples: list[list[Row]]) -> None:
+    def _prefill(self, prompts: list[tuple[int, ...]], samples: list[list[DecodedRow]]) -> None:
         """Prefill M prompts of one length; each one's samples become rows of their own."""
         cache = DynamicCache()
         output = self.model(
@@ -170,7 +170,7 @@ class DecodingBatch:
         self._note_routes(self.rows, range(len(self.rows)), len(self.rows))
         return output.logits[:, -1]
 
-    def _note_routes(self, rows: list[Row], source: Sequence[int], count: int) -> None:
+    def _note_routes(self, rows: list[DecodedRow], source: Sequence[int], count: int) -> None:
         """Note the routes of a pass over ``count`` sequences; ``source``: each row's among them."""
         if self.recorder is not None:
             routes = self.recorder.take(count)
@@ -189,7 +189,9 @@ class DecodingBatch:
         mask = torch.zeros(beyond.shape, dtype=self.model.dtype, device=self.device)
         return mask.masked_fill_(beyond, -torch.inf)[:, None, None]
 
-    def _append_tokens(self, rows: list[Row], logits: torch.Tensor, params: RowParams) -> None:
+    def _append_tokens(
+        self, rows: list[DecodedRow], logits: torch.Tensor, params: RowParams
+    ) -> None:
         uniforms = [row.uniforms[len(row.token_ids)] for row in rows]
         tokens, log_probs = sample_tokens(logits, params, uniforms)
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
@@ -209,9 +211,9 @@ class DecodingBatch:
         del self.rows[alive:]
         self.params = None
 
-    def _params_of(self, rows: list[Row]) -> RowParams:
+    def _params_of(self, rows: list[DecodedRow]) -> RowParams:
         return RowParams.of([row.request.params for row in rows], self.device)
 
 
-def _prompt_order(row: Row) -> tuple[int, list[int]]:
+def _prompt_order(row: DecodedRow) -> tuple[int, list[int]]:
     return len(row.request.prompt_ids), row.request.prompt_ids

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_rlsd.hf_bridge import SafetensorsFolder, max_positions
 from megatron_rlsd.rollout.checks import check_request
 from megatron_rlsd.rollout.decoding import DecodingBatch
-from megatron_rlsd.rollout.engine import EngineError, Progress
+from megatron_rlsd.rollout.engine import EngineError, ResponsesDone
 from megatron_rlsd.rollout.routes import RouteRecorder, RoutesShape
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest
@@ -56,7 +56,7 @@ class EmbeddedEngine:
         routes: RoutesShape | None = None,
     ) -> None:
         self._routes = routes
-        self.on_progress: Progress | None = None
+        self.on_progress: ResponsesDone | None = None
         if max_batch_size < 1:
             raise EngineError(f"max_batch_size must be at least 1, got {max_batch_size}")
         if not (Path(hf_path) / "config.json").is_file():

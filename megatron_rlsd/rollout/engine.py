@@ -11,7 +11,7 @@ from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest
 
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
+ResponsesDone = Callable[[int, int], None]
 """(responses that are finished, responses asked for); may be called in any thread."""
 Arrived = Callable[[int, Generation], None]
 """(number of a request, its finished response); called in any thread."""
@@ -26,7 +26,7 @@ class EngineError(UserError):
 class RolloutEngine(Protocol):
     """Samples responses with the weights that were last published to it (weight_sync)."""
 
-    on_progress: Progress | None
+    on_progress: ResponsesDone | None
     """A function that ``generate`` tells of its progress. None: nothing listens."""
 
     @property

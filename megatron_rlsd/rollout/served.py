@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_rlsd.parallel.exchange import broadcast_bytes, pack_message
-from megatron_rlsd.rollout.engine import Arrived, Part, Progress
+from megatron_rlsd.rollout.engine import Arrived, Part, ResponsesDone
 from megatron_rlsd.rollout.sglang import SGLangEngine
 from megatron_rlsd.types import Generation, GenerationRequest
 
@@ -24,11 +24,11 @@ class ServedEngine:
         self._servers, self._control = servers, control
 
     @property
-    def on_progress(self) -> Progress | None:
+    def on_progress(self) -> ResponsesDone | None:
         return None if self._servers is None else self._servers.on_progress
 
     @on_progress.setter
-    def on_progress(self, progress: Progress | None) -> None:
+    def on_progress(self, progress: ResponsesDone | None) -> None:
         if self._servers is not None:
             self._servers.on_progress = progress
 

@@ -2,14 +2,14 @@
 
 from megatron_rlsd.workers.jobs import Job, Outcomes
 from megatron_rlsd.workers.pool import WORKER_MEMORY_BYTES, WorkerPool
-from megatron_rlsd.workers.serving import Calls, Progress, problem_of, serve
+from megatron_rlsd.workers.serving import Calls, StillAlive, problem_of, serve
 
 __all__ = [
     "WORKER_MEMORY_BYTES",
     "Calls",
     "Job",
     "Outcomes",
-    "Progress",
+    "StillAlive",
     "WorkerPool",
     "problem_of",
     "serve",

@@ -24,9 +24,9 @@ MAX_DETAIL_CHARS = 4000
 MAX_FRAMES = 8
 PACKAGE = Path(__file__).parents[1]
 
-Progress = Callable[[], None]
+StillAlive = Callable[[], None]
 """Called inside a call: its time begins anew."""
-Calls = Callable[[dict[str, Any], Progress], list[Callable[[], Any]]]
+Calls = Callable[[dict[str, Any], StillAlive], list[Callable[[], Any]]]
 """A job's line -> its calls, each of which returns JSON data."""
 Send = Callable[[dict[str, Any]], None]
 

@@ -5,6 +5,7 @@ The last test prints the rooms of the package and the arrows between them (pytes
 
 from __future__ import annotations
 
+import ast
 import tomllib
 from collections import defaultdict
 from pathlib import Path
@@ -84,3 +85,13 @@ def test_no_docstring_begins_with_a_genitive_fragment() -> None:
         if line.lstrip().startswith(('"""Of ', "# Of "))
     ]
     assert not found
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """Names with an underscore are their module's own."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    assert not {name: found for name, found in places.items() if len(found) > 1}

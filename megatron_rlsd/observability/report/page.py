@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_rlsd.observability.report.run_data import (
     DEFAULT_LIMITS,
-    Limits,
+    ReportLimits,
     run_data,
     short_names,
 )
@@ -34,13 +34,13 @@ class Report:
     all_ended: bool
 
 
-def report_page(run_dirs: Sequence[Path], limits: Limits = DEFAULT_LIMITS) -> str:
+def report_page(run_dirs: Sequence[Path], limits: ReportLimits = DEFAULT_LIMITS) -> str:
     """The page of ``report``."""
     return report(run_dirs, limits).page
 
 
 def report(
-    run_dirs: Sequence[Path], limits: Limits = DEFAULT_LIMITS, *, live: float | None = None
+    run_dirs: Sequence[Path], limits: ReportLimits = DEFAULT_LIMITS, *, live: float | None = None
 ) -> Report:
     """The page about these runs, in this order; it loads nothing from anywhere.
 

@@ -31,7 +31,7 @@ SAMPLE_FIELDS = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class ReportLimits:
     """Bounds that keep the page small however long the run was."""
 
     points: int = 600
@@ -45,10 +45,10 @@ class Limits:
     """Tokens in the credit view, all steps together."""
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = ReportLimits()
 
 
-def run_data(run_dir: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+def run_data(run_dir: Path, limits: ReportLimits = DEFAULT_LIMITS) -> dict[str, Any]:
     """Everything the page shows of one run, as JSON data.
 
     Raises ValueError that names the folder without metrics.jsonl, or the line that is none.
@@ -86,7 +86,7 @@ def _series(records: list[dict[str, Any]], points: int) -> dict[str, list[list[f
     return {name: keep_extremes(*found[name], points) for name in found}
 
 
-def _credit(folder: Path, limits: Limits) -> list[dict[str, Any]]:
+def _credit(folder: Path, limits: ReportLimits) -> list[dict[str, Any]]:
     files = sample_files(folder)
     steps = evenly(list(files), limits.credit_steps)
     shown = []

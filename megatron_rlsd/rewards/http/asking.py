@@ -14,7 +14,7 @@ import httpx2
 from megatron_rlsd.config import HttpRewardConfig
 from megatron_rlsd.config.secrets import without
 from megatron_rlsd.rewards.http.forms import Form
-from megatron_rlsd.rewards.http.replies import Malformed, Verdict, read_json, shown
+from megatron_rlsd.rewards.http.replies import MalformedReply, Verdict, read_json, shown
 from megatron_rlsd.rewards.http.templates import encoded
 from megatron_rlsd.types import RewardInput
 
@@ -138,7 +138,7 @@ class Judge:
             reply = await self._reply(address, content)
             try:
                 return self._form.read(read_json(reply), asked)
-            except Malformed as error:
+            except MalformedReply as error:
                 raise _Failed(f"{address.shown}: {without(self._key, str(error))}") from None
         except _Failed as failed:
             if failed.again:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_rlsd.config import HttpRewardConfig
 from megatron_rlsd.rewards.http.replies import (
-    Malformed,
+    MalformedReply,
     NoVerdict,
     Verdict,
     at,
@@ -59,7 +59,7 @@ class Form:
     ask: Callable[[list[RewardInput]], Any]
     """The request's JSON. Raises what a template raises."""
     read: Callable[[Any, int], list[Verdict]]
-    """What a reply's JSON says of each of so many responses. Raises Malformed where the
+    """What a reply's JSON says of each of so many responses. Raises MalformedReply where the
     reply is of another number."""
 
 
@@ -148,7 +148,7 @@ def _reward_server(config: HttpRewardConfig) -> Form:
     def read(reply: Any, asked: int) -> list[Verdict]:
         results = _whole(lambda: at(reply, ("results",)))
         if not isinstance(results, list) or len(results) != asked:
-            raise Malformed(f"expected {asked} results, got {shown(results)}")
+            raise MalformedReply(f"expected {asked} results, got {shown(results)}")
         return [_of_server(result, path) for result in results]
 
     def ask(samples: list[RewardInput]) -> Any:
@@ -182,16 +182,16 @@ def _scores(
         return [_verdict(lambda: read(at(reply, path)))]
     found = _whole(lambda: at(reply, path))
     if len(found) != asked:
-        raise Malformed(f"expected {asked} scores, got {len(found)}")
+        raise MalformedReply(f"expected {asked} scores, got {len(found)}")
     return [_verdict(partial(read, value)) for value in found]
 
 
 def _whole(read: Callable[[], Any]) -> Any:
-    """What a reply to several responses holds; Malformed where it has not even the place."""
+    """What a reply to several responses holds; MalformedReply where it has not even the place."""
     try:
         return read()
     except NoVerdict as reason:
-        raise Malformed(str(reason)) from None
+        raise MalformedReply(str(reason)) from None
 
 
 def _verdict(read: Callable[[], float]) -> Verdict:

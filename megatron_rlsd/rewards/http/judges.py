@@ -32,7 +32,7 @@ class Told:
     verdict: Verdict
 
 
-class Asked:
+class PendingVerdicts:
     """Responses that are being judged."""
 
     def __init__(self, count: int, seconds: float) -> None:
@@ -72,10 +72,10 @@ class Judges:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def begin(self, samples: list[RewardInput]) -> Asked:
+    def begin(self, samples: list[RewardInput]) -> PendingVerdicts:
         """Ask about these responses; the call returns at once."""
         longest = max(config.deadline_seconds for config, _, _ in self._described.values())
-        asked = Asked(len(samples) * len(self._described), longest)
+        asked = PendingVerdicts(len(samples) * len(self._described), longest)
         asked.task = self._submit(self._ask(samples, asked))
         return asked
 
@@ -113,7 +113,7 @@ class Judges:
             self._judges.clear()
             loop.close()
 
-    async def _ask(self, samples: list[RewardInput], asked: Asked) -> None:
+    async def _ask(self, samples: list[RewardInput], asked: PendingVerdicts) -> None:
         for index, described in self._described.items():
             if index not in self._judges:
                 self._judges[index] = Judge(*described)
@@ -126,7 +126,12 @@ class Judges:
 
 
 async def _tell(
-    judge: Judge, batch: list[RewardInput], start: int, function: int, until: float, asked: Asked
+    judge: Judge,
+    batch: list[RewardInput],
+    start: int,
+    function: int,
+    until: float,
+    asked: PendingVerdicts,
 ) -> None:
     try:
         verdicts = await judge.verdicts(batch, until)

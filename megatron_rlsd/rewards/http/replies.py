@@ -33,7 +33,7 @@ class NoVerdict(Exception):
     """A reply that says nothing of a response; what it says instead."""
 
 
-class Malformed(Exception):
+class MalformedReply(Exception):
     """A reply that another try may bring in order: it is not JSON, or not what was asked for."""
 
 
@@ -43,7 +43,7 @@ def read_json(content: bytes) -> Any:
         return json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.80}"
-        raise Malformed(f"the reply is not JSON ({what}): {shown(content)}") from None
+        raise MalformedReply(f"the reply is not JSON ({what}): {shown(content)}") from None
 
 
 def parsed_path(text: str) -> Path:

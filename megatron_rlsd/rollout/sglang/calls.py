@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rlsd.rollout.engine import Arrived, EngineError, Progress
+from megatron_rlsd.rollout.engine import Arrived, EngineError, ResponsesDone
 from megatron_rlsd.rollout.sglang.server import Server
 from megatron_rlsd.types import Generation, GenerationRequest
 
@@ -35,7 +35,7 @@ class ServerCall:
     slack: dict[tuple[int, ...], int] = field(default_factory=dict)
     """Prompt -> tokens by which its server may be busier than the others: the group's own, but no
     more than a server's fair share of the call."""
-    on_progress: Progress | None = None
+    on_progress: ResponsesDone | None = None
     on_arrival: Arrived | None = None
 
     def finish(self, index: int, generation: Generation) -> None:

@@ -22,7 +22,7 @@ from megatron_rlsd.rollout.sglang.answers import (
     received,
     shown,
 )
-from megatron_rlsd.rollout.sglang.ownership import Owner
+from megatron_rlsd.rollout.sglang.ownership import ServerOwner
 
 CONNECT_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0
@@ -81,7 +81,7 @@ class SGLangClient:
 
     def __init__(self, url: str, *, api_key: str | None, max_connections: int) -> None:
         self.url, self._api_key = url, api_key
-        self.owner: Owner | None = None
+        self.owner: ServerOwner | None = None
         """Whose weights it is given; None: whoever calls gives it none."""
         self._http = httpx2.AsyncClient(
             base_url=url,

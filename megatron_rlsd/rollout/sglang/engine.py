@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.config.secrets import key_of
 from megatron_rlsd.rollout.checks import check_request
-from megatron_rlsd.rollout.engine import Arrived, EngineError, Part, Progress
+from megatron_rlsd.rollout.engine import Arrived, EngineError, Part, ResponsesDone
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.fleet import Fleet
 from megatron_rlsd.rollout.sglang.memory import SharedMemory
@@ -60,7 +60,7 @@ class SGLangEngine:
         routes: RoutesShape | None = None,
     ) -> None:
         self._config, self._pause = config, pause
-        self.on_progress: Progress | None = None
+        self.on_progress: ResponsesDone | None = None
         self._vocab_size, self._max_positions = vocab_size, max_positions
         self._ready = self._closed = False
         api_key = resolved_api_key(config.api_key)
@@ -119,7 +119,7 @@ class SGLangEngine:
     def submit_requests(
         self,
         requests: list[GenerationRequest],
-        on_progress: Progress | None = None,
+        on_progress: ResponsesDone | None = None,
         on_arrival: Arrived | None = None,
     ) -> Future[list[Generation]]:
         """``generate`` while the caller goes on; waits only for the servers' first start.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_rlsd.config import SGLangConfig
-from megatron_rlsd.rollout.engine import Arrived, EngineError, Progress
+from megatron_rlsd.rollout.engine import Arrived, EngineError, ResponsesDone
 from megatron_rlsd.rollout.routes import RoutesShape
 from megatron_rlsd.rollout.sglang.answers import ServerFault
 from megatron_rlsd.rollout.sglang.balance import choose
@@ -180,7 +180,7 @@ class Fleet:
     async def generate(
         self,
         requests: list[GenerationRequest],
-        on_progress: Progress | None = None,
+        on_progress: ResponsesDone | None = None,
         on_arrival: Arrived | None = None,
     ) -> list[Generation]:
         """One generation per request, in order, sampled by the weights that are current meanwhile.

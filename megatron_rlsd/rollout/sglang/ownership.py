@@ -35,7 +35,7 @@ class ServerInUse(ServerFault):
 
 
 @dataclass(frozen=True)
-class Owner:
+class ServerOwner:
     """A run's trainer, as a server's label names it."""
 
     run: str
@@ -52,7 +52,7 @@ class Owner:
         return label.startswith(f"rlsd-{self.run}@")
 
     @classmethod
-    def of(cls, label: str) -> Owner | None:
+    def of(cls, label: str) -> ServerOwner | None:
         """None: no run of ours has given the server its weights."""
         found = re.fullmatch(r"rlsd-([0-9a-f]{12})@([^,/]+),([^,/]+),(\d{1,5})/.*", label)
         return None if found is None else cls(found[1], found[2], found[3], int(found[4]))
@@ -105,9 +105,9 @@ class Doorbell:
                 return
         raise EngineError(f"found no free port on {self._host} to tell other runs that this lives")
 
-    def towards(self, url: str) -> Owner:
+    def towards(self, url: str) -> ServerOwner:
         """This run, in labels of the server at ``url``."""
-        return Owner(self._run, self._host, address_towards(url), self._port)
+        return ServerOwner(self._run, self._host, address_towards(url), self._port)
 
     def close(self) -> None:
         if self._listener is not None:

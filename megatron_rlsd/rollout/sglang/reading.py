@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.checks import check_request
-from megatron_rlsd.rollout.engine import EngineError, Progress
+from megatron_rlsd.rollout.engine import EngineError, ResponsesDone
 from megatron_rlsd.rollout.sglang.answers import ServerFault
 from megatron_rlsd.rollout.sglang.client import SGLangClient
 from megatron_rlsd.rollout.sglang.engine import resolved_api_key
@@ -45,7 +45,7 @@ class ReadingEngine:
         self._numbers, self._name = itertools.count(), uuid.uuid4().hex[:12]
         self.labels: list[str] = []
         """Names of the weights that sampled anything, as the servers told them, in that order."""
-        self.on_progress: Progress | None = None
+        self.on_progress: ResponsesDone | None = None
 
     @property
     def weight_version(self) -> int:

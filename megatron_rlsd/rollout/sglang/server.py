@@ -21,8 +21,8 @@ from megatron_rlsd.rollout.sglang.ownership import (
     CLAIM,
     SETTLE_SECONDS,
     Doorbell,
-    Owner,
     ServerInUse,
+    ServerOwner,
 )
 from megatron_rlsd.rollout.sglang.process import (
     ServerProcess,
@@ -398,7 +398,7 @@ class Supervisor:
 
 async def raise_if_in_use(client: SGLangClient, label: str) -> None:
     """ServerInUse if a living run, other than the client's own, has given it weights."""
-    owner, ours = Owner.of(label), client.owner
+    owner, ours = ServerOwner.of(label), client.owner
     if ours is not None and ours.owns(label):
         return
     if owner is not None and (name := await owner.living()) is not None:

@@ -22,7 +22,7 @@ from megatron_rlsd.data import (
 from megatron_rlsd.data.jsonl import JsonlProblems
 from megatron_rlsd.environments import EnvironmentPool
 from megatron_rlsd.experience.episodes import Episodes
-from megatron_rlsd.rollout.engine import Progress
+from megatron_rlsd.rollout.engine import ResponsesDone
 from megatron_rlsd.runtime.errors import UserError
 from megatron_rlsd.types import Generation, GenerationRequest, Problem, SamplingParams
 from tests.environment_runs import CONFIGS, NAMES
@@ -39,7 +39,7 @@ ROOM = (
 class Speaker:
     """An engine that says given turns, as tokens that a model could have sampled."""
 
-    on_progress: Progress | None = None
+    on_progress: ResponsesDone | None = None
 
     def __init__(self, tokenizer: Tokenizer, turns: list[str]) -> None:
         self.weight_version = 0

@@ -18,7 +18,7 @@ from megatron_rlsd.experience import Collector, GroupBuilder, Questions, build_c
 from megatron_rlsd.experience.playing import BackgroundPlayer, open_player
 from megatron_rlsd.rewards import RewardPool
 from megatron_rlsd.rollout import EmbeddedEngine
-from megatron_rlsd.rollout.engine import Arrived, EngineError, Progress
+from megatron_rlsd.rollout.engine import Arrived, EngineError, ResponsesDone
 from megatron_rlsd.types import Generation, GenerationRequest, Group
 
 BATCH = 2
@@ -27,7 +27,7 @@ BATCH = 2
 class BackgroundEngine:
     """The embedded engine in a thread, with weights that only change their name."""
 
-    on_progress: Progress | None = None
+    on_progress: ResponsesDone | None = None
 
     def __init__(self, folder: Path) -> None:
         self.engine = EmbeddedEngine(folder, torch.float32, 16)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_rlsd.config import Config
 from megatron_rlsd.hf_bridge import ModelDims
-from megatron_rlsd.planning.plan import Machine, Plan, make_plan
+from megatron_rlsd.planning.plan import Machine, RunPlan, make_plan
 from megatron_rlsd.planning.work import Lengths
 
 LLAMA_70B = {
@@ -46,5 +46,5 @@ def raw_config(folder: Path) -> dict[str, Any]:
     }
 
 
-def plan_of(config: Config, model: ModelDims, gpus: int = 64, **machine: Any) -> Plan:
+def plan_of(config: Config, model: ModelDims, gpus: int = 64, **machine: Any) -> RunPlan:
     return make_plan(config, model, Machine(gpus=gpus, **machine), LENGTHS)

@@ -19,7 +19,7 @@ from megatron_rlsd.parallel.memory import layer_products, rank_parameters
 from megatron_rlsd.planning.activations import ActivationCounter, Pack, in_flight
 from megatron_rlsd.planning.colocated import ASLEEP_BYTES, AWAKE_BYTES, CONTEXT_BYTES
 from megatron_rlsd.planning.memory import GIB
-from megatron_rlsd.planning.plan import Machine, Plan, changed, make_plan, remedies
+from megatron_rlsd.planning.plan import Machine, RunPlan, changed, make_plan, remedies
 from megatron_rlsd.planning.rates import Rates
 from megatron_rlsd.planning.search import overrides, search
 from megatron_rlsd.planning.work import Lengths
@@ -371,7 +371,7 @@ def test_what_the_gpu_and_the_host_hold_for_the_teacher(config: Config, model: M
 def test_a_servers_share_can_be_too_small_and_too_large(
     colocated: Config, model: ModelDims
 ) -> None:
-    def with_share(share: float) -> Plan:
+    def with_share(share: float) -> RunPlan:
         other = changed(colocated, {SHARE: share})
         assert other is not None
         return plan_of(other, model)

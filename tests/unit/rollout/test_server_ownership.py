@@ -16,13 +16,13 @@ import pytest
 from megatron_rlsd.config import SGLangConfig
 from megatron_rlsd.rollout.engine import EngineError
 from megatron_rlsd.rollout.sglang.fleet import Fleet
-from megatron_rlsd.rollout.sglang.ownership import Doorbell, Owner
+from megatron_rlsd.rollout.sglang.ownership import Doorbell, ServerOwner
 from megatron_rlsd.rollout.sglang.process import free_port
 from megatron_rlsd.rollout.sglang.server import Server, State
 from tests.unit.rollout.stand_in import StandIn, answer, play, ready_fleet
 
 URL = "http://127.0.0.1:1"
-DEAD = Owner("0123456789ab", socket.gethostname(), "127.0.0.1", 1)
+DEAD = ServerOwner("0123456789ab", socket.gethostname(), "127.0.0.1", 1)
 """Nobody listens there."""
 
 
@@ -85,7 +85,7 @@ def test_a_run_that_was_stopped_and_says_nothing_still_lives(
         listener.bind(("127.0.0.1", 0))
         # The system takes connections for it.
         listener.listen()
-        owner = Owner(DEAD.run, DEAD.host, DEAD.address, listener.getsockname()[1])
+        owner = ServerOwner(DEAD.run, DEAD.host, DEAD.address, listener.getsockname()[1])
         server.label = owner.label("3")
         with pytest.raises(EngineError, match=r"in use by a run on .*, which does not answer"):
             run(ready_fleet([URL], tmp_path))
@@ -97,7 +97,7 @@ def test_another_program_on_the_port_of_a_dead_run_is_not_that_run() -> None:
         await doorbell.open()
         other = doorbell.towards(URL)
         assert await other.living() is not None
-        assert await Owner(DEAD.run, other.host, other.address, other.port).living() is None
+        assert await ServerOwner(DEAD.run, other.host, other.address, other.port).living() is None
         doorbell.close()
         assert await other.living() is None
 

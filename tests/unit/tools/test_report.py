@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_rlsd.observability.metrics_file import metrics_line
-from megatron_rlsd.observability.report import Limits, report_page, run_data
+from megatron_rlsd.observability.report import ReportLimits, report_page, run_data
 from megatron_rlsd.observability.report.reduce import evenly, keep_extremes
 from megatron_rlsd.observability.samples import write_samples
 from megatron_rlsd.types import (
@@ -180,7 +180,7 @@ def test_phases_by_step_and_on_every_rank(page: Page) -> None:
         assert row in hover
     assert page.run("document.querySelectorAll('.rank-rows rect').length") == 2
     page.choose("#phase-run", "1")
-    assert page.run("document.querySelectorAll('.phase-bars g').length") == Limits().bars
+    assert page.run("document.querySelectorAll('.phase-bars g').length") == ReportLimits().bars
 
 
 def test_a_token_tells_its_numbers(page: Page) -> None:
@@ -250,7 +250,7 @@ def test_long_runs_stay_small_and_keep_their_spikes(page_file: Path) -> None:
     assert page_file.stat().st_size < 400_000
     long = run_data(page_file.parent / "long")
     steps, values = long["series"]["train/loss"]
-    assert len(steps) <= Limits().points
+    assert len(steps) <= ReportLimits().points
     assert (steps[0], steps[-1]) == (0, 4999)
     assert steps == sorted(set(steps))
     assert max(values) == 102.0
@@ -272,7 +272,7 @@ def test_reducing_keeps_the_ends_and_the_bounds() -> None:
 
 def test_the_credit_view_is_bounded_by_tokens(page_file: Path) -> None:
     run = page_file.parent / "short"
-    [first, last] = run_data(run, Limits(credit_tokens=10))["credit"]
+    [first, last] = run_data(run, ReportLimits(credit_tokens=10))["credit"]
     assert [len(r["columns"]["text"]) for r in first["responses"]] == [4, 1]
     assert (first["in_file"], last["step"]) == (3, 11)
 
@@ -289,7 +289,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, page_file: Path) -> No
 def test_the_documented_number_of_tokens_is_shown_and_no_control_character(
     opened: Page, tmp_path: Path
 ) -> None:
-    evil, count = "\x1b[31m\u202e", Limits().credit_tokens
+    evil, count = "\x1b[31m\u202e", ReportLimits().credit_tokens
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/loss": 1.0, "time/step_s": 2.0}\n')
     columns = {"id": [1] * count, "text": [evil] * count, "gain": [0.5] * count}
     row = {
