@@ -40,6 +40,11 @@ def train(config: Config, folder: Path) -> list[dict[str, float]]:
     return [x for x in read_metrics(folder / "run/metrics.jsonl") if "train/loss" in x]
 
 
+LENGTH = """
+def length(sample):
+    return len(sample.response) % 7 / 6
+"""
+"""A reward that differs within a group whatever a random model has become."""
 ASKS_TWICE = (
     CLIENT
     + """
@@ -59,6 +64,7 @@ def make_served(
     def make(
         steps: int, transport: str, limits: dict[str, float] | None = None, **sections: Any
     ) -> Config:
+        (tmp_path / "length.py").write_text(LENGTH)
         return make_config(
             run_dir=str(tmp_path / "run"),
             parallel={"tensor": 2, "pipeline": 2},
@@ -78,6 +84,7 @@ def make_served(
             optimizer={"lr": 1e-2},
             train={"steps": steps},
             eval={"num_problems": 2},
+            reward={"functions": [{"name": f"{tmp_path}/length.py:length"}]},
             distributed={"timeout_seconds": 200},
             **sections,
         )
