@@ -21,8 +21,8 @@ from megatron_rlsd.observability import read_metrics
 ROOT = Path(__file__).parents[1]
 KINDS = {
     "grpo": ["algorithm.name=grpo"],
-    "rlsd, scored after": ["rollout.score_while_sampling=false"],
-    "rlsd, scored behind": [],
+    "rlsd, scored after": [],
+    "rlsd, scored behind": ["rollout.score_while_sampling=true"],
 }
 WARM_UP = 1
 """Steps that are not counted."""

@@ -92,7 +92,7 @@ class RolloutConfig(Section):
     """The trainer's own servers share its GPUs: they give back the memory of weights and cache
     while it trains, and optimizer state and gradients leave the GPUs while they generate. The
     servers then get enable_memory_saver; without GPUs nothing is freed."""
-    score_while_sampling: bool = True
+    score_while_sampling: bool = False
     """With servers beside the trainer: teacher, old and reference log-probabilities are computed of
     each group as it comes, while the others are still being sampled. What is packed together then
     depends on time, and log-probabilities on that to about 1e-6. false: after the last response."""

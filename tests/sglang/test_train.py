@@ -71,6 +71,7 @@ def make_served(
             rollout={
                 "engine": "sglang",
                 "prompts_per_step": 4,
+                "score_while_sampling": True,
                 **(limits or {}),
                 "sglang": {
                     "urls": left_urls,
