@@ -62,7 +62,7 @@ Results = dict[tuple[str, str, int], RunResult]
 
 
 def read_run(run_dir: Path, task: str) -> RunResult:
-    """Of a finished run."""
+    """What a finished run has left."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "train/loss" in row]
     prefix = f"eval/{'chain_sum' if task == 'chain_sum' else 'modular_chain_eval'}/"

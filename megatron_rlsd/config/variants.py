@@ -338,7 +338,7 @@ def every_variant() -> dict[str, Variant]:
 
 
 def variant_named(name: object) -> Variant | None:
-    """The algorithm ``name``; None: there is no algorithm of this name."""
+    """Returns the algorithm ``name``, or None where none has this name."""
     if not isinstance(name, str):
         return None
     return VARIANTS.get(name) or every_variant().get(name)

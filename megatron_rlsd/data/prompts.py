@@ -47,7 +47,7 @@ class Privileged:
     """A teacher's prompt."""
 
     ids: list[int]
-    """[P']; empty: no word of the hint fits, or there is no message of the user."""
+    """[P']; it is empty where not one word of the hint fits, or the user has said nothing."""
     hint_cut: bool
     """Does it hold only the beginning of the hint?"""
 

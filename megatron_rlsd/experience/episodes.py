@@ -38,7 +38,7 @@ STOP_SECONDS = 1.0
 
 
 class PlayStopped(Exception):
-    """The run ends, and nobody wants these episodes any more."""
+    """The run ends, so these episodes are not played to their end."""
 
 
 @dataclass

@@ -105,7 +105,7 @@ class GroupBuilder:
         return self.finish(groups)
 
     def finish(self, groups: list[Group]) -> list[Group]:
-        """Training groups of responses that nobody has judged yet; they are scored together.
+        """Makes training groups of responses without a verdict; they are scored together.
 
         Raises UserError as ``build`` does.
         """

@@ -256,9 +256,9 @@ class MetricsLogger:
         if tokens is not None and seconds > 0:
             values.setdefault("perf/tokens_per_second", tokens / seconds)
         for name, counted in PHASE_TOKENS.items():
-            spent = values.get(f"time/{name}_s", 0.0)
-            if name == "score":
-                spent += values.get(f"time/{EARLY_SCORE}_s", 0.0)
+            phases = (name, EARLY_SCORE) if name == "score" else (name,)
+            # A phase that did not run took no time.
+            spent = sum(values[key] for p in phases if (key := f"time/{p}_s") in values)
             if counted in values and spent > 0:
                 values[f"perf/{name}_tokens_per_second"] = values[counted] / spent
         values |= self._derive(values)
